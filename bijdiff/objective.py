@@ -11,7 +11,7 @@ from torch import Tensor
 import torch.nn.functional as F
 from .corruption import Schedule
 
-# %% ../nbs/09_objective.ipynb #94a042f3
+# %% ../nbs/09_objective.ipynb #596d28f6
 def token_nll(
     logits:Tensor, # (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
@@ -27,8 +27,9 @@ def time_weight(
 )->Tensor: # (B,)
     "Weight of a masked token's loss at time t"
     a = schedule.alpha(t)
-    if T is None: return -schedule.dalpha(t)/(1-a)
-    return T*(schedule.alpha(t-1/T)-a)/(1-a)
+    masked = (1-a).clamp(min=1e-12)                                     # nothing is masked where it is 0
+    if T is None: return -schedule.dalpha(t)/masked
+    return T*(schedule.alpha(t-1/T)-a)/masked
 
 def masked_nelbo(
     logits:Tensor, # Over the clean alphabet, (B, L, V)
@@ -40,7 +41,7 @@ def masked_nelbo(
 )->Tensor: # Integrand of the bound per token, nats, (B, L); 0 where nothing is masked
     "The masked diffusion bound at one time, without its end terms"
     masked = xt==logits.shape[-1]
-    w = time_weight(t.clamp(min=1e-9), schedule, T)
+    w = time_weight(t, schedule, T)
     return torch.where(masked, token_nll(logits, x0)*w[:,None].to(logits.device), 0.)
 
 # %% ../nbs/09_objective.ipynb #faa5f731

@@ -1,0 +1,41 @@
+"""Train on a text file (first 90% for training, last 10% held out) and score the whole held-out part.
+
+    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name bijective
+    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name standard --n_bijective_layers 0
+
+Appends one line of JSON per run to benchmarks/tinyshakespeare.json."""
+import json, math, platform, sys, time
+from pathlib import Path
+import torch, fastai
+from fastcore.script import call_parse
+from bijdiff.all import *
+
+@call_parse
+def main(path:str, # The text
+         name:str='bijective', # What the result is called
+         epochs:int=10, lr:float=4e-3, bs:int=32, seq_len:int=256, d_model:int=156, n_heads:int=3, n_layers:int=6,
+         n_bijective_layers:int=None, local_window:int=7, schedule:str='half_cosine', seed:int=42,
+         draws:int=48, # Draws of the noise in the final score
+         fp32:bool=False, # No autocast
+         out:str=None): # Where the model is saved
+    dls = text_dls(Path(path), seq_len=seq_len, bs=bs)
+    fields = dict(d_model=d_model, n_heads=n_heads, n_layers=n_layers, n_bijective_layers=n_bijective_layers, local_window=local_window)
+    learn = diffusion_learner(dls, schedule=schedule, seed=seed, n_valid_draws=2, fields=fields)
+    if not fp32: learn.to_bf16()
+    n_params = sum(p.numel() for p in learn.model.parameters())
+    print(n_params, 'parameters', flush=True)
+    learn.logger = lambda row: print(*row, flush=True)
+    start = time.time()
+    with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
+    seconds = time.time()-start
+    if out: learn.model.save_pretrained(out)
+    score = score_ids(learn.model, dls.valid.dataset.ids, n=draws)
+    bits,se = score.bits(len(dls.valid_text))
+    res = dict(name=name, bits_per_char=round(bits, 4), se=round(se, 4), draws=draws, n_params=n_params, seconds=round(seconds), epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed,
+               bf16=not fp32, **fields, valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values], losses_at_100_steps=[round(float(sum(learn.oscillation.losses[i:i+100])/100), 3) for i in range(0, len(learn.oscillation.losses)-99, 100)],
+               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command=' '.join(['python', 'benchmarks/tinyshakespeare.py', 'tinyshakespeare.txt', *sys.argv[2:]]))
+    if out:
+        x = torch.stack([p[0] for p in dls.valid.dataset][:32]).as_subclass(torch.Tensor)
+        res['inverse_error'] = inverse_errors(learn.model, x)
+    print(json.dumps(res))
+    with open(Path(__file__).with_suffix('.json'), 'a') as f: f.write(json.dumps(res)+'\n')

@@ -1,0 +1,106 @@
+"""The commands as a user runs them: other processes, real files."""
+import os, resource, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+
+small = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3 --device cpu --dtype float32'.split()
+
+def command(name, *args, **kw):
+    "Run a command of the package"
+    code = f'from bijdiff.cli import {name}; {name}()'
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def finish(p):
+    out,err = p.communicate(timeout=500)
+    return p.returncode, out, err
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    from bijdiff.data import pydoc_corpus
+    path = tmp_path_factory.mktemp('corpus')/'text.txt'
+    path.write_text(pydoc_corpus()[:80_000], encoding='utf-8')
+    return path
+
+@pytest.fixture(scope='module')
+def trained(corpus, tmp_path_factory):
+    "A model trained without interruption"
+    out = tmp_path_factory.mktemp('trained')/'model'
+    status,stdout,err = finish(command('bijdiff_train', '--corpus', corpus, '--out', out, *small))
+    assert status==0, err
+    return out,stdout
+
+def test_train_shows_what_it_promises(trained):
+    out,stdout = trained
+    heading = stdout.splitlines()[4].split()
+    assert heading==['epoch','train','loss','bound','±','log-det','inverse','error','tokens/s','time']
+    assert all(o in stdout for o in ('[1]', '[3]', '⟦', str(out), 'training.png', 'film_strip.png', 'lattice bfloat16  0', 'lattice float32   0'))
+    assert (out/'training.png').read_bytes()[:4]==b'\x89PNG'
+
+def test_sample_and_score(trained, corpus, tmp_path):
+    out,_ = trained
+    status,text,err = finish(command('bijdiff_sample', out, '--n', 2, '--steps', 8, '--prompt', 'The '))
+    assert status==0 and text.count('The ')>=2, err
+    status,text,err = finish(command('bijdiff_sample', out, '--steps', 8, '--infill', 'The ____ is'))
+    assert status==0 and text.startswith('The ') and text.rstrip().endswith(' is'), err
+    part = tmp_path/'part.txt'
+    part.write_text(corpus.read_text(encoding='utf-8')[:1000], encoding='utf-8')
+    status,text,err = finish(command('bijdiff_score', out, part, '--n', 4))
+    assert status==0 and 'bits per character' in text and '±' in text, err
+
+@pytest.mark.parametrize('extra', [[], ['--lambda_likelihood', '.1']], ids=['plain', 'latent'])
+def test_killed_and_resumed_is_bitwise_equal(corpus, tmp_path, extra):
+    "kill -9 in the middle, --resume, and the weights are those of an uninterrupted run"
+    args = ['--corpus', corpus, *small, *extra]
+    whole,broken = tmp_path/'whole',tmp_path/'broken'
+    status,_,err = finish(command('bijdiff_train', *args, '--out', whole))
+    assert status==0, err
+    p = command('bijdiff_train', *args, '--out', broken)
+    for _ in range(3000):                                      # until the first epoch is saved
+        if (broken/'checkpoint.safetensors').exists() or p.poll() is not None: break
+        time.sleep(.05)
+    time.sleep(.2)
+    p.send_signal(signal.SIGKILL)
+    assert finish(p)[0]==-9
+    assert (broken/'checkpoint.safetensors').exists() and not (broken/'model.safetensors').exists()
+
+    status,_,err = finish(command('bijdiff_train', *args, '--out', broken))
+    assert status==2 and 'holds an interrupted run; continue it with --resume' in err
+    status,_,err = finish(command('bijdiff_train', *args, '--out', broken, '--resume', '--lr', '1e-4'))
+    assert status==2 and 'different configuration: lr was 0.004 and is 0.0001' in err and err.count('\n')==1
+    status,_,err = finish(command('bijdiff_train', *args, '--out', broken, '--resume'))
+    assert status==0, err
+    a,b = (load_file(d/'model.safetensors') for d in (whole,broken))
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not (broken/'checkpoint.safetensors').exists()
+
+def test_full_disk_keeps_the_old_model(trained, corpus, tmp_path):
+    "Writing stops at a file size limit, as on a full disk: one line, status 2, and the old model still loads"
+    from bijdiff.denoiser import BijectiveDenoiser
+    out = tmp_path/'model'
+    BijectiveDenoiser.from_pretrained(trained[0]).save_pretrained(out)
+    before = {p.name:p.read_bytes() for p in out.iterdir()}
+    limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    status,_,err = finish(command('bijdiff_train', '--corpus', corpus, '--out', out, *small, preexec_fn=limit))
+    assert status==2 and err.strip().splitlines()[-1].startswith('bijdiff_train: error: '), err
+    assert {p.name:p.read_bytes() for p in out.iterdir()}==before
+
+@pytest.mark.parametrize('args,message', [
+    ('--schedule linear', "schedule is 'linear'"), ('--bijective_ratio 1.5', 'bijective_ratio is 1.5'), ('--n_heads 3', 'n_heads is 3'),
+    ('--corpus missing.txt', 'missing.txt does not exist'), ('--seq_len 999999', 'expected at least seq_len=999999'), ('--epochs none', 'invalid int value'),
+    ('--n_bijective_layers 9', 'n_bijective_layers is 9'), ('--T 0', 'T is 0'), ('--resume', 'no interrupted run'), ('--lambda_likelihood -1', 'lambda_likelihood is -1')])
+def test_bad_options(corpus, tmp_path, args, message):
+    status,_,err = finish(command('bijdiff_train', '--corpus', corpus, *small, '--out', tmp_path/'never', *args.split()))
+    assert status==2 and message in err.splitlines()[-1], err
+    assert 'Traceback' not in err and not (tmp_path/'never').exists()
+
+def test_resumes_after_the_last_epoch(corpus, tmp_path):
+    "A run that could not save its model at the end can still do so"
+    from bijdiff.learner import CheckpointCallback
+    args = ['--corpus', corpus, *small, '--out', tmp_path/'m']
+    code = ("from bijdiff.denoiser import BijectiveDenoiser as D\ndef full(*a): raise OSError(28, 'No space left on device')\n"
+            "D.save_pretrained = full\nfrom bijdiff.cli import bijdiff_train; bijdiff_train()")
+    res = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
+    assert res.returncode==2 and 'No space left on device' in res.stderr, res.stderr
+    status,_,err = finish(command('bijdiff_train', *args, '--resume'))
+    assert status==0 and (tmp_path/'m'/'model.safetensors').exists(), err

@@ -1,0 +1,71 @@
+"""The shape of the project: notebooks run, the staircase holds, what is generated is up to date."""
+import ast, json, re, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def cells(path): return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+
+def run(*args, **kw):
+    res = subprocess.run(args, cwd=root, capture_output=True, text=True, **kw)
+    return res.returncode, res.stdout+res.stderr
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_notebook(path):
+    "Every cell runs, but for those marked slow, cuda or network"
+    code,out = run('nbdev_test', '--path', str(path), '--n_workers', '0', timeout=600)
+    assert code==0, f'{path.name} does not run; run it in jupyter and mend the cell that fails:\n{out[-6000:]}'
+
+def module_numbers():
+    "Number of the notebook each module comes from"
+    res = {}
+    for p in notebooks:
+        for src in cells(p):
+            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): res[m[1]] = p.name[:2]
+    return res
+
+def imported_modules(src):
+    "Modules of the package that a cell imports"
+    tree = ast.parse('\n'.join(l for l in src.splitlines() if not l.lstrip().startswith(('%','!'))))
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.module and n.module.split('.')[0]=='bijdiff':
+            yield from (n.module.split('.')[1:2] or [a.name for a in n.names])
+        if isinstance(n, ast.Import): yield from (a.name.split('.')[1] for a in n.names if a.name.startswith('bijdiff.'))
+
+def climbs(path, numbers):
+    "Imports of a notebook that come from the same or a later one"
+    own = [src for src in cells(path) if re.search(r'^#\|\s*export', src, re.M)]
+    return [m for src in own for m in imported_modules(src) if m in numbers and numbers[m]>=path.name[:2]]
+
+def test_staircase():
+    "A notebook imports only from notebooks with a lower number"
+    numbers = module_numbers()
+    assert len(numbers)>10
+    bad = {p.name:c for p in notebooks if p.name[:2].isdigit() and (c := climbs(p, numbers))}
+    assert not bad, f'these imports climb the staircase (the higher-numbered notebook must import the lower): {bad}'
+
+def test_staircase_sees_a_climb(tmp_path):
+    p = tmp_path/'01_low.ipynb'
+    p.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=['#| export\n', 'from bijdiff.high import f'])])))
+    assert climbs(p, {'high':'07'})==['high']
+
+def test_mathematics_needs_no_fastai():
+    "Notebooks 00 to 14 can be used without the training loop"
+    low = [m for m,n in module_numbers().items() if n<'15']
+    code = f"import sys; sys.modules['fastai']=None\nfor m in {low}: __import__('bijdiff.'+m)"
+    status,out = run(sys.executable, '-c', code)
+    assert status==0, out
+
+def test_readme_is_the_index():
+    status,out = run(sys.executable, 'tools/make_readme.py', '--check')
+    assert status==0, out
+
+def test_modules_are_exported():
+    "bijdiff/ is what nbdev_export makes of nbs/"
+    before = {p:p.read_text() for p in sorted((root/'bijdiff').glob('*.py'))}
+    status,out = run('nbdev_export')
+    after = {p:p.read_text() for p in sorted((root/'bijdiff').glob('*.py'))}
+    changed = [p.name for p in after if after[p]!=before.get(p)]
+    assert status==0 and not changed, f'{changed} differ from the notebooks: edit the notebooks, run nbdev_export and commit {out}'
