@@ -79,7 +79,7 @@ class Pieces:
 class TokenIds(TensorBase):
     "Token ids of a text"
 
-# %% ../nbs/15_data.ipynb #640df1ae
+# %% ../nbs/15_data.ipynb #d59ea76d
 def split_text(
     text:str, # The corpus
     valid_pct:float=0.1, # Share held out, at the end
@@ -106,8 +106,8 @@ class PiecesDL(TfmdDL):
 
     def get_idxs(self):
         idxs,world = super().get_idxs(),max(num_distrib(), 1)
-        if self.drop_last: idxs = idxs[:len(idxs)//(self.bs*world)*self.bs*world]
-        return interleave(idxs, self.bs, world) if len(idxs)%world==0 else idxs
+        if not self.drop_last: return idxs
+        return interleave(idxs[:len(idxs)//(self.bs*world)*self.bs*world], self.bs, world)
 
 # %% ../nbs/15_data.ipynb #dc13872a
 def _encode(text, tokenizer, seq_len, what):
