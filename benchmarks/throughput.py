@@ -35,7 +35,7 @@ def stepper(model, corrupt, x, bf16):
 def main(d_model:int=156, n_heads:int=3, n_layers:int=6, seq_len:int=256, bs:int=32, steps:int=25, device:str='cpu'):
     torch.manual_seed(0)
     V,rows = 66,[]
-    x,corrupt = torch.randint(0, V, (bs, seq_len), device=device),Corruption(V, HalfCosine())
+    x,corrupt = torch.randint(0, V, (bs, seq_len), device=device),Corruption(V, schedule=HalfCosine())
     for bf16 in (True, False):
         models = dict(bijective=BijectiveDenoiser(DenoiserConfig(V, seq_len, d_model, n_heads, n_layers)), plain=Plain(V, seq_len, d_model, n_heads, n_layers))
         steppers = {k:stepper(m.to(device), corrupt, x, bf16) for k,m in models.items()}

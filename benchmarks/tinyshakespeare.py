@@ -3,8 +3,8 @@
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name bijective
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name standard --n_bijective_layers 0
 
-Appends one line of JSON per run to benchmarks/tinyshakespeare.json."""
-import json, math, platform, sys, time
+Appends one line of JSON per run to benchmarks/tinyshakespeare.jsonl."""
+import json, platform, time
 from pathlib import Path
 import torch, fastai
 from fastcore.script import call_parse
@@ -33,9 +33,9 @@ def main(path:str, # The text
     bits,se = score.bits(len(dls.valid_text))
     res = dict(name=name, bits_per_char=round(bits, 4), se=round(se, 4), draws=draws, n_params=n_params, seconds=round(seconds), epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed,
                bf16=not fp32, **fields, valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values], losses_at_100_steps=[round(float(sum(learn.oscillation.losses[i:i+100])/100), 3) for i in range(0, len(learn.oscillation.losses)-99, 100)],
-               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command=' '.join(['python', 'benchmarks/tinyshakespeare.py', 'tinyshakespeare.txt', *sys.argv[2:]]))
+               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/tinyshakespeare.py tinyshakespeare.txt' + ''.join(f' --{k} {v}' for k,v in dict(name=name, **fields, epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, draws=draws).items() if v is not None))
     if out:
         x = torch.stack([p[0] for p in dls.valid.dataset][:32]).as_subclass(torch.Tensor)
         res['inverse_error'] = inverse_errors(learn.model, x)
     print(json.dumps(res))
-    with open(Path(__file__).with_suffix('.json'), 'a') as f: f.write(json.dumps(res)+'\n')
+    with open(Path(__file__).with_suffix('.jsonl'), 'a') as f: f.write(json.dumps(res)+'\n')

@@ -45,7 +45,7 @@ def attend(
     plain = q.device.type=='cpu' and q.dtype==torch.bfloat16 and q.shape[-2]<=512
     return _plain_attention(q, k, v) if plain else F.scaled_dot_product_attention(q, k, v)
 
-# %% ../nbs/04_attention.ipynb #0ca1748d
+# %% ../nbs/04_attention.ipynb #c5576001
 def head_dim(
     d_model:int, # Width
     n_heads:int, # Number of heads
@@ -74,7 +74,6 @@ class BidirectionalAttention(nn.Module):
         x:Tensor, # (B, L, d_model)
     )->Tensor: # (B, L, d_model)
         B,L,D = x.shape
-        q,k,v = self.qkv(x).view(B, L, 3, self.n_heads, self.d_head).permute(2, 0, 3, 1, 4)
-        angles = rotary_angles(L, self.d_head, x.device)
-        q,k = (rotate(F.rms_norm(o, (self.d_head,)), *angles) for o in (q,k))
+        qk,v = self.qkv(x).view(B, L, 3*self.n_heads, self.d_head).transpose(1, 2).split([2*self.n_heads, self.n_heads], 1)
+        q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary_angles(L, self.d_head, x.device)).chunk(2, 1)
         return self.dropout(self.out(attend(q, k, v).transpose(1, 2).reshape(B, L, D)))

@@ -30,8 +30,8 @@ class LocalMixing(nn.Module):
     )->Tensor: # (B, L, d_model)
         return F.conv1d(x.transpose(1, 2), self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
 
-# %% ../nbs/05_block.ipynb #ec8f7851
-def _branch(d_model, layer): return nn.Sequential(nn.RMSNorm(d_model), layer)
+# %% ../nbs/05_block.ipynb #43fc48db
+def _branch(d_model, layer): return nn.Sequential(nn.LayerNorm(d_model), layer)
 
 def _check_kind(name, value):
     if value not in ('bijective','standard'): raise ValueError(f"{name} is {value!r}; expected 'bijective' or 'standard'")

@@ -161,7 +161,7 @@ def _learner(o, out, device, bf16, resume):
     learn.model.to(device)
     return learn.to_bf16() if bf16 else learn
 
-# %% ../nbs/18_cli.ipynb #9a7aeb25
+# %% ../nbs/18_cli.ipynb #760f4a13
 @call_parse
 @_one_line_errors
 def bijdiff_train(
@@ -171,9 +171,9 @@ def bijdiff_train(
     column:str='text', # Column of a data set
     tokenizer:str='char', # char, byte or bpe
     seq_len:int=256, # Length of the texts, tokens
-    bs:int=16, # Texts in a batch
+    bs:int=8, # Texts in a batch
     epochs:int=5, # Passes over the corpus
-    lr:float=4e-3, # Peak learning rate
+    lr:float=3e-3, # Peak learning rate
     d_model:int=144, # Width of one of the two streams
     n_heads:int=3, # Attention heads
     n_layers:int=6, # Transformer blocks

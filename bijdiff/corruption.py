@@ -77,12 +77,13 @@ def get_schedule(
     if name not in schedules: raise ValueError(f"schedule is {name!r}; expected one of {', '.join(schedules)}")
     return schedules[name]()
 
-# %% ../nbs/08_corruption.ipynb #78fd03d3
+# %% ../nbs/08_corruption.ipynb #361e9ec9
 class Corruption:
     "Masking noise: every token is replaced by the mask, id `vocab_size`, with probability 1 - alpha(t)"
     def __init__(self,
         vocab_size:int, # V: clean tokens are 0..V-1
-        schedule:Schedule=None, # alpha(t); Cosine() if None
+        *,
+        schedule:Schedule|None=None, # alpha(t); Cosine() if None
         T:int|None=None, # Times are multiples of 1/T; continuous if None
     ):
         if vocab_size<1: raise ValueError(f'vocab_size is {vocab_size}; expected at least 1')

@@ -55,7 +55,7 @@ class DenoiserConfig:
         if self.latent_density and self.n_bijective_layers<self.n_layers:
             raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; n_bijective_layers is {self.n_bijective_layers}')
 
-# %% ../nbs/11_denoiser.ipynb #d182b01b
+# %% ../nbs/11_denoiser.ipynb #0fe92fee
 class BijectiveDenoiser(nn.Module):
     "Logits over the clean alphabet from a text with masks"
     def __init__(self,
@@ -67,7 +67,7 @@ class BijectiveDenoiser(nn.Module):
         self.embed = nn.Embedding(c.vocab_size+1, c.d_model)
         self.backbone = BijectiveTransformer(c.n_layers, c.d_model, c.n_heads, c.n_bijective_layers, lattice_bits=c.lattice_bits,
             coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window, dropout=c.dropout)
-        self.norm,self.readout = nn.RMSNorm(c.d_model),nn.Linear(c.d_model, c.vocab_size)
+        self.norm,self.readout = nn.LayerNorm(c.d_model),nn.Linear(c.d_model, c.vocab_size)
         self.latent = LatentDensity(2*c.d_model) if c.latent_density else None
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
@@ -204,7 +204,7 @@ def _check_format(meta, path):
     if not meta.get('version','').isdigit() or int(meta['version'])>VERSION:
         raise ValueError(f"{path} has format version {meta.get('version')}; this bijdiff reads up to {VERSION}: please upgrade it")
 
-# %% ../nbs/11_denoiser.ipynb #21cf0152
+# %% ../nbs/11_denoiser.ipynb #f06824f9
 def _load(folder, device):
     weights,meta = _read_weights(folder/'model.safetensors')
     _check_format(meta, folder/'model.safetensors')
@@ -216,6 +216,11 @@ def _load(folder, device):
     if 'tokenizer.json' in meta: model.tokenizer = tokenizer_from_dict(_read_part(folder, 'tokenizer.json', meta))
     return model.to(device).eval()
 
+def _from_hub(name):
+    import huggingface_hub
+    try: return huggingface_hub.snapshot_download(name, allow_patterns=['*.json','*.safetensors'])
+    except Exception as e: raise FileNotFoundError(f'{name} is no folder here, and the Hugging Face Hub did not give it ({type(e).__name__})') from None
+
 @patch(cls_method=True)
 def from_pretrained(cls:BijectiveDenoiser,
     folder, # A folder written by save_pretrained, or the name of a repository on the Hugging Face Hub
@@ -223,8 +228,7 @@ def from_pretrained(cls:BijectiveDenoiser,
 )->BijectiveDenoiser: # In evaluation mode
     "Load a saved model; whatever is wrong with it is said by name"
     if not Path(folder).exists() and str(folder).count('/')==1 and not str(folder).startswith(('.','/','~')):
-        from huggingface_hub import snapshot_download
-        folder = snapshot_download(str(folder), allow_patterns=['*.json','*.safetensors'])
+        folder = _from_hub(str(folder))
     return _load(Path(folder), device)
 
 @patch

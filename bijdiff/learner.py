@@ -8,7 +8,7 @@ __all__ = ['CHECKPOINT', 'DiffusionLoss', 'CorruptionCallback', 'Instrument', 'B
            'LatentDensityCallback', 'read_checkpoint', 'check_options', 'CheckpointCallback', 'DiffusionLearner',
            'diffusion_learner']
 
-# %% ../nbs/17_learner.ipynb #b04344fe
+# %% ../nbs/17_learner.ipynb #a9a2eec4
 import json, math, random, time, warnings
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .coupling import LatticeError
 from .objective import masked_nelbo, time_weight
 from .denoiser import BijectiveDenoiser, DenoiserConfig, write_atomically
 from .data import PiecesDL, show_pairs
-from .likelihood import nelbo_draws
+from .likelihood import nelbo_draws, closing_nats, reconstruction_nats
 from .sampling import sample
 from .dynamics import fit_trend, plot_trend
 
@@ -96,22 +96,25 @@ def _broadcast(self:DistributedDL, t, rank):
     torch.distributed.broadcast(t, rank)
     return t.tolist()
 
-# %% ../nbs/17_learner.ipynb #816e15d9
+# %% ../nbs/17_learner.ipynb #1b40ec34
 class Instrument(Callback):
     "Base of callbacks that only watch training: they stand aside in `lr_find` and `get_preds`"
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
 
 class BoundCallback(Instrument):
-    "Bound on the held-out text in bits per character, with its standard error over the draws of the noise"
+    "Bound on the held-out text in bits per character, end terms included, with its standard error over the draws of the noise"
     run_train = False
     def __init__(self,
         tokens_per_char:float=1. # To turn nats per token into bits per character
     ): store_attr()
     def before_validate(self): self.texts = []
     def after_loss(self):
-        loss = self.loss_func.per_text(self.pred, *self.yb)
-        n = self.learn.corruption.n_valid_draws
-        self.texts.append(self.learn.to_detach(loss.view(n, -1).T.contiguous()))
+        c,x0 = self.learn.corruption,self.yb[0]
+        loss = self.loss_func.per_text(self.pred, *self.yb) + self._end_terms(x0, c.corruption, _seed(c.seed, 3, self.iter))/x0.shape[1]
+        self.texts.append(self.learn.to_detach(loss.view(c.n_valid_draws, -1).T.contiguous()))
+    def _end_terms(self, x0, corruption, seed):
+        model = _base_model(self.model)
+        return closing_nats(model, x0, corruption.schedule) + reconstruction_nats(model, x0, corruption, torch.Generator().manual_seed(seed))
     def after_validate(self):
         draws = torch.cat(self.texts).double() * self.tokens_per_char/math.log(2)        # (texts, draws)
         self.bits = draws.mean().item()
@@ -328,7 +331,7 @@ class DiffusionLearner(Learner):
         decode = self.dls.tokenizer.decode
         show_pairs([(f'{a:.2f}', *map(decode, o)) for a,*o in zip(t.tolist(), xt, best, x)], ('t', 'noisy', 'denoised', 'clean'))
 
-# %% ../nbs/17_learner.ipynb #f9cb6506
+# %% ../nbs/17_learner.ipynb #ebf3661c
 def _metrics(learn):
     "Columns of the table that is printed while training"
     cols = dict(bound=lambda: learn.bound.bits, se=lambda: learn.bound.se, log_det=lambda: learn.log_det.value,
@@ -362,7 +365,7 @@ def diffusion_learner(
     for k,v in dict(lambda_likelihood=lambda_likelihood, lambda_invert=lambda_invert).items():
         if not 0<=v<math.inf: raise ValueError(f'{k} is {v}; expected a number of at least 0')
     config = _config(dls, config, lambda_likelihood, fields or {})
-    corruption = Corruption(config.vocab_size, get_schedule(schedule), T)
+    corruption = Corruption(config.vocab_size, schedule=get_schedule(schedule), T=T)
     set_seed(seed)
     model = BijectiveDenoiser(config)
     model.tokenizer = dls.tokenizer

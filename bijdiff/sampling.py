@@ -116,7 +116,7 @@ def infill_template(
     for i,k in enumerate(known[1:]): out = out + [tokenizer.vocab_size]*(room*(i+1)//gaps - room*i//gaps) + k
     return out
 
-# %% ../nbs/12_sampling.ipynb #a63070ff
+# %% ../nbs/12_sampling.ipynb #0efb4a9a
 def _pick(frames, n):
     "n frames, evenly spread, first and last among them"
     n = min(n, len(frames))
@@ -150,7 +150,7 @@ def plot_film_strip(
     "A text appearing, as a picture; characters new since the frame before are red"
     picked = [f[which] for f in _pick(frames, n)]
     rows = math.ceil(len(picked[0])/width)
-    fig,axs = plt.subplots(len(picked), 1, figsize=(width*.1, len(picked)*(rows*.16+.1)), squeeze=False)
+    fig,axs = plt.subplots(len(picked), 1, figsize=(width*.08, len(picked)*(rows*.16+.1)), squeeze=False)
     for ax,new,old in zip(axs[:,0], picked, picked[:1]+picked[:-1]): _draw_frame(ax, new, old, tokenizer, width)
     fig.subplots_adjust(0, 0, 1, 1, hspace=.02)
     return fig

@@ -8,8 +8,7 @@ small = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3 -
 
 def command(name, *args, **kw):
     "Run a command of the package"
-    code = f'from bijdiff.cli import {name}; {name}()'
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen([sys.executable, Path(sys.executable).parent/name, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def finish(p):
     out,err = p.communicate(timeout=500)
@@ -67,7 +66,7 @@ def test_killed_and_resumed_is_bitwise_equal(corpus, tmp_path, extra):
     status,_,err = finish(command('bijdiff_train', *args, '--out', broken))
     assert status==2 and 'holds an interrupted run; continue it with --resume' in err
     status,_,err = finish(command('bijdiff_train', *args, '--out', broken, '--resume', '--lr', '1e-4'))
-    assert status==2 and 'different configuration: lr was 0.004 and is 0.0001' in err and err.count('\n')==1
+    assert status==2 and 'different configuration: lr was 0.003 and is 0.0001' in err and err.count('\n')==1
     status,_,err = finish(command('bijdiff_train', *args, '--out', broken, '--resume'))
     assert status==0, err
     a,b = (load_file(d/'model.safetensors') for d in (whole,broken))
@@ -98,9 +97,10 @@ def test_resumes_after_the_last_epoch(corpus, tmp_path):
     "A run that could not save its model at the end can still do so"
     from bijdiff.learner import CheckpointCallback
     args = ['--corpus', corpus, *small, '--out', tmp_path/'m']
-    code = ("from bijdiff.denoiser import BijectiveDenoiser as D\ndef full(*a): raise OSError(28, 'No space left on device')\n"
-            "D.save_pretrained = full\nfrom bijdiff.cli import bijdiff_train; bijdiff_train()")
-    res = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
+    script = tmp_path/'full_disk.py'
+    script.write_text("from bijdiff.denoiser import BijectiveDenoiser as D\ndef full(*a): raise OSError(28, 'No space left on device')\n"
+                      "D.save_pretrained = full\nfrom bijdiff.cli import bijdiff_train\nbijdiff_train()")
+    res = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
     assert res.returncode==2 and 'No space left on device' in res.stderr, res.stderr
     status,_,err = finish(command('bijdiff_train', *args, '--resume'))
     assert status==0 and (tmp_path/'m'/'model.safetensors').exists(), err
