@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['rotary_angles', 'rotate', 'attend', 'head_dim', 'BidirectionalAttention']
 
-# %% ../nbs/04_attention.ipynb #e1b3bd5e
+# %% ../nbs/04_attention.ipynb #49702011
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from fastcore.basics import store_attr
 
 # %% ../nbs/04_attention.ipynb #be97278f
 def rotary_angles(

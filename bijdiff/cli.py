@@ -6,7 +6,7 @@
 __all__ = ['pick_device', 'pick_bf16', 'TableCallback', 'BarCallback', 'check_out', 'bijdiff_train', 'bijdiff_sample',
            'bijdiff_score']
 
-# %% ../nbs/18_cli.ipynb #dfdcf134
+# %% ../nbs/18_cli.ipynb #3183ac2d
 import io, math, sys, tempfile, warnings
 from functools import wraps
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.script import call_parse
 from tqdm.auto import tqdm
 from .data import load_corpus, text_dls, read_text
 from .denoiser import BijectiveDenoiser, inverse_errors, write_atomically
-from .sampling import sample, prompt_template, infill_template, film_strip, plot_film_strip
+from .sampling import sample, prompt_template, infill_template, plot_film_strip
 from .likelihood import score_ids
 from .learner import diffusion_learner, CheckpointCallback, CHECKPOINT
 
@@ -121,11 +121,12 @@ def _png(fig):
     plt.close(fig)
     return f.getvalue()
 
-# %% ../nbs/18_cli.ipynb #4aeca1c9
+# %% ../nbs/18_cli.ipynb #45773519
 def _report(learn, out, ids, seed):
     "Score, proof of inversion, texts, pictures"
     model = learn.model.eval()
-    bits,se = score_ids(model, learn.dls.valid.dataset.ids, n=16).bits(len(learn.dls.valid_text))
+    c = learn.corruption.corruption
+    bits,se = score_ids(model, learn.dls.valid.dataset.ids, n=16, schedule=c.schedule, T=c.T).bits(len(learn.dls.valid_text))
     _rule('the model')
     print(f'bound on the held-out text: {bits:.3f} ± {se:.3f} bits per character')
     if model.backbone.is_bijective:

@@ -6,11 +6,10 @@
 __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequential', 'dense_logdet', 'BijectionReport',
            'check_bijection']
 
-# %% ../nbs/00_core.ipynb #def941a9
+# %% ../nbs/00_core.ipynb #37b71b8e
 import torch
 from torch import nn, Tensor
 from typing import NamedTuple
-from fastcore.basics import store_attr
 
 # %% ../nbs/00_core.ipynb #8d138907
 class Bijection(nn.Module):

@@ -77,7 +77,7 @@ def get_schedule(
     if name not in schedules: raise ValueError(f"schedule is {name!r}; expected one of {', '.join(schedules)}")
     return schedules[name]()
 
-# %% ../nbs/08_corruption.ipynb #361e9ec9
+# %% ../nbs/08_corruption.ipynb #a5994921
 class Corruption:
     "Masking noise: every token is replaced by the mask, id `vocab_size`, with probability 1 - alpha(t)"
     def __init__(self,
@@ -96,9 +96,10 @@ class Corruption:
         t:Tensor, # Times in [0, 1], (B,)
         generator:torch.Generator|None=None, # Source of randomness
     )->Tensor: # Ids with masks, (B, L)
-        u = torch.rand(x0.shape, generator=generator, dtype=torch.float64, device=generator.device if generator else x0.device)
-        hit = u.to(x0.device) >= self.schedule.alpha(t.double())[:,None]
-        return torch.where(hit, self.vocab_size, x0)
+        device = generator.device if generator else 'cpu'                       # float64, which not every device has
+        u = torch.rand(x0.shape, generator=generator, dtype=torch.float64, device=device)
+        hit = u >= self.schedule.alpha(t.to(device).double())[:,None]
+        return torch.where(hit.to(x0.device), self.vocab_size, x0)
 
 # %% ../nbs/08_corruption.ipynb #ea10ebf3
 def low_discrepancy_times(

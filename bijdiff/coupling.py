@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['CouplingNet', 'lattice_limit', 'LatticeError', 'to_lattice', 'lattice_add', 'halves', 'AdditiveCoupling']
 
-# %% ../nbs/01_coupling.ipynb #33d58b19
+# %% ../nbs/01_coupling.ipynb #eab42e26
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
 from fastcore.basics import store_attr
 from .core import Bijection, sum_log_determinants
 
@@ -31,7 +30,7 @@ class CouplingNet(nn.Sequential):
         nn.init.zeros_(self[-1].weight)
         nn.init.zeros_(self[-1].bias)
 
-# %% ../nbs/01_coupling.ipynb #e3fa5621
+# %% ../nbs/01_coupling.ipynb #aa8ed336
 def _digits(dtype): return 52 if dtype==torch.float64 else 23
 
 def lattice_limit(
@@ -47,8 +46,8 @@ class LatticeError(ValueError):
 def _check_range(x, limit, what, bits):
     if not x.numel(): return
     lo,hi = x.detach().aminmax()
-    if not max(-lo.item(), hi.item()) < limit or hi!=hi:
-        raise LatticeError(f'{what} of size {max(-lo.item(), hi.item()):.4g} leaves the lattice; with lattice_bits={bits} in {x.dtype} '
+    if not (m := torch.maximum(-lo, hi).item()) < limit:
+        raise LatticeError(f'{what} of size {m:.4g} leaves the lattice; with lattice_bits={bits} in {x.dtype} '
                          f'it must stay below {limit:g}: use fewer lattice_bits, or find out why the state grows')
 
 # %% ../nbs/01_coupling.ipynb #c63b637e

@@ -6,8 +6,8 @@
 __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'Pieces', 'TokenIds', 'split_text', 'interleave', 'PiecesDL', 'text_dls',
            'show_pairs', 'noisy_pairs']
 
-# %% ../nbs/15_data.ipynb #0d3479a5
-import random, warnings
+# %% ../nbs/15_data.ipynb #4a2e3b46
+import warnings
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -109,16 +109,16 @@ class PiecesDL(TfmdDL):
         if not self.drop_last: return idxs
         return interleave(idxs[:len(idxs)//(self.bs*world)*self.bs*world], self.bs, world)
 
-# %% ../nbs/15_data.ipynb #dc13872a
+# %% ../nbs/15_data.ipynb #60c88d73
 def _encode(text, tokenizer, seq_len, what):
     ids = torch.tensor(tokenizer.encode(text, replace=True), dtype=torch.long)
     if len(ids)<seq_len: raise ValueError(f'the {what} part of the corpus has {len(ids)} tokens; expected at least seq_len={seq_len}: take a longer corpus or a smaller seq_len')
     return ids
 
-def _warn_unknown(text, tokenizer):
+def _warn_unknown(text, tokenizer, what):
     if missing := tokenizer.unknown(text):
         some = ', '.join(f'{c!r} ({n}x)' for c,n in missing.most_common(8))
-        warnings.warn(f'{sum(missing.values())} characters of the held-out part ({len(missing)} different) never occur in training and are replaced by �: {some}')
+        warnings.warn(f'{sum(missing.values())} characters of the {what} part ({len(missing)} different) are not in the vocabulary and are replaced by �: {some}')
 
 def text_dls(
     corpus:str, # The text itself, 'pydoc', or the path of a text file
@@ -135,18 +135,23 @@ def text_dls(
     train,valid = split_text(text, valid_pct)
     tok = tokenizer if isinstance(tokenizer, Tokenizer) else get_tokenizer(tokenizer, train)
     sets = [Pieces(_encode(t, tok, seq_len, w), seq_len, w=='training') for t,w in ((train,'training'),(valid,'held-out'))]
-    _warn_unknown(valid, tok)
+    for t,w in ((train,'training'),(valid,'held-out')): _warn_unknown(t, tok, w)
     dls = DataLoaders(*[PiecesDL(s, bs=bs, shuffle=s.shiftable, drop_last=s.shiftable and len(s)>=bs, num_workers=0, n_inp=1) for s in sets],
                       device=device or default_device())
     dls.tokenizer,dls.seq_len,dls.valid_text = tok,seq_len,valid
     for dl in dls.loaders: dl.tokenizer = tok
     return dls
 
+def _is_file(s):
+    "Whether a string names a file, or looks as if it should"
+    if len(s)>250 or any(c in s for c in '\n\0'): return False
+    return Path(s).is_file() or bool(Path(s).suffix and ' ' not in s)
+
 def _as_text(corpus, tokenizer):
     "The text, if it is not a name"
     s = str(corpus)
-    name = isinstance(corpus, Path) or s=='pydoc' or (len(s)<1000 and '\n' not in s and Path(s).is_file())
-    text = load_corpus(s, as_bytes=tokenizer=='byte') if name else s
+    name = isinstance(corpus, Path) or s=='pydoc' or _is_file(s)
+    text = load_corpus(s, as_bytes=getattr(tokenizer, 'kind', tokenizer)=='byte') if name else s
     if not text: raise ValueError('the corpus is empty; expected a text')
     return text
 

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'DenoiserConfig', 'BijectiveDenoiser', 'LatentDensity', 'inverse_errors', 'write_atomically']
 
-# %% ../nbs/11_denoiser.ipynb #c0e54f77
+# %% ../nbs/11_denoiser.ipynb #a3004acf
 import json, math, os, hashlib, tempfile
-from dataclasses import dataclass, asdict, fields
+from dataclasses import dataclass, asdict
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
-from fastcore.basics import patch, store_attr
+from fastcore.basics import patch
 from .attention import head_dim
 from .block import BijectiveTransformer, count_bijective
 from .coupling import to_lattice
-from .tokens import Tokenizer, tokenizer_from_dict
+from .tokens import tokenizer_from_dict
 
-# %% ../nbs/11_denoiser.ipynb #d46ca6bc
+# %% ../nbs/11_denoiser.ipynb #ebd2f5c3
 def _at_least(cfg, lowest, *names):
     for n in names:
         v = getattr(cfg, n)
@@ -46,16 +46,15 @@ class DenoiserConfig:
     def __post_init__(self):
         _at_least(self, 1, 'vocab_size', 'seq_len', 'd_model', 'n_heads', 'n_layers', 'coupling_depth')
         head_dim(self.d_model, self.n_heads)
-        self.n_bijective_layers = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
-        self.bijective_ratio = self.n_bijective_layers/self.n_layers
+        n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
         if self.coupling_hidden_dim is not None: _at_least(self, 1, 'coupling_hidden_dim')
         if self.lattice_bits is not None and not 1<=self.lattice_bits<=20: raise ValueError(f'lattice_bits is {self.lattice_bits}; expected 1 to 20, or None')
         if self.local_window<0 or (self.local_window and self.local_window%2==0): raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
         if not 0<=self.dropout<1: raise ValueError(f'dropout is {self.dropout}; expected a number from 0 to below 1')
-        if self.latent_density and self.n_bijective_layers<self.n_layers:
-            raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; n_bijective_layers is {self.n_bijective_layers}')
+        if self.latent_density and n_bijective<self.n_layers:
+            raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; {n_bijective} of them are')
 
-# %% ../nbs/11_denoiser.ipynb #0fe92fee
+# %% ../nbs/11_denoiser.ipynb #a01b1e19
 class BijectiveDenoiser(nn.Module):
     "Logits over the clean alphabet from a text with masks"
     def __init__(self,
@@ -65,7 +64,7 @@ class BijectiveDenoiser(nn.Module):
         self.config,self.tokenizer = config,None
         c = config
         self.embed = nn.Embedding(c.vocab_size+1, c.d_model)
-        self.backbone = BijectiveTransformer(c.n_layers, c.d_model, c.n_heads, c.n_bijective_layers, lattice_bits=c.lattice_bits,
+        self.backbone = BijectiveTransformer(c.n_layers, c.d_model, c.n_heads, c.n_bijective_layers, c.bijective_ratio, c.lattice_bits,
             coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window, dropout=c.dropout)
         self.norm,self.readout = nn.LayerNorm(c.d_model),nn.Linear(c.d_model, c.vocab_size)
         self.latent = LatentDensity(2*c.d_model) if c.latent_density else None
@@ -77,7 +76,7 @@ class BijectiveDenoiser(nn.Module):
     @property
     def device(self)->torch.device: return self.embed.weight.device
 
-# %% ../nbs/11_denoiser.ipynb #c98b866a
+# %% ../nbs/11_denoiser.ipynb #4342f215
 @patch
 def state(self:BijectiveDenoiser,
     xt:Tensor, # Ids 0..V, (B, L)
@@ -107,7 +106,7 @@ def forward(self:BijectiveDenoiser,
     t:Tensor=None, # Times, (B,); masked diffusion needs none, as the number of masks says it all
 )->Tensor: # Logits over the clean alphabet, (B, L, V)
     y,_ = self.backbone(self.state(xt))
-    if self.latent is not None: self.latent_nll = self.latent(y)
+    if self.latent is not None and self.training: self.latent_nll = self.latent(y)      # of the states with noise on them
     return self.read(y)
 
 # %% ../nbs/11_denoiser.ipynb #2ee8468a
@@ -129,7 +128,7 @@ class LatentDensity(nn.Module):
         z = (y-self.mu)*(-self.log_s).exp()
         return (0.5*z**2 + self.log_s + 0.5*math.log(2*math.pi)).sum(-1)
 
-# %% ../nbs/11_denoiser.ipynb #a48ff7b1
+# %% ../nbs/11_denoiser.ipynb #131c894f
 def _roundtrip(backbone, h, dtype):
     with torch.autocast(h.device.type, dtype, enabled=dtype!=torch.float32):
         return (backbone.inverse(backbone(h)[0])[0]-h).abs().max().item()
@@ -143,11 +142,13 @@ def inverse_errors(
     bits,was_training,res = model.config.lattice_bits,model.training,{}
     model.eval()
     h = model.state(xt.to(model.device))
-    for name,b in dict(lattice=bits, float=None).items():
-        for block in model.backbone.blocks: block.lattice_bits = b
-        for dtype in (torch.float32, torch.bfloat16): res[f'{name} {str(dtype)[6:]}'] = _roundtrip(model.backbone, h, dtype)
-    for block in model.backbone.blocks: block.lattice_bits = bits
-    model.train(was_training)
+    try:
+        for name,b in (dict(float=None) if bits is None else dict(lattice=bits, float=None)).items():
+            for block in model.backbone.blocks: block.lattice_bits = b
+            for dtype in (torch.float32, torch.bfloat16): res[f'{name} {str(dtype)[6:]}'] = _roundtrip(model.backbone, h, dtype)
+    finally:
+        for block in model.backbone.blocks: block.lattice_bits = bits
+        model.train(was_training)
     return res
 
 # %% ../nbs/11_denoiser.ipynb #3f3ae6f7

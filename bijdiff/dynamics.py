@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Trend', 'fit_trend', 'plot_trend']
 
-# %% ../nbs/16_dynamics.ipynb #8687cf09
+# %% ../nbs/16_dynamics.ipynb #bcdcf81a
 from typing import NamedTuple
 import numpy as np
 import matplotlib.pyplot as plt
 from scipy.optimize import curve_fit
-from fastcore.basics import store_attr
 
 # %% ../nbs/16_dynamics.ipynb #572517de
 class Trend(NamedTuple):

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['closing_nats', 'reconstruction_nats', 'nelbo_draws', 'Bound', 'nelbo', 'Score', 'pieces', 'score_ids']
 
-# %% ../nbs/13_likelihood.ipynb #dbb30aa8
+# %% ../nbs/13_likelihood.ipynb #25ca7f4d
 import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from fastcore.basics import store_attr
 from .corruption import Corruption, Schedule, HalfCosine, low_discrepancy_times
 from .denoiser import BijectiveDenoiser
 from .objective import masked_nelbo, reconstruction_term, closing_term
@@ -36,10 +35,10 @@ def reconstruction_nats(
     z = corrupt(x, torch.zeros(len(x), device=x.device), g)
     return reconstruction_term(model(z), x, z).sum(1)
 
-# %% ../nbs/13_likelihood.ipynb #5bf38705
+# %% ../nbs/13_likelihood.ipynb #9ba1cad3
 def _one_draw(model, x, corrupt, g):
     "Integrand at one random time per text, and reconstruction term, nats per text, (B,)"
-    t = low_discrepancy_times(len(x), corrupt.T, g)[torch.randperm(len(x), generator=g)].to(x.device)
+    t = low_discrepancy_times(len(x), corrupt.T, g)[torch.randperm(len(x), generator=g)]
     xt = corrupt(x, t, g)
     return masked_nelbo(model(xt), x, xt, t, corrupt.schedule, corrupt.T).sum(1) + reconstruction_nats(model, x, corrupt, g)
 
@@ -62,7 +61,7 @@ def nelbo_draws(
     model.train(was_training)
     return draws.cpu()
 
-# %% ../nbs/13_likelihood.ipynb #d07f0bdc
+# %% ../nbs/13_likelihood.ipynb #a7e288d4
 class Bound(NamedTuple):
     "An estimate of an upper bound on minus the log-probability"
     mean:Tensor # (B,), nats per text
@@ -72,7 +71,7 @@ def nelbo(
     model:BijectiveDenoiser, # The denoiser
     x:Tensor, # Clean ids, (B, L)
     n:int=16, # Draws, at least 2
-    schedule:Schedule|None=None, # HalfCosine() if None: in continuous time it changes the error only
+    schedule:Schedule|None=None, # HalfCosine() if None: in continuous time it changes little but the error
     T:int|None=None, # Number of steps; continuous time if None
     seed:int=0, # Of times and masks
 )->Bound:

@@ -11,7 +11,7 @@ from torch import Tensor
 import torch.nn.functional as F
 from .corruption import Schedule
 
-# %% ../nbs/09_objective.ipynb #596d28f6
+# %% ../nbs/09_objective.ipynb #6eb0c69d
 def token_nll(
     logits:Tensor, # (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
@@ -41,8 +41,9 @@ def masked_nelbo(
 )->Tensor: # Integrand of the bound per token, nats, (B, L); 0 where nothing is masked
     "The masked diffusion bound at one time, without its end terms"
     masked = xt==logits.shape[-1]
-    w = time_weight(t, schedule, T)
-    return torch.where(masked, token_nll(logits, x0)*w[:,None].to(logits.device), 0.)
+    nll = token_nll(logits, x0)
+    w = time_weight(t.cpu().double(), schedule, T).to(nll.dtype).to(nll.device)     # float64, which not every device has
+    return torch.where(masked, nll*w[:,None], 0.)
 
 # %% ../nbs/09_objective.ipynb #faa5f731
 def reconstruction_term(

@@ -6,12 +6,11 @@
 __all__ = ['BLANK', 'reveal_probs', 'token_probs', 'sample', 'prompt_template', 'infill_template', 'film_strip',
            'plot_film_strip']
 
-# %% ../nbs/12_sampling.ipynb #59114cb5
+# %% ../nbs/12_sampling.ipynb #eebcb5fe
 import re, math
 import torch
 from torch import Tensor
 import matplotlib.pyplot as plt
-from fastcore.basics import store_attr
 from .corruption import Schedule, Cosine
 from .denoiser import BijectiveDenoiser
 from .tokens import Tokenizer, MASK_CHAR
@@ -43,12 +42,12 @@ def token_probs(
     p = p.scatter(-1, order, sorted_p.masked_fill(dropped, 0.))
     return p/p.sum(-1, keepdim=True)
 
-# %% ../nbs/12_sampling.ipynb #e4400d1d
+# %% ../nbs/12_sampling.ipynb #3989e547
 def _start(model, n, template, length):
     "Ids to begin with, (n, L)"
     length = length or model.config.seq_len
     if template is None: template = torch.full((length,), model.mask_id)
-    x = torch.as_tensor(template, dtype=torch.long)
+    x = torch.as_tensor(template, dtype=torch.long, device='cpu')
     x = (x.expand(n, -1) if x.ndim==1 else x).clone()
     if x.ndim!=2 or len(x)!=n: raise ValueError(f'template has shape {tuple(x.shape)}; expected (L,) or (n, L) with n={n}')
     if x.shape[1]>model.config.seq_len: raise ValueError(f'template has {x.shape[1]} tokens; the model takes at most seq_len={model.config.seq_len}')

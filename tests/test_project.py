@@ -68,4 +68,11 @@ def test_modules_are_exported():
     status,out = run('nbdev_export')
     after = {p:p.read_text() for p in sorted((root/'bijdiff').glob('*.py'))}
     changed = [p.name for p in after if after[p]!=before.get(p)]
+    for p,text in before.items(): p.write_text(text)                        # a test repairs nothing
     assert status==0 and not changed, f'{changed} differ from the notebooks: edit the notebooks, run nbdev_export and commit {out}'
+
+def test_results_that_are_quoted_exist():
+    "Every result file a notebook names is there"
+    named = {m for p in notebooks for m in re.findall(r'benchmarks/\w+\.jsonl?', p.read_text(encoding='utf-8'))}
+    missing = [n for n in named if not (root/n).exists()]
+    assert named and not missing, f'{missing} are quoted in notebooks: run the script of the same name and commit its result'
