@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequential', 'dense_logdet', 'BijectionReport',
-           'check_bijection']
+           'check_bijection', 'BijectionTransform', 'as_transform']
 
-# %% ../nbs/00_core.ipynb #37b71b8e
+# %% ../nbs/00_core.ipynb #7eeaa3a0
 import torch
 from torch import nn, Tensor
+from torch.distributions import constraints
+from torch.distributions.transforms import Transform
 from typing import NamedTuple
 
 # %% ../nbs/00_core.ipynb #8d138907
@@ -64,18 +66,23 @@ class BijectiveSequential(Bijection):
     def forward(self, x:Tensor, **context): return self._walk(x, self.layers, context)
     def inverse(self, y:Tensor, **context): return self._walk(y, [l.inverse for l in reversed(self.layers)], context)
 
-# %% ../nbs/00_core.ipynb #43f320e7
+# %% ../nbs/00_core.ipynb #98bbee85
+def _of_example(context, i, B):
+    "The context of example i: tensors (B, ...) are cut, everything else is for all"
+    return {k:v[i:i+1] if isinstance(v, Tensor) and v.ndim and len(v)==B else v for k,v in context.items()}
+
 def dense_logdet(
     f, # Map of states (B, ...) to (state, logdet)
     x:Tensor, # State, (B, ...); small
+    **context, # Passed on; tensors (B, ...) belong to the examples one by one
 )->Tensor: # (B,), nats
     "log |det| of the dense Jacobian of each example of `f`, by automatic differentiation"
-    def one(xi):
-        J = torch.autograd.functional.jacobian(lambda o: f(o[None])[0][0], xi)
+    def one(xi, context):
+        J = torch.autograd.functional.jacobian(lambda o: f(o[None], **context)[0][0], xi)
         return torch.linalg.slogdet(J.reshape(xi.numel(), xi.numel()))[1]
-    return torch.stack([one(xi) for xi in x])
+    return torch.stack([one(xi, _of_example(context, i, len(x))) for i,xi in enumerate(x)])
 
-# %% ../nbs/00_core.ipynb #0aae1fd9
+# %% ../nbs/00_core.ipynb #e833a24c
 class BijectionReport(NamedTuple):
     "The largest errors that `check_bijection` saw"
     inverse_error: float # max |x - inverse(forward(x))|
@@ -96,7 +103,43 @@ def check_bijection(
     xr,ild = f.inverse(y, **context)
     zero = [sum_log_determinants([l], x) for l in (ld,ild)]
     rep = BijectionReport(_worst(xr-x), _worst(f(xr, **context)[0]-y), _worst(zero[0]+zero[1]),
-                          _worst(zero[0] - dense_logdet(lambda o: f(o, **context), x)))
+                          _worst(zero[0] - dense_logdet(f, x, **context)))
     bad = [f'{k} is {v:.3g}' for k,v in rep._asdict().items() if not v<=atol]
     if bad: raise AssertionError(f"{type(f).__name__}: {', '.join(bad)}; expected at most {atol:g}")
     return rep
+
+# %% ../nbs/00_core.ipynb #2bf63d0c
+class BijectionTransform(Transform):
+    "A `Bijection` with the interface of `torch.distributions`"
+    bijective = True
+    def __init__(self,
+        f:Bijection, # The map
+        event_dim:int=1, # Axes of one example: 1 for (D,), 2 for (L, D)
+        context:dict|None=None, # Keywords for both directions of the map
+        cache_size:int=0, # 1 to remember the last pair, as every Transform can
+    ):
+        if event_dim<1: raise ValueError(f'event_dim is {event_dim}; expected at least 1, the feature axis')
+        super().__init__(cache_size)
+        self.f,self.n_axes,self.context = f,event_dim,context or {}
+
+    @property
+    def domain(self): return constraints.independent(constraints.real, self.n_axes)
+    codomain = domain
+
+    def with_cache(self, cache_size=1): return type(self)(self.f, self.n_axes, self.context, cache_size)
+    def _on_batch(self, g, x):
+        "`g` on `x` with its leading axes folded into one batch"
+        y,logdet = g(x.reshape(-1, *x.shape[-self.n_axes:]), **self.context)
+        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(x.shape[:-self.n_axes])
+    def _call(self, x): return self._on_batch(self.f, x)[0]
+    def _inverse(self, y): return self._on_batch(self.f.inverse, y)[0]
+    def log_abs_det_jacobian(self, x, y): return self._on_batch(self.f, x)[1]
+
+def as_transform(
+    f:Bijection, # Any bijection
+    event_dim:int=1, # Axes of one example: 1 for (D,), 2 for (L, D)
+    **context, # Passed to both directions
+)->BijectionTransform: # For use in TransformedDistribution
+    "A bijection as a transform of `torch.distributions`"
+    if not getattr(f, 'is_bijective', False): raise ValueError(f'{type(f).__name__} is no bijection, so it makes no transform')
+    return BijectionTransform(f, event_dim, context)

@@ -20,7 +20,7 @@ from .block import BijectiveTransformer, count_bijective
 from .coupling import to_lattice
 from .tokens import tokenizer_from_dict
 
-# %% ../nbs/11_denoiser.ipynb #ebd2f5c3
+# %% ../nbs/11_denoiser.ipynb #aef4dd5b
 def _at_least(cfg, lowest, *names):
     for n in names:
         v = getattr(cfg, n)
@@ -41,6 +41,7 @@ class DenoiserConfig:
     coupling_depth:int = 2 # Linear layers of the perceptron
     local_window:int = 7 # Positions of local mixing, odd; 0 for none
     dropout:float = 0. # Probability of dropping a feature in training
+    reversible:bool = True # Rebuild the activations of bijective blocks in the backward pass, or store them
     latent_density:bool = False # Train a density on the states beside the denoiser
 
     def __post_init__(self):
@@ -54,7 +55,7 @@ class DenoiserConfig:
         if self.latent_density and n_bijective<self.n_layers:
             raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; {n_bijective} of them are')
 
-# %% ../nbs/11_denoiser.ipynb #a01b1e19
+# %% ../nbs/11_denoiser.ipynb #50c4406b
 class BijectiveDenoiser(nn.Module):
     "Logits over the clean alphabet from a text with masks"
     def __init__(self,
@@ -64,7 +65,7 @@ class BijectiveDenoiser(nn.Module):
         self.config,self.tokenizer = config,None
         c = config
         self.embed = nn.Embedding(c.vocab_size+1, c.d_model)
-        self.backbone = BijectiveTransformer(c.n_layers, c.d_model, c.n_heads, c.n_bijective_layers, c.bijective_ratio, c.lattice_bits,
+        self.backbone = BijectiveTransformer(c.n_layers, c.d_model, c.n_heads, c.n_bijective_layers, c.bijective_ratio, c.lattice_bits, c.reversible,
             coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window, dropout=c.dropout)
         self.norm,self.readout = nn.LayerNorm(c.d_model),nn.Linear(c.d_model, c.vocab_size)
         self.latent = LatentDensity(2*c.d_model) if c.latent_density else None
@@ -76,7 +77,7 @@ class BijectiveDenoiser(nn.Module):
     @property
     def device(self)->torch.device: return self.embed.weight.device
 
-# %% ../nbs/11_denoiser.ipynb #4342f215
+# %% ../nbs/11_denoiser.ipynb #88443ecb
 @patch
 def state(self:BijectiveDenoiser,
     xt:Tensor, # Ids 0..V, (B, L)
@@ -104,8 +105,9 @@ def read(self:BijectiveDenoiser,
 def forward(self:BijectiveDenoiser,
     xt:Tensor, # Ids 0..V, the mask being V, (B, L)
     t:Tensor=None, # Times, (B,); masked diffusion needs none, as the number of masks says it all
+    mask:Tensor|None=None, # (B, L), False at padding, which then influences nothing; None for no padding
 )->Tensor: # Logits over the clean alphabet, (B, L, V)
-    y,_ = self.backbone(self.state(xt))
+    y,_ = self.backbone(self.state(xt), mask=mask)
     if self.latent is not None and self.training: self.latent_nll = self.latent(y)      # of the states with noise on them
     return self.read(y)
 
@@ -128,7 +130,7 @@ class LatentDensity(nn.Module):
         z = (y-self.mu)*(-self.log_s).exp()
         return (0.5*z**2 + self.log_s + 0.5*math.log(2*math.pi)).sum(-1)
 
-# %% ../nbs/11_denoiser.ipynb #131c894f
+# %% ../nbs/11_denoiser.ipynb #d111b170
 def _roundtrip(backbone, h, dtype):
     with torch.autocast(h.device.type, dtype, enabled=dtype!=torch.float32):
         return (backbone.inverse(backbone(h)[0])[0]-h).abs().max().item()
@@ -144,15 +146,15 @@ def inverse_errors(
     h = model.state(xt.to(model.device))
     try:
         for name,b in (dict(float=None) if bits is None else dict(lattice=bits, float=None)).items():
-            for block in model.backbone.blocks: block.lattice_bits = b
+            model.backbone.set_lattice(b)
             for dtype in (torch.float32, torch.bfloat16): res[f'{name} {str(dtype)[6:]}'] = _roundtrip(model.backbone, h, dtype)
     finally:
-        for block in model.backbone.blocks: block.lattice_bits = bits
+        model.backbone.set_lattice(bits)
         model.train(was_training)
     return res
 
-# %% ../nbs/11_denoiser.ipynb #3f3ae6f7
-FORMAT,VERSION = 'bijdiff',1
+# %% ../nbs/11_denoiser.ipynb #a8db4599
+FORMAT,VERSION = 'bijdiff',2
 
 def write_atomically(
     folder, # Where the files go; made if missing
@@ -185,7 +187,7 @@ def save_pretrained(self:BijectiveDenoiser,
     write_atomically(folder, {**files, 'model.safetensors': to_safetensors(weights, meta)})
     return Path(folder)
 
-# %% ../nbs/11_denoiser.ipynb #9381d6e7
+# %% ../nbs/11_denoiser.ipynb #a324046d
 def _read_weights(path):
     "Tensors and header of a safetensors file"
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist; expected a folder written by save_pretrained')
@@ -202,8 +204,9 @@ def _read_part(folder, name, meta):
 
 def _check_format(meta, path):
     if meta.get('format')!=FORMAT: raise ValueError(f'{path} was not written by bijdiff')
-    if not meta.get('version','').isdigit() or int(meta['version'])>VERSION:
-        raise ValueError(f"{path} has format version {meta.get('version')}; this bijdiff reads up to {VERSION}: please upgrade it")
+    version = meta.get('version', '')
+    if not version.isdigit() or int(version)>VERSION: raise ValueError(f'{path} has format version {version}; this bijdiff reads version {VERSION}: please upgrade it')
+    if int(version)<VERSION: raise ValueError(f'{path} has format version {version}, whose blocks had other parts; this bijdiff reads version {VERSION}: train the model again')
 
 # %% ../nbs/11_denoiser.ipynb #f06824f9
 def _load(folder, device):

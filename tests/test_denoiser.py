@@ -38,7 +38,7 @@ def test_tokenizers_give_the_text_back(text, kind):
 
 def test_a_network_that_leaves_the_lattice_is_an_error():
     m = BijectiveTransformer(1, 4, 2, lattice_bits=12)
-    torch.nn.init.constant_(m.blocks[0].mlp[1][-1].bias, 2000.)
+    torch.nn.init.constant_(m.blocks[0].f.pointwise[-1].bias, 2000.)
     with pytest.raises(LatticeError, match='leaves the lattice'): m(torch.zeros(1, 3, 8))
 
 def test_dropout_is_redrawn_but_inverts_in_eval_mode():
