@@ -4,8 +4,8 @@
     python benchmarks/reversible.py --preset gpu   # one GPU; also the largest batches; writes benchmarks/reversible_gpu.json
 
 Memory: most bytes that tensors hold during forward and backward, above what they hold before it, when weights, their gradients and the input are there. Time:
-the networks of one depth take turns step by step; ratios are medians over the turns. The other packages (pip: revtorch, reformer-pytorch, memcnn, revlib) are
-optional and get the same sub-networks, which are PyTorch's own layers, as `plain streams`."""
+the networks of one depth take turns step by step; ratios are quartiles over the turns, with the median in the middle. The other packages (pip: revtorch,
+reformer-pytorch, memcnn, revlib) are optional and get the same sub-networks, of PyTorch's own layers, as `plain streams`."""
 import gc, importlib.metadata, json, math, os, platform, statistics, time, warnings
 from functools import partial
 from itertools import accumulate
@@ -71,18 +71,22 @@ def compiled(stack):
     return stack
 
 def by_revtorch(pairs):
+    "The pairs as a reversible sequence of revtorch"
     from revtorch import ReversibleBlock, ReversibleSequence
     return ReversibleSequence(nn.ModuleList(ReversibleBlock(f, g, split_along_dim=-1) for f,g in pairs))
 
 def by_reformer(pairs):
+    "The pairs as a reversible sequence of reformer-pytorch"
     from reformer_pytorch.reversible import ReversibleSequence
     return ReversibleSequence(nn.ModuleList(pairs))
 
 def by_memcnn(pairs):
+    "The pairs as a reversible sequence of memcnn"
     from memcnn import AdditiveCoupling, InvertibleModuleWrapper
     return nn.Sequential(*[InvertibleModuleWrapper(AdditiveCoupling(f, g, split_dim=-1)) for f,g in pairs])
 
 def by_revlib(pairs):
+    "The pairs as a reversible sequence of revlib"
     from revlib import ReversibleSequential
     return ReversibleSequential(*[m for pair in pairs for m in pair], split_dim=-1)
 
@@ -153,11 +157,13 @@ def train_step(net, x, bf16, inside=False):
     if not inside: loss.backward()
 
 def synchronise(device):
+    "Wait for the device"
     if torch.device(device).type=='cuda': torch.cuda.synchronize()
 
 # Memory
 
 def peak_cuda(prepare):
+    "Peak by the allocator of the GPU"
     step = prepare()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -165,6 +171,7 @@ def peak_cuda(prepare):
     return torch.cuda.max_memory_allocated()-before
 
 def peak_cpu(prepare):
+    "Peak by the allocations and releases that the profiler sees"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step = prepare()
         with record_function('measured'): step()
@@ -231,12 +238,13 @@ def times(steppers, steps):
     return seconds
 
 def ratio(a, b):
-    "Median of the ratio turn by turn"
-    return round(statistics.median(x/y for x,y in zip(a, b)), 3)
+    "Quartiles of the ratio turn by turn, the median in the middle"
+    return [round(q, 3) for q in statistics.quantiles((x/y for x,y in zip(a, b)), n=4, method='inclusive')]
 
 def time_row(name, seconds):
     "Median milliseconds, and ratios to the networks with stored activations"
-    ratios = {f'to_{k}'.replace(', ', '_').replace(' ', '_'):ratio(seconds[name], seconds[k]) for k in dict.fromkeys(['plain', kinds[name].stored]) if k in seconds}
+    bases = [k for k in dict.fromkeys(['plain', kinds[name].stored]) if k in seconds]
+    ratios = {f'to {k}':ratio(seconds[name], seconds[k]) for k in bases}
     return dict(ms=round(1e3*statistics.median(seconds[name]), 1), **ratios)
 
 # Exactness
@@ -326,7 +334,9 @@ def write(path, res):
     part.write_text(json.dumps(res, indent=1)+'\n')
     os.replace(part, path)
 
-def ints(text): return [int(o) for o in text.split(',') if o]
+def ints(text):
+    "Whole numbers between commas"
+    return [int(o) for o in text.split(',') if o]
 
 @call_parse
 def main(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/19_all.ipynb #09c1b78f
-from . import core,coupling,reversible,norm,attention,block,corruption,objective,tokens,denoiser,sampling,likelihood,data,dynamics,learner
+# %% ../nbs/19_all.ipynb #ba52bed1
+from . import core,coupling,reversible,norm,attention,attention_inverse,block,multiscale,corruption,objective,tokens,denoiser,sampling,likelihood,data,dynamics,learner
 
-_modules = core,coupling,reversible,norm,attention,block,corruption,objective,tokens,denoiser,sampling,likelihood,data,dynamics,learner
+_modules = core,coupling,reversible,norm,attention,attention_inverse,block,multiscale,corruption,objective,tokens,denoiser,sampling,likelihood,data,dynamics,learner
 __all__ = sorted({n for m in _modules for n in m.__all__})
 globals().update({n:getattr(m, n) for m in _modules for n in m.__all__})

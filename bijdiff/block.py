@@ -110,7 +110,7 @@ class BijectiveTransformerBlock(AdditiveCoupling):
 
     def extra_repr(self)->str: return f'attention={self.attention!r}, ffn={self.ffn!r}, lattice_bits={self.lattice_bits}'
 
-# %% ../nbs/05_block.ipynb #406bdc54
+# %% ../nbs/05_block.ipynb #64ca1403
 def _read(kind, x1, x2): return x2 if kind=='bijective' else x1+x2
 
 @patch
@@ -122,7 +122,7 @@ def update(self:BijectiveTransformerBlock,
     rotary:tuple|None=None, # Rotary angles that layers share
 )->Tensor: # (B, L, d_model)
     "What the block adds to the active stream"
-    x2 = x2.view_as(x2)
+    x2,cond = x2.view_as(x2),None if cond is None else cond.view_as(cond)
     read = None if self.attention==self.ffn else _read(self.ffn, x1, x2)
     return at_text(self.f(_read(self.attention, x1, x2), mask=mask, cond=cond, rotary=rotary, read=read), mask)
 
@@ -165,7 +165,7 @@ class TimeEmbedding(nn.Module):
         angles = t[:,None].to(self.freqs)*self.freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
-# %% ../nbs/05_block.ipynb #f0079c42
+# %% ../nbs/05_block.ipynb #df257c47
 class BijectiveTransformer(Bijection):
     "A stack of transformer blocks on a state of two streams, exactly invertible where all blocks are bijective"
     def __init__(self,
@@ -190,6 +190,10 @@ class BijectiveTransformer(Bijection):
     @property
     def is_bijective(self)->bool: return all(b.is_bijective for b in self.blocks)
 
+    def couplings(self)->nn.ModuleList: # Of AdditiveCoupling
+        "The run of couplings that makes up the bijective layers"
+        return self.blocks[:self.n_bijective_layers]
+
     def _context(self, x, mask, t):
         "Keywords of the blocks"
         require_lattice(x, self.lattice_bits)
@@ -204,9 +208,9 @@ class BijectiveTransformer(Bijection):
         mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
         t:Tensor|None=None, # Times, (B,), where the stack is conditioned on them
     )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,), which is 0 for couplings
-        context,n = self._context(x, mask, t),self.n_bijective_layers
-        y = couple_all(self.blocks[:n], x, self.reversible, **context)
-        return couple_all(self.blocks[n:], y, False, **context), sum_log_determinants([], x)
+        context,run = self._context(x, mask, t),self.couplings()
+        y = couple_all(run, x, self.reversible, **context)
+        return couple_all(self.blocks[self.n_bijective_layers:], y, False, len(run), **context), sum_log_determinants([], x)
 
     def inverse(self,
         y:Tensor, # State, (B, L, 2*d_model)
@@ -216,7 +220,7 @@ class BijectiveTransformer(Bijection):
         "All blocks backwards"
         if not self.is_bijective:
             raise ValueError(f'this stack cannot be inverted: its layers {self._layers()[1]} are standard and read both streams; choose bijective_ratio=1')
-        return uncouple_all(self.blocks, y, **self._context(y, mask, t)), sum_log_determinants([], y)
+        return uncouple_all(self.couplings(), y, **self._context(y, mask, t)), sum_log_determinants([], y)
 
     def _layers(self):
         "Numbers of the bijective and of the standard layers"
@@ -231,10 +235,10 @@ class BijectiveTransformer(Bijection):
         bits:int|None, # Grid of the states; None for plain floating point
     ):
         "Move the stack to another lattice, or off it"
-        for m in (self, *self.blocks): m.lattice_bits = bits
+        for m in (self, *self.blocks, *self.couplings()): m.lattice_bits = bits
 
     def compile(self, **kwargs):
-        "Compile the two stages of every block with torch.compile; keywords go there"
-        for b in self.blocks:
-            b.f.mixer.compile(**kwargs)
-            b.f.pointwise.compile(**kwargs)
+        "Compile the two stages of every coupling with torch.compile; keywords go there"
+        for c in {*self.couplings(), *self.blocks}:
+            c.f.mixer.compile(**kwargs)
+            c.f.pointwise.compile(**kwargs)

@@ -53,7 +53,7 @@ def lattice_limit(
 class LatticeError(ValueError):
     "A number that the lattice cannot hold: too large, none at all, or between its points"
 
-# %% ../nbs/01_coupling.ipynb #bcbd1e9b
+# %% ../nbs/01_coupling.ipynb #5273f72e
 def _share(t, limit):
     "The largest size in t as a share of the limit; NaN if there is one"
     t = t.detach()
@@ -63,11 +63,12 @@ def check_sizes(
     sizes, # One (2,) tensor per layer: the largest update and the largest state, as shares of what the grid allows
     bits:int, # k
     dtype:torch.dtype, # Precision of the states
+    first:int=0, # Number of the first layer, for the message
 ):
     "Raise `LatticeError` if any update or state is too large for the lattice, or NaN"
     for layer,row in enumerate(torch.stack(sizes).tolist()):
         for what,share,limit in zip(('an update', 'a state'), row, (lattice_limit(bits, dtype)/4, lattice_limit(bits, dtype))):
-            if not share<1: raise LatticeError(f'{what} of size {share*limit:.4g} leaves the lattice{f" in layer {layer}" if len(sizes)>1 else ""}; with lattice_bits={bits} '
+            if not share<1: raise LatticeError(f'{what} of size {share*limit:.4g} leaves the lattice{f" in layer {first+layer}" if len(sizes)>1 else ""}; with lattice_bits={bits} '
                 f'in {dtype} it must stay below {limit:g}: use fewer lattice_bits, or find out why the state grows')
 
 # %% ../nbs/01_coupling.ipynb #0421c5a4
@@ -153,7 +154,7 @@ class AdditiveCoupling(Bijection):
     def forward(self, x:Tensor, **context): return self._on_state(self.couple, x, context)
     def inverse(self, y:Tensor, **context): return self._on_state(self.uncouple, y, context)
 
-# %% ../nbs/01_coupling.ipynb #29da4318
+# %% ../nbs/01_coupling.ipynb #740a5c13
 def at_text(
     t:Tensor, # (B, L, D)
     mask:Tensor|None, # (B, L), True where there is text; None for everywhere
@@ -161,11 +162,13 @@ def at_text(
     "Zero at padding"
     return t if mask is None else t.masked_fill(~mask[...,None], 0)
 
+def _own(t): return t.view_as(t) if isinstance(t, Tensor) else t
+
 @patch
 def update(self:AdditiveCoupling, x1:Tensor|None, x2:Tensor, mask:Tensor|None=None, **context)->Tensor:
     "What is added to the active half `x1`, which it does not look at, `(..., d)`"
     if mask is not None: context['mask'] = mask
-    return at_text(self.f(x2.view_as(x2), **context), mask)
+    return at_text(self.f(_own(x2), **{k:_own(v) for k,v in context.items()}), mask)
 
 @patch
 def step(self:AdditiveCoupling, x1:Tensor, x2:Tensor, **context)->tuple[Tensor,Tensor|None]:
@@ -237,13 +240,13 @@ class PairRotation(Bijection):
     def forward(self, x:Tensor, **context): return self._rotate(x, self.theta)
     def inverse(self, y:Tensor, **context): return self._rotate(y, -self.theta)
 
-# %% ../nbs/01_coupling.ipynb #8ee8af19
+# %% ../nbs/01_coupling.ipynb #729c35e6
 def shear_factors(
     A:Tensor, # Square matrix of determinant 1 or -1, (n, n)
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # perm (n,), L, U (n, n) with ones on their diagonals, and s (n,)
-    "`A = P L U S`, in float64: `(P v)[perm] = v`, S the identity with `s` as its last row; U's last diagonal entry carries the sign"
+    "`A = P L U S`, in the precision of A: `(P v)[perm] = v`, S the identity with `s` as its last row; U's last diagonal entry carries the sign"
     if A.ndim!=2 or A.shape[0]!=A.shape[1]: raise ValueError(f'A has shape {tuple(A.shape)}; expected a square matrix')
-    U,n = A.detach().double().clone(),len(A)
+    U,n = A.detach().cpu().double().clone(),len(A)                   # on the CPU: not every device has float64
     det = torch.linalg.det(U).item()
     if not abs(abs(det)-1)<1e-4: raise ValueError(f'A has determinant {det:.6g}; expected 1 or -1, only such matrices are products of shears')
     perm,L,s = torch.arange(n),torch.eye(n, dtype=torch.float64),torch.zeros(n, dtype=torch.float64)
@@ -257,7 +260,7 @@ def shear_factors(
         U[k+1:] -= L[k+1:,k,None]*U[k]
     U[-1,-1] = U[-1,-1].sign()                                       # 1 or -1 up to rounding
     s[-1] = 1.
-    return perm, L, U.triu(), s
+    return perm.to(A.device), *(m.to(A) for m in (L, U.triu(), s))
 
 # %% ../nbs/01_coupling.ipynb #c87e678a
 class ShearedLinear(Bijection):

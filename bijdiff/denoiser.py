@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'DenoiserConfig', 'BijectiveDenoiser', 'LatentDensity', 'inverse_errors', 'write_atomically']
 
-# %% ../nbs/11_denoiser.ipynb #a3004acf
+# %% ../nbs/11_denoiser.ipynb #c1adeb08
 import json, math, os, hashlib, tempfile
 from dataclasses import dataclass, asdict
 from pathlib import Path
@@ -18,9 +18,10 @@ from fastcore.basics import patch
 from .attention import head_dim
 from .block import BijectiveTransformer, count_bijective
 from .coupling import to_lattice
+from .multiscale import MultiscaleTransformer
 from .tokens import tokenizer_from_dict
 
-# %% ../nbs/11_denoiser.ipynb #aef4dd5b
+# %% ../nbs/11_denoiser.ipynb #329efd10
 def _at_least(cfg, lowest, *names):
     for n in names:
         v = getattr(cfg, n)
@@ -42,10 +43,12 @@ class DenoiserConfig:
     local_window:int = 7 # Positions of local mixing, odd; 0 for none
     dropout:float = 0. # Probability of dropping a feature in training
     reversible:bool = True # Rebuild the activations of bijective blocks in the backward pass, or store them
+    enable_multiscale:bool = False # Local, segment and global couplings before every bijective block
+    segment_length:int = 16 # Positions of a segment, where they are enabled
     latent_density:bool = False # Train a density on the states beside the denoiser
 
     def __post_init__(self):
-        _at_least(self, 1, 'vocab_size', 'seq_len', 'd_model', 'n_heads', 'n_layers', 'coupling_depth')
+        _at_least(self, 1, 'vocab_size', 'seq_len', 'd_model', 'n_heads', 'n_layers', 'coupling_depth', 'segment_length')
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
         if self.coupling_hidden_dim is not None: _at_least(self, 1, 'coupling_hidden_dim')
@@ -55,7 +58,7 @@ class DenoiserConfig:
         if self.latent_density and n_bijective<self.n_layers:
             raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; {n_bijective} of them are')
 
-# %% ../nbs/11_denoiser.ipynb #50c4406b
+# %% ../nbs/11_denoiser.ipynb #85b86761
 class BijectiveDenoiser(nn.Module):
     "Logits over the clean alphabet from a text with masks"
     def __init__(self,
@@ -65,8 +68,9 @@ class BijectiveDenoiser(nn.Module):
         self.config,self.tokenizer = config,None
         c = config
         self.embed = nn.Embedding(c.vocab_size+1, c.d_model)
-        self.backbone = BijectiveTransformer(c.n_layers, c.d_model, c.n_heads, c.n_bijective_layers, c.bijective_ratio, c.lattice_bits, c.reversible,
-            coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window, dropout=c.dropout)
+        stack,scales = (MultiscaleTransformer, dict(segment_length=c.segment_length)) if c.enable_multiscale else (BijectiveTransformer, {})
+        self.backbone = stack(c.n_layers, c.d_model, c.n_heads, n_bijective_layers=c.n_bijective_layers, bijective_ratio=c.bijective_ratio, lattice_bits=c.lattice_bits, reversible=c.reversible,
+            coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window, dropout=c.dropout, **scales)
         self.norm,self.readout = nn.LayerNorm(c.d_model),nn.Linear(c.d_model, c.vocab_size)
         self.latent = LatentDensity(2*c.d_model) if c.latent_density else None
         nn.init.zeros_(self.readout.weight)

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from fastcore.basics import patch, store_attr
 from .coupling import AdditiveCoupling, at_text, lattice_step, lattice_undo, check_sizes
 
-# %% ../nbs/02_reversible.ipynb #2d2ed9a0
+# %% ../nbs/02_reversible.ipynb #d679a1c3
 class TwoStage(nn.Module):
     "`a + pointwise(u)` with `a, u = mixer(x)`; `pointwise` sees a portion of the positions at a time"
-    n_portions = 4 # Fixed, so that the hidden layer is a quarter of its size whatever the batch
+    n_portions = 8 # Fixed, so that the hidden layer takes an eighth of its size whatever the batch
     min_rows = 256 # Positions below which a portion is not worth its overhead
     def __init__(self,
         mixer:nn.Module, # From (B, L, d) and the context to two of (B, L, d)
@@ -151,7 +151,7 @@ def _portion(self:_Evaluation, params, rows, graph):
     self.replay.mark()
     return self.pointwise(params, rows.detach().requires_grad_(graph)).detach()
 
-# %% ../nbs/02_reversible.ipynb #18d8c691
+# %% ../nbs/02_reversible.ipynb #ee931fff
 @patch
 def backward(self:_Evaluation, tensors, g, x2_wants):
     "Rebuild the coupling's input on the tape; give the gradients of x2 and of `tensors`"
@@ -165,27 +165,29 @@ def backward(self:_Evaluation, tensors, g, x2_wants):
         g = at_text(g.to(a.dtype), mask)
         if u is None: t,outputs,grads,late = a.detach(),(a,),(g,),None
         else:
-            m,gu,late = self._backward_portions(params, u, g)
-            t,outputs,grads = a.detach()+m,(a, u),(g, gu)
+            t,gu,late = self._backward_portions(params, a.detach(), u, g)
+            outputs,grads = (a, u),(g, gu)
+        self.tape.state = lattice_undo(y2, at_text(t, mask), self.coupling.lattice_bits),y1
+        del t,y2                                                            # not while the mixer's gradients are computed
         early = _gradients(outputs, grads, ([x] if x2_wants else []) + (aliases if late is None else aliases[:n]))
-    self.tape.state = lattice_undo(y2, at_text(t, mask), self.coupling.lattice_bits),y1
     found = early + (late or [])
     return found if x2_wants else [None]+found
 
 @patch
-def _backward_portions(self:_Evaluation, params, u, g):
-    "Value of the second stage, gradient of its input, and the sums of its parameters' gradients"
-    portions,gs = self.coupling.f.portions(u.detach()),self.coupling.f.portions(g)
-    weights,values,gus = list(params[1].values()),[],[]
+def _backward_portions(self:_Evaluation, params, a, u, g):
+    "The update, gradient of the second stage's input, and the sums of its parameters' gradients"
+    t,gu,portions = a.new_empty(a.shape),u.detach().new_empty(u.shape),self.coupling.f.portions
+    weights = list(params[1].values())
     sums = [None]*len(weights)
-    for i in reversed(range(len(portions))):
+    for i,(rows,ga,ta,gua,aa) in reversed(list(enumerate(zip(*map(portions, (u.detach(), g, t, gu, a)))))):
         self.replay.rewind(i+1)
-        rows = portions[i].detach().requires_grad_()
+        rows = rows.detach().requires_grad_()
         v = self.pointwise(params, rows)
-        gu,*gw = _gradients([v], [gs[i]], [rows, *weights])
-        values.insert(0, v.detach()); gus.insert(0, gu)
-        sums = [b if a is None else a if b is None else a.add_(b) for a,b in zip(sums, gw)]
-    return torch.cat(values).view(u.shape), torch.cat(gus).view(u.shape), sums
+        torch.add(aa, v.detach(), out=ta)
+        found,*gw = _gradients([v], [ga], [rows, *weights])
+        gua.copy_(found)
+        sums = [q if p is None else p if q is None else p.add_(q) for p,q in zip(sums, gw)]
+    return t, gu, sums
 
 # %% ../nbs/02_reversible.ipynb #d79c29ab
 class _Tape:
@@ -222,36 +224,37 @@ class _End(torch.autograd.Function):
         ctx.tape.state = tuple(h.contiguous() for h in y.chunk(2, -1))
         return None, *g.chunk(2, -1)
 
-# %% ../nbs/02_reversible.ipynb #3d0a4956
-def _checked(couplings, sizes, dtype):
-    if sizes and sizes[0] is not None: check_sizes(sizes, couplings[0].lattice_bits, dtype)
+# %% ../nbs/02_reversible.ipynb #63e91524
+def _checked(couplings, sizes, dtype, first):
+    if sizes[0] is not None: check_sizes(sizes, couplings[0].lattice_bits, dtype, first)
 
 @torch.compiler.disable
-def _couple_reversibly(couplings, x, context):
+def _couple_reversibly(couplings, x, first, context):
     (x1,x2),tape,sizes = x.chunk(2, -1),_Tape(),[]
     for c in couplings:
         e = _Evaluation(c, tape, context)
         y2,size = _Coupling.apply(e, x1, x2, *e.tensors)
         x1,x2 = x2,y2
         sizes.append(size)
-    _checked(couplings, sizes, x.dtype)
+    _checked(couplings, sizes, x.dtype, first)
     return _End.apply(tape, x1, x2)
 
 def couple_all(
     couplings, # `AdditiveCoupling`s with the same lattice, one after another
     x:Tensor, # State, (..., 2*d)
     reversible:bool=True, # Rebuild activations in the backward pass, or store them
+    first:int=0, # Number of the first coupling, for messages
     **context, # Keywords of every coupling
 )->Tensor: # State, (..., 2*d)
     "The couplings in order, with training memory that does not grow with their number"
     if not len(couplings): return x
-    if reversible and torch.is_grad_enabled(): return _couple_reversibly(couplings, x, context)
+    if reversible and torch.is_grad_enabled(): return _couple_reversibly(couplings, x, first, context)
     (x1,x2),sizes = x.chunk(2, -1),[]
     for c in couplings:
         y2,size = c.step(x1, x2, **context)
         x1,x2 = x2,y2
         sizes.append(size)
-    _checked(couplings, sizes, x.dtype)
+    _checked(couplings, sizes, x.dtype, first)
     return torch.cat([x1, x2], -1)
 
 def uncouple_all(

@@ -18,12 +18,16 @@ def test_notebook(path):
     code,out = run('nbdev_test', '--path', str(path), '--n_workers', '0', timeout=600)
     assert code==0, f'{path.name} does not run; run it in jupyter and mend the cell that fails:\n{out[-6000:]}'
 
+def number(path):
+    "What stands before the underscore: 04, or 04a for the second half of a split notebook"
+    return path.name.split('_')[0]
+
 def module_numbers():
     "Number of the notebook each module comes from"
     res = {}
     for p in notebooks:
         for src in cells(p):
-            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): res[m[1]] = p.name[:2]
+            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): res[m[1]] = number(p)
     return res
 
 def imported_modules(src):
@@ -37,7 +41,7 @@ def imported_modules(src):
 def climbs(path, numbers):
     "Imports of a notebook that come from the same or a later one"
     own = [src for src in cells(path) if re.search(r'^#\|\s*export', src, re.M)]
-    return [m for src in own for m in imported_modules(src) if m in numbers and numbers[m]>=path.name[:2]]
+    return [m for src in own for m in imported_modules(src) if m in numbers and numbers[m]>=number(path)]
 
 def test_staircase():
     "A notebook imports only from notebooks with a lower number"
