@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['rotary_angles', 'rotate', 'attention_weights', 'visible_keys', 'attend', 'head_dim', 'BidirectionalAttention']
 
-# %% ../nbs/04_attention.ipynb #49702011
+# %% ../nbs/04_attention.ipynb #37abe02a
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from .coupling import at_text
 
 # %% ../nbs/04_attention.ipynb #be97278f
 def rotary_angles(
@@ -57,7 +58,7 @@ def attend(
     plain = q.device.type=='cpu' and q.dtype==torch.bfloat16 and q.shape[-2]<=512
     return attention_weights(q, k, keys)@v if plain else F.scaled_dot_product_attention(q, k, v, keys)
 
-# %% ../nbs/04_attention.ipynb #21db2d0b
+# %% ../nbs/04_attention.ipynb #53b2202b
 def head_dim(
     d_model:int, # Width
     n_heads:int, # Number of heads
@@ -89,6 +90,7 @@ class BidirectionalAttention(nn.Module):
     )->Tensor: # (B, L, d_model)
         B,L,D = x.shape
         if rotary is None: rotary = rotary_angles(L, self.d_head, x.device)
+        x = at_text(x, mask)                                            # not even NaN at padding may spread: 0 times NaN is NaN
         qk,v = self.qkv(x).view(B, L, 3*self.n_heads, self.d_head).transpose(1, 2).split([2*self.n_heads, self.n_heads], 1)
         q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary).chunk(2, 1)
         return self.dropout(self.out(attend(q, k, v, visible_keys(mask)).transpose(1, 2).reshape(B, L, D)))

@@ -6,13 +6,13 @@
 __all__ = ['LocalMixing', 'AdaptiveNorm', 'BlockMixer', 'BijectiveTransformerBlock', 'count_bijective', 'TimeEmbedding',
            'BijectiveTransformer']
 
-# %% ../nbs/05_block.ipynb #98d46be0
+# %% ../nbs/05_block.ipynb #fd996080
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import store_attr, patch
 from .core import sum_log_determinants, Bijection
-from .coupling import AdditiveCoupling, CouplingNet, halves, at_text, require_lattice
+from .coupling import AdditiveCoupling, CouplingNet, halves, at_text, check_mask, require_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
 from .attention import BidirectionalAttention, rotary_angles
 
@@ -110,7 +110,7 @@ class BijectiveTransformerBlock(AdditiveCoupling):
 
     def extra_repr(self)->str: return f'attention={self.attention!r}, ffn={self.ffn!r}, lattice_bits={self.lattice_bits}'
 
-# %% ../nbs/05_block.ipynb #64ca1403
+# %% ../nbs/05_block.ipynb #974f808d
 def _read(kind, x1, x2): return x2 if kind=='bijective' else x1+x2
 
 @patch
@@ -124,7 +124,15 @@ def update(self:BijectiveTransformerBlock,
     "What the block adds to the active stream"
     x2,cond = x2.view_as(x2),None if cond is None else cond.view_as(cond)
     read = None if self.attention==self.ffn else _read(self.ffn, x1, x2)
-    return at_text(self.f(_read(self.attention, x1, x2), mask=mask, cond=cond, rotary=rotary, read=read), mask)
+    return at_text(self.f(_read(self.attention, x1, x2).contiguous(), mask=mask, cond=cond, rotary=rotary, read=read), mask)
+
+@patch
+def forward(self:BijectiveTransformerBlock,
+    x:Tensor, # State, (B, L, 2*d_model)
+    **context, # mask (B, L), cond (B, cond_dim), rotary
+)->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,): 0 if the block is bijective, else unknown, NaN
+    y,logdet = super(BijectiveTransformerBlock, self).forward(x, **context)
+    return y, logdet if self.is_bijective else logdet+float('nan')
 
 @patch
 def uncouple(self:BijectiveTransformerBlock, y1:Tensor, y2:Tensor, **context)->tuple[Tensor,Tensor]:
@@ -165,7 +173,7 @@ class TimeEmbedding(nn.Module):
         angles = t[:,None].to(self.freqs)*self.freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
-# %% ../nbs/05_block.ipynb #df257c47
+# %% ../nbs/05_block.ipynb #f619791b
 class BijectiveTransformer(Bijection):
     "A stack of transformer blocks on a state of two streams, exactly invertible where all blocks are bijective"
     def __init__(self,
@@ -178,14 +186,18 @@ class BijectiveTransformer(Bijection):
         reversible:bool=True, # Rebuild the activations of bijective blocks in the backward pass, or store them
         dropout:float=0., # Probability of dropping a feature in training
         time_conditioning:bool=False, # Whether blocks are told the time
+        attention:str='standard', # Attention of the layers behind the bijective ones: 'standard' or 'bijective'
+        ffn:str='standard', # Their perceptron; one of the two is 'standard'
         **block, # Further keywords of BijectiveTransformerBlock
     ):
         super().__init__()
-        store_attr('lattice_bits,reversible')
+        store_attr('d_model,lattice_bits,reversible')
         self.n_bijective_layers = count_bijective(n_layers, n_bijective_layers, bijective_ratio)
-        kinds = ['bijective']*self.n_bijective_layers + ['standard']*(n_layers-self.n_bijective_layers)
+        if attention==ffn=='bijective': raise ValueError("attention and ffn are 'bijective' for the layers behind the bijective ones; expected at least one 'standard'")
+        n = self.n_bijective_layers
+        kinds = [('bijective', 'bijective')]*n + [(attention, ffn)]*(n_layers-n)
         self.time = TimeEmbedding(d_model) if time_conditioning else None
-        self.blocks = nn.ModuleList(BijectiveTransformerBlock(d_model, n_heads, k, k, lattice_bits, dropout=dropout, cond_dim=d_model if time_conditioning else None, **block) for k in kinds)
+        self.blocks = nn.ModuleList(BijectiveTransformerBlock(d_model, n_heads, *k, lattice_bits, dropout=dropout, cond_dim=d_model if time_conditioning else None, **block) for k in kinds)
 
     @property
     def is_bijective(self)->bool: return all(b.is_bijective for b in self.blocks)
@@ -196,9 +208,10 @@ class BijectiveTransformer(Bijection):
 
     def _context(self, x, mask, t):
         "Keywords of the blocks"
+        if x.ndim!=3 or x.shape[-1]!=2*self.d_model: raise ValueError(f'the state has shape {tuple(x.shape)}; expected (B, L, {2*self.d_model}), two streams of d_model={self.d_model}')
         require_lattice(x, self.lattice_bits)
-        if mask is not None and (mask.dtype!=torch.bool or mask.shape!=x.shape[:2]):
-            raise ValueError(f'mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {tuple(x.shape[:2])}')
+        check_mask(mask, x)
+        if t is not None and t.shape!=x.shape[:1]: raise ValueError(f't has shape {tuple(t.shape)}; expected {tuple(x.shape[:1])}, one time per example')
         if (t is None)!=(self.time is None): raise ValueError('t is missing, but the stack is conditioned on time' if t is None else 't is given, but the stack was built without time_conditioning')
         angles = rotary_angles(x.shape[1], self.blocks[0].f.mixer.attn.d_head, x.device)
         return dict(mask=mask, cond=None if t is None else self.time(t), rotary=angles)
@@ -207,10 +220,11 @@ class BijectiveTransformer(Bijection):
         x:Tensor, # State, (B, L, 2*d_model)
         mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
         t:Tensor|None=None, # Times, (B,), where the stack is conditioned on them
-    )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,), which is 0 for couplings
+    )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,): 0 if all blocks are bijective, else unknown, NaN
         context,run = self._context(x, mask, t),self.couplings()
         y = couple_all(run, x, self.reversible, **context)
-        return couple_all(self.blocks[self.n_bijective_layers:], y, False, len(run), **context), sum_log_determinants([], x)
+        logdet = sum_log_determinants([0. if self.is_bijective else float('nan')], x)
+        return couple_all(self.blocks[self.n_bijective_layers:], y, False, len(run), **context), logdet
 
     def inverse(self,
         y:Tensor, # State, (B, L, 2*d_model)
@@ -239,6 +253,4 @@ class BijectiveTransformer(Bijection):
 
     def compile(self, **kwargs):
         "Compile the two stages of every coupling with torch.compile; keywords go there"
-        for c in {*self.couplings(), *self.blocks}:
-            c.f.mixer.compile(**kwargs)
-            c.f.pointwise.compile(**kwargs)
+        for c in {*self.couplings(), *self.blocks}: c.f.compile(**kwargs)

@@ -141,8 +141,8 @@ def _report(learn, out, ids, seed):
     _rule('saved')
     for p in (out, *(out/n for n in sorted(pictures))): print(p)
 
-# %% ../nbs/18_cli.ipynb #aa0eb5c1
-_fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_hidden_dim coupling_depth'.split()
+# %% ../nbs/18_cli.ipynb #b5ffb36c
+_fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_hidden_dim coupling_depth enable_multiscale segment_length'.split()
 
 def _check_numbers(o):
     for k in ('seq_len','bs','epochs'):
@@ -158,11 +158,11 @@ def _learner(o, out, device, bf16, resume):
     for w in notes: print(f'note: {w.message}')
     options = {k:v for k,v in o.items() if k!='epochs'} | dict(bf16=bf16)
     learn = diffusion_learner(dls, schedule=o['schedule'], T=o['T'], lambda_likelihood=o['lambda_likelihood'], lambda_invert=o['lambda_invert'], seed=o['seed'],
-        fields={k:o[k] for k in _fields}, cbs=[TableCallback(), BarCallback(), CheckpointCallback(out, options, resume)])
+        fields=dict({k:o[k] for k in _fields}, reversible=not o['store_activations']), cbs=[TableCallback(), BarCallback(), CheckpointCallback(out, options, resume)])
     learn.model.to(device)
     return learn.to_bf16() if bf16 else learn
 
-# %% ../nbs/18_cli.ipynb #760f4a13
+# %% ../nbs/18_cli.ipynb #b14ee5bb
 @call_parse
 @_one_line_errors
 def bijdiff_train(
@@ -182,6 +182,9 @@ def bijdiff_train(
     bijective_ratio:float=1., # Or their share, from 0 to 1
     coupling_hidden_dim:int=None, # Width inside the perceptrons; 4*d_model if not given
     coupling_depth:int=2, # Linear layers of a perceptron
+    enable_multiscale:bool=False, # Local, segment and global couplings before every bijective block
+    segment_length:int=16, # Positions of a segment, where they are enabled
+    store_activations:bool=False, # Store activations instead of rebuilding them: same gradients, faster, more memory
     lambda_likelihood:float=0., # Weight of the latent density of the states in the loss
     lambda_invert:float=0., # Weight of the inverse error; 0 anyway, as all components invert exactly
     schedule:str='half_cosine', # Of the noise: log_linear, cosine, half_cosine, cosine_squared or geometric

@@ -53,10 +53,12 @@ def sum_log_determinants(
     for c in contributions: total = total + _per_example(c, x)
     return total
 
-# %% ../nbs/00_core.ipynb #6ed4a295
+# %% ../nbs/00_core.ipynb #707b798d
 class BijectiveSequential(Bijection):
     "Bijections one after another; context goes to each of them"
     def __init__(self, *layers): super().__init__(); self.layers = nn.ModuleList(layers)
+    @property
+    def is_bijective(self)->bool: return all(l.is_bijective for l in self.layers)
     def _walk(self, x, fs, context):
         dets = []
         for f in fs:
@@ -82,7 +84,7 @@ def dense_logdet(
         return torch.linalg.slogdet(J.reshape(xi.numel(), xi.numel()))[1]
     return torch.stack([one(xi, _of_example(context, i, len(x))) for i,xi in enumerate(x)])
 
-# %% ../nbs/00_core.ipynb #e833a24c
+# %% ../nbs/00_core.ipynb #9a9cf4ec
 class BijectionReport(NamedTuple):
     "The largest errors that `check_bijection` saw"
     inverse_error: float # max |x - inverse(forward(x))|
@@ -101,6 +103,7 @@ def check_bijection(
     "Compare a bijection with its own inverse and its log-determinant with the dense Jacobian"
     y,ld = f(x, **context)
     xr,ild = f.inverse(y, **context)
+    if not x.shape==y.shape==xr.shape: raise AssertionError(f'{type(f).__name__}: shapes {tuple(x.shape)} to {tuple(y.shape)} and back to {tuple(xr.shape)}; expected all the same')
     zero = [sum_log_determinants([l], x) for l in (ld,ild)]
     rep = BijectionReport(_worst(xr-x), _worst(f(xr, **context)[0]-y), _worst(zero[0]+zero[1]),
                           _worst(zero[0] - dense_logdet(f, x, **context)))

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TwoStage', 'uncached_autocast', 'Replay', 'is_compiled', 'couple_all', 'uncouple_all']
 
-# %% ../nbs/02_reversible.ipynb #9aefc109
+# %% ../nbs/02_reversible.ipynb #24d6bfd2
 from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn, Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch, store_attr
 from .coupling import AdditiveCoupling, at_text, lattice_step, lattice_undo, check_sizes
 
-# %% ../nbs/02_reversible.ipynb #d679a1c3
+# %% ../nbs/02_reversible.ipynb #6e8c09be
 class TwoStage(nn.Module):
     "`a + pointwise(u)` with `a, u = mixer(x)`; `pointwise` sees a portion of the positions at a time"
     n_portions = 8 # Fixed, so that the hidden layer takes an eighth of its size whatever the batch
@@ -29,6 +30,11 @@ class TwoStage(nn.Module):
         "The positions of `u`, cut into portions"
         rows = u.flatten(0, -2)
         return rows.split(max(-(-len(rows)//self.n_portions), self.min_rows))
+
+    def compile(self, **kwargs):
+        "Compile both stages with torch.compile; keywords go there"
+        self.mixer.compile(**kwargs)
+        self.pointwise.compile(**kwargs)
 
     def forward(self,
         x:Tensor, # (B, L, d)
@@ -46,7 +52,7 @@ def uncached_autocast(device:torch.device):
     if not torch.is_autocast_enabled(kind): return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
-# %% ../nbs/02_reversible.ipynb #562c287e
+# %% ../nbs/02_reversible.ipynb #9f049fbb
 def _rng_devices(device):
     "The devices whose random state a function on `device` may use, as (get, set) pairs"
     pairs = [(torch.get_rng_state, torch.set_rng_state)]
@@ -66,6 +72,11 @@ class Replay:
         self.mark()
         self.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
         self.training = [(m,m.training) for module in modules for m in module.modules()]
+
+    def outside(self):
+        "The autocast state of now, for gradients: they are computed in that of whoever calls backward"
+        kind = self.autocast['device_type']
+        return dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
 
     def mark(self):
         "Remember the random state: the next portion starts here"
@@ -105,16 +116,22 @@ def _gradients(outputs, grad_outputs, inputs):
     found = iter(torch.autograd.grad([o for o,_ in pairs], wanted, [g for _,g in pairs], allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
 
-# %% ../nbs/02_reversible.ipynb #bef0c19f
+# %% ../nbs/02_reversible.ipynb #2c2c548d
+def _named_tensors(stage): return dict(stage.named_parameters()) | dict(stage.named_buffers())
+
 class _Evaluation:
     "One evaluation of a coupling's function, kept for the backward pass"
-    def __init__(self, coupling, tape, context):
-        store_attr()
-        f = coupling.f
+    def __init__(self, coupling, tape, context, first):
+        store_attr('coupling,tape,first')
+        f,self.bits = coupling.f,coupling.lattice_bits
         self.stages = [f.mixer, f.pointwise] if isinstance(f, TwoStage) else [f]
         self.tensor_names = [k for k,v in context.items() if isinstance(v, Tensor)]
-        self.param_names = [[n for n,_ in s.named_parameters()] for s in self.stages]
-        self.tensors = [context[k] for k in self.tensor_names] + [p for s in self.stages for _,p in s.named_parameters()]
+        self.context = {k:v for k,v in context.items() if k not in self.tensor_names}
+        self.param_names = [list(_named_tensors(s)) for s in self.stages]
+
+    def tensors(self, context):
+        "What the graph must know of: tensors of the context, then parameters and buffers of each stage"
+        return [context[k] for k in self.tensor_names] + [t for s in self.stages for t in _named_tensors(s).values()]
 
     def unpack(self, tensors):
         "The context, and the parameters of each stage by name"
@@ -129,21 +146,23 @@ class _Evaluation:
 
     def pointwise(self, params, rows): return functional_call(self.stages[1], params[1], rows)
 
-# %% ../nbs/02_reversible.ipynb #2da764b8
+# %% ../nbs/02_reversible.ipynb #bc106c0f
 def is_compiled(f:nn.Module)->bool:
     "Whether a part of `f` was given to `torch.compile` by its method `compile`"
-    return any(m._compiled_call_impl is not None for m in f.modules())
+    return any(m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in f.modules())
 
 @patch
 def forward(self:_Evaluation, x2, tensors):
     "The update, without a graph"
     graph = is_compiled(self.coupling.f)
     self.replay = Replay(self.stages, x2.device)
+    x2 = x2.contiguous()
     context,params = self.unpack(_aliases(tensors) if graph else tensors)
     with uncached_autocast(x2.device), torch.set_grad_enabled(graph):
         a,u = self.mixed(params, x2.detach().requires_grad_(graph), context)
         if u is not None: a = a.detach() + torch.cat([self._portion(params, p, graph) for p in self.coupling.f.portions(u)]).view(a.shape)
     self.replay.settle()
+    self.dtype = a.dtype
     return at_text(a.detach(), context.get('mask'))
 
 @patch
@@ -151,7 +170,7 @@ def _portion(self:_Evaluation, params, rows, graph):
     self.replay.mark()
     return self.pointwise(params, rows.detach().requires_grad_(graph)).detach()
 
-# %% ../nbs/02_reversible.ipynb #ee931fff
+# %% ../nbs/02_reversible.ipynb #77b66bb1
 @patch
 def backward(self:_Evaluation, tensors, g, x2_wants):
     "Rebuild the coupling's input on the tape; give the gradients of x2 and of `tensors`"
@@ -159,24 +178,23 @@ def backward(self:_Evaluation, tensors, g, x2_wants):
     aliases = _aliases(tensors)
     context,params = self.unpack(aliases)
     x,mask = y1.detach().requires_grad_(),context.get('mask')
-    n = len(aliases)-len(params[-1])
+    n,g,outside = len(aliases)-len(params[-1]),at_text(g.to(self.dtype), mask),self.replay.outside()
     with self.replay(), torch.enable_grad():
         a,u = self.mixed(params, x, context)
-        g = at_text(g.to(a.dtype), mask)
         if u is None: t,outputs,grads,late = a.detach(),(a,),(g,),None
         else:
-            t,gu,late = self._backward_portions(params, a.detach(), u, g)
-            outputs,grads = (a, u),(g, gu)
-        self.tape.state = lattice_undo(y2, at_text(t, mask), self.coupling.lattice_bits),y1
+            t,gu,late = self._backward_portions(params, a.detach(), u, g, outside)
+            outputs,grads = (a, u),(g.to(a.dtype), gu)
+        self.tape.state = None if self.first else (lattice_undo(y2, at_text(t, mask), self.bits),y1)
         del t,y2                                                            # not while the mixer's gradients are computed
-        early = _gradients(outputs, grads, ([x] if x2_wants else []) + (aliases if late is None else aliases[:n]))
+        with torch.autocast(**outside): early = _gradients(outputs, grads, ([x] if x2_wants else []) + (aliases if late is None else aliases[:n]))
     found = early + (late or [])
     return found if x2_wants else [None]+found
 
 @patch
-def _backward_portions(self:_Evaluation, params, a, u, g):
+def _backward_portions(self:_Evaluation, params, a, u, g, outside):
     "The update, gradient of the second stage's input, and the sums of its parameters' gradients"
-    t,gu,portions = a.new_empty(a.shape),u.detach().new_empty(u.shape),self.coupling.f.portions
+    t,gu,portions = a.new_empty(a.shape, dtype=self.dtype),u.detach().new_empty(u.shape),self.coupling.f.portions
     weights = list(params[1].values())
     sums = [None]*len(weights)
     for i,(rows,ga,ta,gua,aa) in reversed(list(enumerate(zip(*map(portions, (u.detach(), g, t, gu, a)))))):
@@ -184,12 +202,12 @@ def _backward_portions(self:_Evaluation, params, a, u, g):
         rows = rows.detach().requires_grad_()
         v = self.pointwise(params, rows)
         torch.add(aa, v.detach(), out=ta)
-        found,*gw = _gradients([v], [ga], [rows, *weights])
+        with torch.autocast(**outside): found,*gw = _gradients([v], [ga.to(v.dtype)], [rows, *weights])
         gua.copy_(found)
         sums = [q if p is None else p if q is None else p.add_(q) for p,q in zip(sums, gw)]
     return t, gu, sums
 
-# %% ../nbs/02_reversible.ipynb #d79c29ab
+# %% ../nbs/02_reversible.ipynb #0a488f2f
 class _Tape:
     "Where the couplings of one call leave rebuilt states for each other"
     state = None
@@ -200,7 +218,7 @@ def _once():
 class _Coupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, evaluation, x1, x2, *tensors):
-        y2,size = lattice_step(x1, evaluation.forward(x2, tensors), evaluation.coupling.lattice_bits)
+        y2,size = lattice_step(x1, evaluation.forward(x2, tensors), evaluation.bits)
         ctx.evaluation = evaluation
         ctx.save_for_backward(*tensors)
         if size is not None: ctx.mark_non_differentiable(size)
@@ -224,16 +242,24 @@ class _End(torch.autograd.Function):
         ctx.tape.state = tuple(h.contiguous() for h in y.chunk(2, -1))
         return None, *g.chunk(2, -1)
 
-# %% ../nbs/02_reversible.ipynb #63e91524
+# %% ../nbs/02_reversible.ipynb #9b441a3d
 def _checked(couplings, sizes, dtype, first):
     if sizes[0] is not None: check_sizes(sizes, couplings[0].lattice_bits, dtype, first)
+
+def _check_reversible(couplings, context):
+    "Refuse what could not be rebuilt, or would lose a gradient without a word"
+    bad = [i for i,c in enumerate(couplings) if not c.is_bijective]
+    if bad: raise ValueError(f'couplings {bad} are not bijective, so their inputs cannot be rebuilt; call with reversible=False')
+    for k,v in context.items():
+        if not isinstance(v, Tensor) and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(v)):
+            raise ValueError(f'{k} is a {type(v).__name__} with a tensor that requires a gradient; pass such tensors under keywords of their own')
 
 @torch.compiler.disable
 def _couple_reversibly(couplings, x, first, context):
     (x1,x2),tape,sizes = x.chunk(2, -1),_Tape(),[]
-    for c in couplings:
-        e = _Evaluation(c, tape, context)
-        y2,size = _Coupling.apply(e, x1, x2, *e.tensors)
+    for i,c in enumerate(couplings):
+        e = _Evaluation(c, tape, context, i==0)
+        y2,size = _Coupling.apply(e, x1, x2, *e.tensors(context))
         x1,x2 = x2,y2
         sizes.append(size)
     _checked(couplings, sizes, x.dtype, first)
@@ -248,7 +274,10 @@ def couple_all(
 )->Tensor: # State, (..., 2*d)
     "The couplings in order, with training memory that does not grow with their number"
     if not len(couplings): return x
-    if reversible and torch.is_grad_enabled(): return _couple_reversibly(couplings, x, first, context)
+    if len({c.lattice_bits for c in couplings})>1: raise ValueError(f'couplings have lattice_bits {[c.lattice_bits for c in couplings]}; expected the same for all')
+    if reversible and torch.is_grad_enabled():
+        _check_reversible(couplings, context)
+        return _couple_reversibly(couplings, x, first, {k:v for k,v in context.items() if k!='mask' or v is not None})
     (x1,x2),sizes = x.chunk(2, -1),[]
     for c in couplings:
         y2,size = c.step(x1, x2, **context)

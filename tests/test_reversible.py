@@ -51,14 +51,8 @@ def test_gradients_are_those_of_stored_activations(n, heads, d, B, L, window, dr
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(TwoStage, 'min_rows', min_rows)                                                      # several portions, or one
         got,want = (trial(m.train(train), x, bf16=bf16, **ctx) for m in (a, b))
-    assert not [k for k in differing(got, want) if not k.startswith('time.')]
-    assert alike(got, want, .1 if bf16 else 1e-4)
+    assert not differing(got, want)
     assert masked or any(g is not None and g.any() for k,g in got.items() if 'blocks.0.' in k)
-
-@pytest.mark.xfail(strict=True, reason='stored: cond gets the uses of all blocks one by one; reversible: block by block')
-def test_gradients_of_the_time_network_are_those_of_stored_activations():
-    a,b = pair(time_conditioning=True)
-    assert not differing(*(trial(m, state(), t=torch.tensor([.2, .7])) for m in (a, b)))
 
 # Memory
 
@@ -101,7 +95,7 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(processes, n):
     for rank in processes:
         got = rank[True][n-1]
         assert alike(used(got), used(want), 1e-3)                                                      # another batch size: other sums
-        assert not [k for k in differing(got, rank[False][n-1]) if '.time.' not in k] and not differing(got, processes[0][True][n-1])
+        assert not differing(got, rank[False][n-1]) and not differing(got, processes[0][True][n-1])
         assert not any(g is not None and g.any() for k,g in got.items() if k.startswith('unused.'))
 
 def test_processes_do_not_meet_under_no_sync(processes):
@@ -142,7 +136,7 @@ def test_state_dict_comes_back_without_pickle():
         b.load_state_dict(torch.load(file, weights_only=True))
         x,t = state(),torch.tensor([.2, .7])
         assert set(a.state_dict())=={n for n,_ in a.named_parameters()}
-        assert not [k for k in differing(trial(a, x, t=t), trial(b, x, t=t)) if not k.startswith('time.')]
+        assert not differing(trial(a, x, t=t), trial(b, x, t=t))
 
 # Compilers
 
@@ -170,19 +164,30 @@ def inverse_errors(m, x, **ctx):
 def test_compiled_blocks(dynamo, backend):
     (a,b),x = pair(2),state()
     plain = trial(a, x)
-    with dynamo.config.patch(recompile_limit=64):
+    with dynamo.config.patch({'recompile_limit' if hasattr(dynamo.config, 'recompile_limit') else 'cache_size_limit':64}):
         for m in (a, b): m.compile(backend=backend)
         got,want = (trial(m, x) for m in (a, b))
         assert dynamo.utils.counters['stats']['unique_graphs']>=2 and alike(got, plain, 1e-3)==(backend is not bending)   # compiled, indeed
         assert not differing(got, want)
         assert inverse_errors(a, x)==[0., 0.]
 
-@pytest.mark.xfail(strict=True, reason='a step and an evaluation make more than 8 variants; beyond that PyTorch falls back, in the middle of the way')
 def test_compiled_blocks_within_the_recompile_limit(dynamo):
     (a,_),x = pair(2),state()
     a.compile(backend=bending)
     trial(a, x)
     assert inverse_errors(a, x)==[0., 0.] and inverse_errors(a.eval(), x)==[0., 0.]
+
+@pytest.mark.xfail(strict=True, reason='two lengths, training and evaluation make more than 8 variants; from then on PyTorch runs some uncompiled, and only its log says so')
+def test_compiled_blocks_beyond_the_recompile_limit(dynamo):
+    (a,_),errors = pair(d=32),[]
+    a.compile(backend=bending)
+    try:
+        for L,train in ((9, True), (9, False), (300, True)):
+            x = state(8, L, 32)
+            if train: trial(a.train(), x)
+            errors += inverse_errors(a.train(train), x)
+    except Exception as e: assert 'recompile' in f'{type(e).__name__} {e}'.lower()                     # an error will do, silence will not
+    assert not any(errors)
 
 @pytest.mark.parametrize('reversible', [True, False], ids=['reversible', 'stored'])
 def test_compiled_stack(dynamo, reversible):
