@@ -3,7 +3,7 @@ import gc, io, os, shutil, subprocess, sys
 from copy import deepcopy
 from pathlib import Path
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from bijdiff.block import BijectiveTransformer
@@ -41,9 +41,11 @@ def differing(a, b):
 
 def alike(a, b, tol=1e-4): return all((a[n] is b[n] is None) or (a[n]-b[n]).abs().max() <= tol*b[n].abs().max() for n in b)
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(n=st.integers(1, 5), heads=st.sampled_from([1, 2]), d=st.sampled_from([2, 4, 10]), B=st.integers(1, 4), L=st.integers(1, 40), window=st.sampled_from([0, 3, 7]), dropout=st.sampled_from([0., .3]), min_rows=st.sampled_from([4, 256]),
        bf16=st.booleans(), masked=st.booleans(), timed=st.booleans(), ratio=st.sampled_from([1., .5, 0.]), train=st.booleans(), seed=st.integers(0, 10**6))
+@example(n=3, heads=2, d=4, B=4, L=40, window=7, dropout=.3, min_rows=4, bf16=False, masked=True, timed=True, ratio=1., train=True, seed=0)
+@example(n=4, heads=1, d=10, B=4, L=40, window=7, dropout=.3, min_rows=4, bf16=True, masked=True, timed=True, ratio=.5, train=True, seed=1)
 def test_gradients_are_those_of_stored_activations(n, heads, d, B, L, window, dropout, min_rows, bf16, masked, timed, ratio, train, seed):
     a,b = pair(n, d*heads, heads, local_window=window, dropout=dropout, time_conditioning=timed, bijective_ratio=ratio)
     x = state(B, L, d*heads, seed)
@@ -176,18 +178,6 @@ def test_compiled_blocks_within_the_recompile_limit(dynamo):
     a.compile(backend=bending)
     trial(a, x)
     assert inverse_errors(a, x)==[0., 0.] and inverse_errors(a.eval(), x)==[0., 0.]
-
-@pytest.mark.xfail(strict=True, reason='two lengths, training and evaluation make more than 8 variants; from then on PyTorch runs some uncompiled, and only its log says so')
-def test_compiled_blocks_beyond_the_recompile_limit(dynamo):
-    (a,_),errors = pair(d=32),[]
-    a.compile(backend=bending)
-    try:
-        for L,train in ((9, True), (9, False), (300, True)):
-            x = state(8, L, 32)
-            if train: trial(a.train(), x)
-            errors += inverse_errors(a.train(train), x)
-    except Exception as e: assert 'recompile' in f'{type(e).__name__} {e}'.lower()                     # an error will do, silence will not
-    assert not any(errors)
 
 @pytest.mark.parametrize('reversible', [True, False], ids=['reversible', 'stored'])
 def test_compiled_stack(dynamo, reversible):
