@@ -173,7 +173,7 @@ class TimeEmbedding(nn.Module):
         angles = t[:,None].to(self.freqs)*self.freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
-# %% ../nbs/05_block.ipynb #f619791b
+# %% ../nbs/05_block.ipynb #d70b4d39
 class BijectiveTransformer(Bijection):
     "A stack of transformer blocks on a state of two streams, exactly invertible where all blocks are bijective"
     def __init__(self,
@@ -252,5 +252,5 @@ class BijectiveTransformer(Bijection):
         for m in (self, *self.blocks, *self.couplings()): m.lattice_bits = bits
 
     def compile(self, **kwargs):
-        "Compile the two stages of every coupling with torch.compile; keywords go there"
+        "Compile the two stages of every coupling with torch.compile; keywords go there. With `fullgraph=True` it is an error, and not a change of last bits, when PyTorch's recompile limit is reached"
         for c in {*self.couplings(), *self.blocks}: c.f.compile(**kwargs)
