@@ -100,7 +100,15 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(processes, n):
         assert not differing(got, rank[False][n-1]) and not differing(got, processes[0][True][n-1])
         assert not any(g is not None and g.any() for k,g in got.items() if k.startswith('unused.'))
 
-def test_processes_do_not_meet_under_no_sync(processes):
+@pytest.fixture
+def one_thread():
+    "As many threads as the processes have: other numbers of threads have other last bits"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def test_processes_do_not_meet_under_no_sync(processes, one_thread):
     for rank,share in zip(processes, zip(*(o.chunk(2) for o in job.batches()[0]))):
         alone,_ = job.accumulate(job.Model(True), [share])
         assert not differing(rank[True][2], alone) and not alike(used(rank[True][2]), used(rank[True][0]), .1)
