@@ -1,5 +1,5 @@
 """The commands as a user runs them: other processes, real files."""
-import os, resource, signal, subprocess, sys, time
+import json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -46,6 +46,29 @@ def test_sample_and_score(trained, corpus, tmp_path):
     part.write_text(corpus.read_text(encoding='utf-8')[:1000], encoding='utf-8')
     status,text,err = finish(command('bijdiff_score', out, part, '--n', 4))
     assert status==0 and 'bits per character' in text and '±' in text, err
+
+def test_exact_scores_and_files_that_come_back(trained, corpus, tmp_path):
+    out,part = trained[0],tmp_path/'part.txt'
+    part.write_text(corpus.read_text(encoding='utf-8')[:1000], encoding='utf-8')
+    status,text,err = finish(command('bijdiff_score', out, part, part, '--rule', 'confidence', '--steps', 4, '--json_file', tmp_path/'bits.json', '--picture', tmp_path/'bits.png'))
+    assert status==0 and 'exact minus log-probability' in text and 'total' in text and '±' not in text, err
+    rows = json.loads((tmp_path/'bits.json').read_text())['rows']
+    assert rows[2]['bits']==pytest.approx(2*rows[0]['bits']) and (tmp_path/'bits.png').read_bytes()[:4]==b'\x89PNG'
+    code = lambda *a: finish(command('bijdiff_compress', out, part, '--steps', 4, *a))
+    status,text,err = code()
+    assert status==0 and 'bits per byte' in text, err
+    small = (tmp_path/'part.txt.bij').read_bytes()
+    assert abs(8*len(small)-rows[0]['bits'])<.01*rows[0]['bits']+16*64+8*300                    # blocks of 64, and the header
+    status,_,err = code()
+    assert status==2 and 'exists; choose another name' in err and err.count('\n')==1
+    assert code('--force')[0]==0 and (tmp_path/'part.txt.bij').read_bytes()==small
+    status,_,err = finish(command('bijdiff_decompress', out, f'{part}.bij', '--out', tmp_path/'back.txt'))
+    assert status==0 and (tmp_path/'back.txt').read_bytes()==part.read_bytes(), err
+    for name,bad in dict(damaged=small[:100]+bytes([small[100]^1])+small[101:], cut=small[:-5], foreign=b'PK'+small).items():
+        (tmp_path/f'{name}.bij').write_bytes(bad)
+        status,_,err = finish(command('bijdiff_decompress', out, tmp_path/f'{name}.bij'))
+        assert status==2 and err.count('\n')==1 and not (tmp_path/name).exists(), err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith('.'))==[]
 
 @pytest.mark.parametrize('noise,samplers', [
     ('--substitute .2', ['ancestral','euler']), ('--mask 0 --substitute 1 --objective score_entropy', ['tweedie']), ('--objective score_entropy', ['first_hitting','confidence']), ('--mask .4 --substitute .2 --delete .4', ['insertion'])])
