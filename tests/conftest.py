@@ -1,0 +1,3 @@
+"""Tests run in several processes, so each computes with one thread, and so do the commands it starts."""
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1')
