@@ -30,7 +30,7 @@ def main(path:str, # The text
          seed:int=0):
     torch.set_num_threads(threads)
     out,text,model = Path(__file__).with_suffix('.json'),load_corpus(path),BijectiveDenoiser.from_pretrained(folder)
-    settings = dict(n=n, seed=seed, threads=threads, model=dict(describe(Path(folder), model), fingerprint=fingerprint(model)))
+    settings = dict(n=n, seed=seed, threads=threads, model=describe(Path(folder), model))
     res = resume(out, settings)
     x = spread_pieces(split_text(text)[1], model.tokenizer, n, L := model.config.seq_len)
     res = dict(rows=res.get('rows', []), characters=x.numel(), **settings, bound=res.get('bound'), **this_run('exact_likelihood.py', res))

@@ -7,7 +7,7 @@ __all__ = ['pick_device', 'pick_bf16', 'TableCallback', 'BarCallback', 'check_ou
            'bijdiff_score', 'bijdiff_compress', 'bijdiff_decompress']
 
 # %% ../nbs/18_cli.ipynb #20341729
-import io, json, math, sys, tempfile, warnings
+import io, json, math, os, sys, tempfile, warnings
 from functools import wraps
 from pathlib import Path
 import torch
@@ -22,7 +22,7 @@ from .denoiser import BijectiveDenoiser, inverse_errors, write_atomically
 from .sampling import sample, prompt_template, infill_template, plot_film_strip
 from .likelihood import score_ids
 from .exact_likelihood import char_bits, plot_bits, text_nats
-from .codec import compress_file, decompress_file
+from .codec import compress_file, decompress_file, fingerprint
 from .unmasking import get_rule
 from .learner import diffusion_learner, CheckpointCallback, CHECKPOINT
 
@@ -224,7 +224,7 @@ def bijdiff_train(
 
 # %% ../nbs/18_cli.ipynb #4e15e911
 def _load(model):
-    m = BijectiveDenoiser.from_pretrained(model, device=default_device())
+    m = BijectiveDenoiser.from_pretrained(os.path.expanduser(model), device=default_device())
     if m.tokenizer is None: raise ValueError(f'{model} has no tokenizer.json; expected a model saved by bijdiff_train')
     return m
 
@@ -233,8 +233,9 @@ def _load(model):
 def bijdiff_sample(
     model:str, # Folder of a saved model
     n:int=1, # Number of texts
-    steps:int=128, # Steps from noise to text
-    sampler:str=None, # ancestral, tweedie, euler, first_hitting, insertion, or an unmasking rule (left_to_right, random, spread, block, confidence, entropy); what fits the model's noise if not given
+    steps:int=None, # Steps from noise to text: 128 if not given, and one token a pass by a rule
+    sampler:str=None, # ancestral, tweedie, euler, first_hitting or insertion; what fits the model's noise if not given
+    rule:str=None, # In place of a sampler, an unmasking rule: left_to_right, random, spread, block, confidence or entropy
     prompt:str=None, # How the text begins
     infill:str=None, # A text with blanks, ____, that are to be filled
     temperature:float=1., # Below 1 is bolder, above 1 more varied
@@ -248,32 +249,51 @@ def bijdiff_sample(
     args,deletes = (m.tokenizer,m.config.seq_len),m.corruption.deletes
     template = infill_template(*args, infill, 8 if deletes else None) if infill is not None else prompt_template(*args, prompt or '')
     settle = 64 if deletes and infill is not None else 0                              # blanks first find their length
-    for o in sample(m, n, steps, template, sampler=sampler, temperature=temperature, top_p=top_p, settle=settle, seed=seed): print(m.tokenizer.decode(o) + '\n')
+    for o in sample(m, n, steps, template, sampler=sampler, rule=rule, temperature=temperature, top_p=top_p, settle=settle, seed=seed): print(m.tokenizer.decode(o) + '\n')
 
 # %% ../nbs/18_cli.ipynb #a207d932
 def _bar(o): return tqdm(o, leave=False, disable=not sys.stdout.isatty())
 
-def _document(m, path, rule, n, seed):
-    "Bits of one file: exact, or a bound with its error bar; and those of its characters, if they are exact"
+def _read(m, path):
+    "A file, its text and ids"
     text = read_text(path, as_bytes=m.tokenizer.kind=='byte')
     if not text: raise ValueError(f'{path} is empty; expected a text')
-    ids = torch.tensor(m.tokenizer.encode(text))
+    try: return str(path), text, torch.tensor(m.tokenizer.encode(text))
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+
+def _document(m, path, text, ids, rule, n, seed):
+    "Bits of one text: exact, or a bound with its error bar; and those of its characters, if they are exact"
     if rule is None:
         s = score_ids(m, ids, n, seed=seed, progress=_bar)
         (bits,se),chars = (v*s.n_tokens for v in s.bits()),None
     else:
         nats = text_nats(m, ids, rule, progress=_bar)
         bits,se,chars = nats.sum().item()/math.log(2),0.,char_bits(m.tokenizer, ids, nats)
-    return dict(file=str(path), tokens=len(ids), characters=len(text), bits=bits, se=se), chars
+        if nats.isinf().any(): print(f'{path}: token {nats.isinf().nonzero()[0,0]} has probability 0 under this rule, and so has the text')
+    return dict(file=path, tokens=len(ids), characters=len(text), bits=bits, se=se), chars
 
 def _total(rows): return dict(file='total', **{k:sum(r[k] for r in rows) for k in ('tokens','characters','bits')}, se=sum(r['se']**2 for r in rows)**.5)
 
+# %% ../nbs/18_cli.ipynb #9fbe6de7
 def _table(rows, exact):
     "Rows as text; the error bar only where there is one"
     print(f"{'file':30} {'tokens':>10} {'characters':>10} {'bits per token':>20} {'bits per character':>20}")
     for r in rows:
         cell = lambda k: f"{r['bits']/r[k]:.4f}" + ('' if exact else f" ± {r['se']/r[k]:.4f}")
         print(f"{r['file'][-30:]:30} {r['tokens']:10,} {r['characters']:10,} {cell('tokens'):>20} {cell('characters'):>20}")
+
+def _as_json(m, rule, n, rows):
+    "All numbers of a score; null for infinitely many bits"
+    what = dict(quantity='bound on minus the log-probability', draws=n) if rule is None else dict(quantity='exact minus log-probability', rule={'rule':rule.rule, **rule.to_dict()})
+    finite = lambda v: v if math.isfinite(v) else None
+    rows = [dict(r, bits=finite(r['bits']), **{f'bits_per_{k[:-1]}':finite(r['bits']/r[k]) for k in ('tokens','characters')}) for r in rows]
+    return json.dumps(dict(what, model=fingerprint(m), seq_len=m.config.seq_len, rows=rows), indent=1, allow_nan=False).encode()
+
+def _can_write(path):
+    "Refuse a place for a file before the work that fills it"
+    path = Path(path).expanduser()
+    if not path.parent.is_dir(): raise FileNotFoundError(f'the folder {path.parent} does not exist')
+    if path.is_dir(): raise ValueError(f'{path} is a folder; expected the name of a file')
 
 def _write_one(path, content): write_atomically(Path(path).expanduser().parent, {Path(path).name:content})
 
@@ -295,13 +315,15 @@ def bijdiff_score(
     "Bits of text files: exact for a sampler with a rule, or a bound"
     if rule is None and (steps is not None or picture or (temperature,top_p)!=(1., 1.)): raise ValueError('steps, temperature, top_p or picture are given without a rule; they are for exact likelihoods: add --rule')
     rule = get_rule(rule, steps, seed, temperature=temperature, top_p=top_p) if rule else None
+    for o in filter(None, (json_file, picture)): _can_write(o)
     m = _load(model)
-    rows,chars = zip(*(_document(m, f, rule, n, seed) for f in L(file)))
+    texts = [_read(m, f) for f in L(file)]
+    rows,chars = zip(*(_document(m, *t, rule, n, seed) for t in texts))
     rows = [*rows, _total(rows)] if len(rows)>1 else list(rows)
     _table(rows, rule)
-    what = dict(quantity='bound on minus the log-probability', draws=n) if rule is None else dict(quantity='exact minus log-probability', rule={'rule':rule.rule, **rule.to_dict()})
-    print(what['quantity'] + (f', {n} draws of the noise' if rule is None else f", of the sampler with {', '.join(f'{k}={v}' for k,v in what['rule'].items())}"))
-    if json_file: _write_one(json_file, json.dumps(dict(what, rows=rows), indent=1).encode())
+    if rule is None: print(f'bound on minus the log-probability, {n} draws of the noise')
+    else: print(f"exact minus log-probability, of the sampler with {', '.join(f'{k}={v}' for k,v in dict(rule=rule.rule, **{k:v for k,v in rule.to_dict().items() if k!='rule'}).items())}")
+    if json_file: _write_one(json_file, _as_json(m, rule, n, rows))
     if picture: _write_one(picture, _png(plot_bits(chars[0])))
 
 # %% ../nbs/18_cli.ipynb #6f606e86

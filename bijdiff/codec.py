@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAGIC', 'CODEC_VERSION', 'fingerprint', 'compress', 'decompress', 'compress_file', 'decompress_file']
 
-# %% ../nbs/14_codec.ipynb #c2cfdd49
+# %% ../nbs/14_codec.ipynb #04783ac0
 import hashlib, json, os, struct, tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,25 +15,28 @@ from constriction import stream
 from fastcore.meta import delegates
 from .denoiser import BijectiveDenoiser
 from .likelihood import pieces
-from .unmasking import UnmaskingRule, check_unmasking, get_rule, rule_from_dict, unmask
+from .unmasking import UnmaskingRule, check_count, check_unmasking, get_rule, rule_from_dict, unmask
 
-# %% ../nbs/14_codec.ipynb #0b42f265
+# %% ../nbs/14_codec.ipynb #2f7a1cbe
 _family = stream.model.Categorical(perfect=False)
 
 def _writer(coder, blocks):
     "For unmask: tokens of given blocks, which go into a coder"
     def choose(p, where):
         ids = blocks[where]
-        if (p.gather(-1, ids[:,None])==0).any(): raise ValueError('the text has probability 0 under this rule: top_p leaves out one of its tokens; raise top_p')
-        coder.encode(ids.numpy().astype(np.int32), _family, p.numpy())
+        if (p.gather(-1, ids[:,None])==0).any(): raise ValueError('the text has probability 0 under this rule, as one of its tokens has; raise top_p, or the temperature')
+        if p.shape[-1]>1: coder.encode(ids.numpy().astype(np.int32), _family, p.numpy())
         return ids
     return choose
 
 def _reader(coder):
     "For unmask: tokens that come out of a coder"
-    return lambda p, where: torch.from_numpy(coder.decode(_family, p.numpy()).astype(np.int64))
+    def choose(p, where):
+        if p.shape[-1]==1: return torch.zeros(len(p), dtype=torch.long)                # a vocabulary of one token takes no bits
+        return torch.from_numpy(coder.decode(_family, p.numpy()).astype(np.int64))
+    return choose
 
-# %% ../nbs/14_codec.ipynb #f97d6aab
+# %% ../nbs/14_codec.ipynb #214150fa
 @contextmanager
 def _same_arithmetic(model, threads):
     "Evaluation mode, a number of threads, no autocast"
@@ -49,17 +52,17 @@ def _same_arithmetic(model, threads):
 def _encode(model, ids, rule, bs, progress):
     "Bits of a text, uint32"
     coder = stream.queue.RangeEncoder()
-    for x in progress(pieces(ids, model.config.seq_len, bs)): unmask(model, torch.full_like(x, model.mask_id), rule, _writer(coder, x))
+    for x in pieces(ids, model.config.seq_len, bs): unmask(model, torch.full_like(x, model.mask_id), rule, _writer(coder, x), progress=progress)
     return coder.get_compressed()
 
 def _decode(model, words, n, rule, bs, progress):
     "n tokens from bits; None if these bits cannot have come from these probabilities"
     coder = stream.queue.RangeDecoder(words)
-    blocks = progress(pieces(torch.full((n,), model.mask_id), model.config.seq_len, bs))
-    try: return torch.cat([torch.zeros(0, dtype=torch.long)] + [unmask(model, x, rule, _reader(coder)).flatten() for x in blocks])
+    blocks = pieces(torch.full((n,), model.mask_id), model.config.seq_len, bs)
+    try: return torch.cat([torch.zeros(0, dtype=torch.long)] + [unmask(model, x, rule, _reader(coder), progress=progress).flatten() for x in blocks])
     except AssertionError: return None                                       # the coder's own word for it
 
-# %% ../nbs/14_codec.ipynb #2f33526a
+# %% ../nbs/14_codec.ipynb #1f30923c
 MAGIC,CODEC_VERSION = b'bijdiff\x00',1
 _SUM = 16 # Bytes of the checksum at the end
 
@@ -67,7 +70,8 @@ def fingerprint(
     model:BijectiveDenoiser, # The denoiser
 )->str: # 32 hexadecimal digits
     "What tells a model from others: a hash of weights, configuration and tokenizer"
-    h = hashlib.sha256(json.dumps(vars(model.config), sort_keys=True).encode())
+    config = {k:v for k,v in vars(model.config).items() if v!=getattr(type(model.config), k, None)}       # what is not the default, so that new options change nothing
+    h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     h.update(json.dumps(model.tokenizer.to_dict() if model.tokenizer else None, sort_keys=True).encode())
     for k,v in sorted(model.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -85,7 +89,7 @@ def _pack(header, words):
 def _unpack(blob):
     "Header and bits, if the file is whole"
     start = len(MAGIC)+5
-    if blob[:len(MAGIC)]!=MAGIC: raise ValueError('this was not written by bijdiff_compress; expected a .bij file')
+    if blob[:len(MAGIC)]!=MAGIC[:len(blob)]: raise ValueError('this was not written by bijdiff_compress; expected a .bij file')
     if len(blob)<start+_SUM: raise ValueError(f'the file is cut off after {len(blob)} bytes')
     version,n = struct.unpack('<BI', blob[len(MAGIC):start])
     if version!=CODEC_VERSION: raise ValueError(f'the file has format version {version}; this bijdiff reads version {CODEC_VERSION}')
@@ -105,7 +109,7 @@ def _to_ids(tokenizer, data):
 
 def _to_bytes(tokenizer, ids): return bytes(ids.tolist()) if tokenizer.kind=='byte' else tokenizer.decode(ids).encode('utf-8')
 
-# %% ../nbs/14_codec.ipynb #199189fe
+# %% ../nbs/14_codec.ipynb #3bb83c51
 @delegates(UnmaskingRule, but=['rule','steps','seed'])
 def compress(
     model:BijectiveDenoiser, # The denoiser, of masking noise, with its tokenizer
@@ -114,21 +118,23 @@ def compress(
     steps:int|None=None, # Network passes for each batch of blocks, at most; 16 if None and the rule is a name
     seed:int=0, # Of the random order
     bs:int=64, # Blocks coded side by side
-    progress=lambda o: o, # Wraps the batches, for a progress bar
+    progress=lambda o: o, # Wraps the passes over each batch of blocks, for progress bars
     **kwargs
 )->bytes: # For decompress with the same model
     "Code data in as many bits as its exact likelihood says"
     check_unmasking(model)
-    if steps is None and not isinstance(rule, UnmaskingRule): steps = 16
+    check_count(bs, 'bs')
+    if not isinstance(data, (bytes, bytearray)): raise ValueError(f'data is of type {type(data).__name__}; expected bytes')
+    if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
     rule,ids,threads = get_rule(rule, steps, seed, **kwargs),_to_ids(model.tokenizer, data),torch.get_num_threads()
     with _same_arithmetic(model, threads): words = _encode(model, ids, rule, bs, progress)
     return _pack(dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs, sum=_sum(data).hex(), threads=threads, torch=torch.__version__, device=model.device.type), words)
 
-# %% ../nbs/14_codec.ipynb #86678d04
+# %% ../nbs/14_codec.ipynb #7ef7440c
 def decompress(
     model:BijectiveDenoiser, # The model it was compressed with
     blob:bytes, # From compress
-    progress=lambda o: o, # Wraps the batches, for a progress bar
+    progress=lambda o: o, # Wraps the passes over each batch of blocks, for progress bars
 )->bytes:
     "What `compress` was given"
     h,words = _unpack(blob)
@@ -139,13 +145,24 @@ def decompress(
         raise ValueError(f"the file is whole, but what comes out is not what went in: the network answers with other last digits here. It was compressed with torch {h['torch']} on {h['device']}, this is {torch.__version__} on {model.device.type}; expected the same software and kind of machine")
     return data
 
-# %% ../nbs/14_codec.ipynb #9e8bc1e8
+# %% ../nbs/14_codec.ipynb #da9ab40b
+def _publish(part, out, force):
+    "Give a complete file its name; without force not if that exists by now"
+    if force: return os.replace(part, out)
+    try: os.link(part, out)
+    except FileExistsError: raise FileExistsError(f'{out} exists by now; choose another name, or overwrite it with --force') from None
+    except OSError:                                                            # a file system without links
+        if out.exists(): raise
+        os.replace(part, out)
+
 def _convert(f, source, out, force):
     "Write what f makes of a file's bytes, all or nothing"
-    source,out = Path(source).expanduser(),Path(out).expanduser()
+    source,out = Path(source).expanduser(),Path(os.path.realpath(Path(out).expanduser()))
     if not source.exists(): raise FileNotFoundError(f'{source} does not exist')
     if source.is_dir(): raise ValueError(f'{source} is a folder; expected a file')
     if not out.parent.is_dir(): raise FileNotFoundError(f'the folder {out.parent} does not exist')
+    if out.exists() and not out.is_file(): raise ValueError(f'{out} is no file; choose another name')
+    if out.exists() and out.samefile(source): raise ValueError(f'{out} is the file that is read; choose another name')
     if out.exists() and not force: raise FileExistsError(f'{out} exists; choose another name, or overwrite it with --force')
     before = source.read_bytes()
     content = f(before)
@@ -155,7 +172,7 @@ def _convert(f, source, out, force):
             o.write(content)
             o.flush()
             os.fsync(o.fileno())
-        os.replace(part, out)
+        _publish(part, out, force)
     return len(before), len(content)
 
 # %% ../nbs/14_codec.ipynb #ab03bf36

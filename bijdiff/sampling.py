@@ -344,7 +344,8 @@ def _sampling_rule(rule, sampler, steps, temperature, top_p, schedule, seed):
     if rule is not None and sampler is not None: raise ValueError(f'rule and sampler are both given ({rule!r}, {sampler!r}); expected one of them')
     if rule is None and sampler not in RULES: return None, sampler
     own = {k:v for k,v in dict(temperature=temperature, top_p=top_p, schedule=schedule).items() if not isinstance(rule, UnmaskingRule) or v!=getattr(UnmaskingRule, k)}
-    return get_rule(rule or sampler, steps, seed, **own), RULES[0]
+    if isinstance(rule, UnmaskingRule): return get_rule(rule, steps, **own), RULES[0]
+    return get_rule(sampler if rule is None else rule, steps, seed, **own), RULES[0]
 
 # %% ../nbs/12_sampling.ipynb #8947861a
 @torch.no_grad()

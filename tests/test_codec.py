@@ -128,7 +128,7 @@ def test_nothing_can_be_missing_or_added(blob, monkeypatch):
 
 def test_what_is_refused_is_said(blob):
     assert decompress(MODEL, blob)==DATA
-    refused(b'', 'not written by bijdiff_compress')
+    for n in (0, 5, 8): refused(blob[:n], f'cut off after {n} bytes')
     refused(b'PK\3\4'+blob, 'not written by bijdiff_compress')
     refused(DATA*10, 'not written by bijdiff_compress')
     refused(blob[:20], 'cut off after 20 bytes')
@@ -262,7 +262,7 @@ class FullFile:
     def write(self, b):
         self.f.write(b[:len(b)//2])
         full()
-FAILURES = {'damaged file':(lambda mp: None, ValueError), 'in the network':(lambda mp: mp.setattr(codec, 'unmask', interrupted), KeyboardInterrupt), 'in the middle of writing':(lambda mp: mp.setattr(codec, 'open', FullFile, raising=False), OSError), 'at the end of writing':(lambda mp: mp.setattr(codec.os, 'fsync', full), OSError), 'when moving':(lambda mp: mp.setattr(codec.os, 'replace', full), OSError)}
+FAILURES = {'damaged file':(lambda mp: None, ValueError), 'in the network':(lambda mp: mp.setattr(codec, 'unmask', interrupted), KeyboardInterrupt), 'in the middle of writing':(lambda mp: mp.setattr(codec, 'open', FullFile, raising=False), OSError), 'at the end of writing':(lambda mp: mp.setattr(codec.os, 'fsync', full), OSError), 'when moving':(lambda mp: [mp.setattr(codec.os, o, full) for o in ('replace', 'link')], OSError)}
 @pytest.mark.parametrize('name', FAILURES)
 def test_failures_leave_everything_as_it_was(name, tmp_path, monkeypatch):
     fail,error = FAILURES[name]

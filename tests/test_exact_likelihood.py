@@ -209,7 +209,7 @@ def warm(o, temperature=1., top_p=1.): return real['token_probs'](o, 1.1*tempera
 def without_top_p(o, temperature=1., top_p=1.): return real['token_probs'](o, temperature)
 def backwards(masked, places, sure=None): return real['reveal_ranks'](masked, -places if sure is None else places, None if sure is None else -sure)
 def rightmost(masked, places, sure=None): return real['reveal_ranks'](masked.flip(1), places.flip(1), sure.flip(1)).flip(1)
-def few_first(n, steps=None, schedule=None): return [1]*(steps-1)+[n-steps+1]
+def few_first(n, steps=None, schedule=None, tokens=1): return [1]*(steps-1)+[n-steps+1]
 # in the sampler alone
 IN_THE_SAMPLER = {'certainty of the drawn token':('certainty', of_drawn_tokens, 'confidence', None, {}), 'certainty of another rule':('certainty', lambda p, rule: real['certainty'](p, 'confidence'), 'entropy', None, {}),
     **{f'too warm, {rule}':('token_probs', warm, rule, 2, {}) for rule in ('left_to_right', 'confidence')}, 'top-p left out':('token_probs', without_top_p, 'random', None, dict(top_p=.8)),
