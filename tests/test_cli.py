@@ -54,6 +54,10 @@ def test_exact_scores_and_files_that_come_back(trained, corpus, tmp_path):
     assert status==0 and 'exact minus log-probability' in text and 'total' in text and '±' not in text, err
     rows = json.loads((tmp_path/'bits.json').read_text())['rows']
     assert rows[2]['bits']==pytest.approx(2*rows[0]['bits']) and (tmp_path/'bits.png').read_bytes()[:4]==b'\x89PNG'
+    status,text,err = finish(command('bijdiff_sample', out, '--rule', 'spread', '--steps', 4, '--prompt', 'The '))
+    assert status==0 and text.startswith('The '), err
+    status,_,err = finish(command('bijdiff_score', out, part, tmp_path/'none.txt', '--rule', 'spread'))
+    assert status==2 and 'none.txt does not exist' in err and err.count('\n')==1
     code = lambda *a: finish(command('bijdiff_compress', out, part, '--steps', 4, *a))
     status,text,err = code()
     assert status==0 and 'bits per byte' in text, err

@@ -143,6 +143,16 @@ def test_rules_and_settings_differ():
     same(log_prob(network('toy'), X, 'block', block_length=1), exact('toy', 'plain')['left_to_right',None], 1e-12)
     same(log_prob(network('toy'), X, 'block', block_length=4), exact('toy', 'plain')['confidence',None], 1e-12)
 
+def test_tokens_a_pass():
+    "Two tokens a pass are two passes of four tokens; of three tokens the last one has a pass of its own"
+    m,given = network('toy'),(1, V, V, V)
+    for rule in EVERY_RULE:
+        same(log_prob(m, X, tokens=2, **of_rule(rule)), log_prob(m, X, steps=2, **of_rule(rule)))
+        sums_to_one(p := log_prob(m, fitting(given), template=given, tokens=2, **of_rule(rule)))
+        assert (p-log_prob(m, fitting(given), template=given, steps=2, **of_rule(rule))).abs().max()>.01 and unmasking.reveal_counts(3, tokens=2)==[2, 1]
+    with pytest.raises(ValueError, match='tokens is 0'): log_prob(m, X, tokens=0)
+    with pytest.raises(ValueError, match='steps is 2 and tokens is 3'): log_prob(m, X, steps=2, tokens=3)
+
 @pytest.mark.parametrize('name', ['toy', 'network', 'timed'])
 def test_shorter_texts(name):
     "Texts of 0 to 4 tokens in one batch, with anything behind their ends"
