@@ -42,7 +42,7 @@ def gidd(t):
 NOISES = {'mask':(Corruption(V, schedule=Cosine(.01)), of(cosine, 1, 0), {}), 'mask, told the time':(Corruption(V, schedule=LogLinear(0.)), of(lambda t: 1-t, 1, 0), dict(time_conditioning=True)), 'mask, scores':(Corruption(V, schedule=Cosine(.01)), of(cosine, 1, 0), dict(score_head=True)),
           'uniform':(Corruption(V, 0, 1, schedule=HalfCosine(.01)), of(half_cosine, 0, 1), {}), 'uniform, scores':(Corruption(V, 0, 1, schedule=Geometric(.05, 5.)), of(geometric, 0, 1), dict(score_head=True)),
           'hybrid':(Corruption(V, .6, .4, schedule=Geometric(.05, 5.)), of(geometric, .6, .4), {}), 'gidd':(GIDDCorruption(V, .3), gidd, {})}
-ELSEWHERE = 'left_to_right','random','block'                                               # tested with the likelihood
+ELSEWHERE = 'left_to_right','random','spread','block'                                             # tested with the likelihood
 CASES = [(name, how) for name,(noise,_,kw) in NOISES.items() for how in samplers_for(Toy(V, 1, noise, **kw)) if how not in ELSEWHERE and how in {'mask, scores':('tweedie', 'euler'), 'mask, told the time':('ancestral', 'confidence', 'first_hitting')}.get(name, how)]
 
 @lru_cache(None)
