@@ -3,8 +3,8 @@ import hashlib, math
 from functools import lru_cache
 from itertools import combinations, permutations, product
 import numpy as np, pytest, torch
-from scipy.stats import chi2
 from torch.nn.functional import pad
+from chi_square import chi_square
 from bijdiff import exact_likelihood, unmasking
 from bijdiff.corruption import Corruption, Cosine, HalfCosine, Polynomial
 from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig, LatentDensity
@@ -179,14 +179,6 @@ def test_nats_of_each_token():
     for rule in EVERY_RULE: same(log_prob(network('toy'), x, template=rows, **of_rule(rule)), torch.tensor([slow('toy', a, template=b, **of_rule(rule))[0] for a,b in zip(x.tolist(), rows.tolist())], dtype=torch.float64), 1e-12)
 
 # Samples
-def chi_square(counts, p):
-    "p-value of counts; what is impossible must not happen, rare ones count together"
-    n = counts.sum()
-    assert abs(p.sum()-1)<1e-6 and not counts[p<1e-13].any(), 'impossible'
-    order = np.argsort(p)
-    k = max(1, int((np.cumsum(p[order])*n<5).sum())+1)                                           # the rarest, until 5 of them are expected
-    got,want = (np.append(o[order[k:]], o[order[:k]].sum()) for o in (counts, p*n))
-    return chi2.sf(((got-want)**2/want.clip(1e-300)).sum(), len(want)-1) if len(want)>1 else 1.
 def judge(counts, p):
     value = chi_square(counts, p)
     assert value>1e-3/TESTS, f'p-value {value:.1e}'

@@ -4,8 +4,9 @@ from functools import lru_cache
 from itertools import combinations, product
 import numpy as np, pytest, torch
 from scipy.linalg import expm
-from scipy.stats import binom, chi2, poisson
+from scipy.stats import binom, poisson
 from torch.nn.functional import pad
+from chi_square import chi_square
 from bijdiff import sampling, unmasking
 from bijdiff.corruption import Corruption, Cosine, Geometric, GIDDCorruption, HalfCosine, LogLinear, Step
 from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig, Reading, output_integrand
@@ -172,14 +173,6 @@ def hitting(ask, template, timed, n=8):
     return f(template, 1.)
 def index(z): return int(np.dot(z, (V+1)**np.arange(L)[::-1]))
 
-def chi_square(counts, p):
-    "p-value of counts; what is impossible must not happen, rare ones count together"
-    n = counts.sum()
-    assert abs(p.sum()-1)<1e-6 and not counts[p<1e-13].any(), 'impossible'
-    order = np.argsort(p)
-    k = max(1, int((np.cumsum(p[order])*n<5).sum())+1)                                           # the rarest, until 5 of them are expected
-    got,want = (np.append(o[order[k:]], o[order[:k]].sum()) for o in (counts, p*n))
-    return chi2.sf(((got-want)**2/want.clip(1e-300)).sum(), len(want)-1) if len(want)>1 else 1.
 def judge(counts, p):
     value = chi_square(counts, p)
     assert value>1e-3/TESTS, f'p-value {value:.1e}'
