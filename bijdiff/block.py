@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LocalMixing', 'AdaptiveNorm', 'BlockMixer', 'BijectiveTransformerBlock', 'count_bijective', 'TimeEmbedding',
-           'BijectiveTransformer']
+           'stack_context', 'BijectiveTransformer']
 
 # %% ../nbs/05_block.ipynb #fd996080
 import torch
@@ -14,7 +14,7 @@ from fastcore.basics import store_attr, patch
 from .core import sum_log_determinants, Bijection
 from .coupling import AdditiveCoupling, CouplingNet, halves, at_text, check_mask, require_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
-from .attention import BidirectionalAttention, rotary_angles
+from .attention import BidirectionalAttention, at_rows, rotary_angles
 
 # %% ../nbs/05_block.ipynb #dd224d21
 class LocalMixing(nn.Module):
@@ -78,10 +78,12 @@ class BlockMixer(nn.Module):
         cond:Tensor|None=None, # (B, cond_dim)
         rotary:tuple|None=None, # Rotary angles that layers share
         read:Tensor|None=None, # What the perceptron reads; h if None
-    )->tuple[Tensor,Tensor]: # Update by attention, and input of the perceptron, (B, L, d_model) each
+        rows:Tensor|None=None, # Numbers of the positions that get an update, (B, R); all of them if None
+    )->tuple[Tensor,Tensor]: # Update by attention, and input of the perceptron, (B, L, d_model) or (B, R, d_model) each
         n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
-        a = self.attn(self.attn_norm(h+n, cond), mask, rotary)
-        return a, self.mlp_norm((h if read is None else read)+n+a, cond)
+        a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
+        r = (h if read is None else read)+n
+        return a, self.mlp_norm((r if rows is None else at_rows(r, rows))+a, cond)
 
 def _check_kind(name, value):
     if value not in ('bijective','standard'): raise ValueError(f"{name} is {value!r}; expected 'bijective' or 'standard'")
@@ -173,6 +175,22 @@ class TimeEmbedding(nn.Module):
         angles = t[:,None].to(self.freqs)*self.freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
+# %% ../nbs/05_block.ipynb #73562c4c
+def stack_context(
+    stack, # With state_dim, d_model, d_head, lattice_bits and time
+    x:Tensor, # State, (B, L, state_dim)
+    mask:Tensor|None, # (B, L), True where there is text
+    t:Tensor|None, # Times, (B,)
+)->dict: # mask, cond (B, cond_dim), rotary
+    "Keywords of the couplings of a stack; a state or a context that does not fit is refused"
+    n = stack.state_dim//stack.d_model
+    if x.ndim!=3 or x.shape[-1]!=stack.state_dim: raise ValueError(f"the state has shape {tuple(x.shape)}; expected (B, L, {stack.state_dim}), {'two' if n==2 else n} streams of d_model={stack.d_model}")
+    require_lattice(x, stack.lattice_bits)
+    check_mask(mask, x)
+    if t is not None and t.shape!=x.shape[:1]: raise ValueError(f't has shape {tuple(t.shape)}; expected {tuple(x.shape[:1])}, one time per example')
+    if (t is None)!=(stack.time is None): raise ValueError('t is missing, but the stack is conditioned on time' if t is None else 't is given, but the stack was built without time_conditioning')
+    return dict(mask=mask, cond=None if t is None else stack.time(t), rotary=rotary_angles(x.shape[1], stack.d_head, x.device))
+
 # %% ../nbs/05_block.ipynb #7c9e6a8a
 class BijectiveTransformer(Bijection):
     "A stack of transformer blocks on a state of two streams, exactly invertible where all blocks are bijective"
@@ -207,15 +225,12 @@ class BijectiveTransformer(Bijection):
         "The run of couplings that makes up the bijective layers"
         return self.blocks[:self.n_bijective_layers]
 
-    def _context(self, x, mask, t):
-        "Keywords of the blocks"
-        if x.ndim!=3 or x.shape[-1]!=2*self.d_model: raise ValueError(f'the state has shape {tuple(x.shape)}; expected (B, L, {2*self.d_model}), two streams of d_model={self.d_model}')
-        require_lattice(x, self.lattice_bits)
-        check_mask(mask, x)
-        if t is not None and t.shape!=x.shape[:1]: raise ValueError(f't has shape {tuple(t.shape)}; expected {tuple(x.shape[:1])}, one time per example')
-        if (t is None)!=(self.time is None): raise ValueError('t is missing, but the stack is conditioned on time' if t is None else 't is given, but the stack was built without time_conditioning')
-        angles = rotary_angles(x.shape[1], self.blocks[0].f.mixer.attn.d_head, x.device)
-        return dict(mask=mask, cond=None if t is None else self.time(t), rotary=angles)
+    @property
+    def state_dim(self)->int: return 2*self.d_model
+    @property
+    def d_head(self)->int: return self.blocks[0].f.mixer.attn.d_head
+
+    def _context(self, x, mask, t): return stack_context(self, x, mask, t)
 
     def forward(self,
         x:Tensor, # State, (B, L, 2*d_model)

@@ -148,7 +148,7 @@ def _report(learn, out, ids, seed):
     for p in (out, *(out/n for n in sorted(pictures))): print(p)
 
 # %% ../nbs/18_cli.ipynb #dedc4ce1
-_fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_hidden_dim coupling_depth enable_multiscale segment_length'.split()
+_fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_hidden_dim coupling_depth enable_multiscale segment_length n_experts k_active couple'.split()
 
 def _check_numbers(o):
     for k in ('seq_len','bs','epochs'):
@@ -191,6 +191,9 @@ def bijdiff_train(
     coupling_depth:int=2, # Linear layers of a perceptron
     enable_multiscale:bool=False, # Local, segment and global couplings before every bijective block
     segment_length:int=16, # Positions of a segment, where they are enabled
+    n_experts:int=None, # Experts of a mixture, at least 2; a single stack if not given
+    k_active:int=None, # Experts that act at a position; all if not given
+    couple:str='final', # Where the experts are coupled: final, or every block
     store_activations:bool=False, # Store activations instead of rebuilding them: same gradients, faster, more memory
     lambda_likelihood:float=0., # Weight of the latent density of the states in the loss
     lambda_invert:float=0., # Weight of the inverse error; 0 anyway, as all components invert exactly

@@ -22,6 +22,7 @@ from .block import BijectiveTransformer, count_bijective
 from .coupling import to_lattice
 from .corruption import Corruption, HalfCosine, Masses, Noisy, Schedule, check_ids, check_times, corruption_from_dict
 from .multiscale import MultiscaleTransformer
+from .moe import BijectiveMoE, ExpertEntry, check_experts
 from .objective import bound_integrand, log_mix, score_entropy
 from .tokens import tokenizer_from_dict
 
@@ -49,6 +50,12 @@ class DenoiserConfig:
     reversible:bool = True # Rebuild the activations of bijective blocks in the backward pass, or store them
     enable_multiscale:bool = False # Local, segment and global couplings before every bijective block
     segment_length:int = 16 # Positions of a segment, where they are enabled
+    n_experts:int|None = None # Experts of a mixture, at least 2; a single stack if None
+    k_active:int|None = None # Experts that act at a position; all if None
+    couple:str = 'final' # Where the couplers of a mixture stand: 'final' or 'every' block
+    coupler_dim:int|None = None # Width of their message; d_model if None
+    router_balance:float = 0. # Weight of the balance term of routers
+    router_z_loss:float = 0. # Weight of their z-term
     latent_density:bool = False # Train a density on the states beside the denoiser
     time_conditioning:bool = False # Whether the network is told the time; of use where noise is not masking alone
     gap_head:bool = False # Whether it also says how many tokens are missing in each gap; needed for deletion
@@ -59,7 +66,9 @@ class DenoiserConfig:
         _at_least(self, 1, 'vocab_size', 'seq_len', 'd_model', 'n_heads', 'n_layers', 'coupling_depth', 'segment_length')
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
-        if self.coupling_hidden_dim is not None: _at_least(self, 1, 'coupling_hidden_dim')
+        for k in ('coupling_hidden_dim','coupler_dim'):
+            if getattr(self, k) is not None: _at_least(self, 1, k)
+        self._check_mixture(n_bijective)
         if self.lattice_bits is not None and not 1<=self.lattice_bits<=20: raise ValueError(f'lattice_bits is {self.lattice_bits}; expected 1 to 20, or None')
         if self.local_window<0 or (self.local_window and self.local_window%2==0): raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
         if not 0<=self.dropout<1: raise ValueError(f'dropout is {self.dropout}; expected a number from 0 to below 1')
@@ -71,11 +80,30 @@ class DenoiserConfig:
         if self.score_head and noise.T: raise ValueError(f'score_head is True and the noise has T={noise.T} steps; score entropy is in continuous time: leave T out')
         if self.score_head and (noise.deletes or not (noise.masks_only or noise.shares['substitute']==1)): raise ValueError(f'score_head is True, but the noise is {noise.shares}; expected masking alone or substitution alone')
 
+    def _check_mixture(self, n_bijective):
+        if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")
+        if self.n_experts is not None: check_experts(self.n_experts, self.k_active)
+        elif self.k_active is not None: raise ValueError(f'k_active is {self.k_active}, but there are no experts; expected n_experts of at least 2 as well')
+        if self.n_experts is not None and n_bijective<self.n_layers: raise ValueError(f'n_experts is {self.n_experts} and {n_bijective} of {self.n_layers} layers are bijective; a mixture needs all of them bijective')
+        for k in ('router_balance','router_z_loss'):
+            v = getattr(self, k)
+            if not 0<=v<math.inf: raise ValueError(f'{k} is {v}; expected a number of at least 0')
+            if v and self.k_active is None: raise ValueError(f'{k} is {v}, but no router is there; expected k_active as well')
+
     def corruption(self)->Corruption:
         "The noise the network is made for"
         return Corruption(self.vocab_size, schedule=HalfCosine()) if self.noise is None else corruption_from_dict(self.vocab_size, self.noise)
 
 # %% ../nbs/11_denoiser.ipynb #70600630
+def _backbone(c):
+    "The stack or the mixture of a configuration"
+    both = dict(lattice_bits=c.lattice_bits, reversible=c.reversible, dropout=c.dropout, time_conditioning=c.time_conditioning, coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window)
+    if c.n_experts is not None:
+        return BijectiveMoE(c.n_experts, c.d_model, c.n_heads, c.n_layers, c.couple, c.k_active, coupler_dim=c.coupler_dim, balance=c.router_balance, z_loss=c.router_z_loss,
+                            enable_multiscale=c.enable_multiscale, segment_length=c.segment_length, **both)
+    stack,scales = (MultiscaleTransformer, dict(segment_length=c.segment_length)) if c.enable_multiscale else (BijectiveTransformer, {})
+    return stack(c.n_layers, c.d_model, c.n_heads, n_bijective_layers=c.n_bijective_layers, bijective_ratio=c.bijective_ratio, **both, **scales)
+
 class BijectiveDenoiser(nn.Module):
     "Logits over the clean alphabet from a text with masks"
     def __init__(self,
@@ -85,11 +113,10 @@ class BijectiveDenoiser(nn.Module):
         self.config,self.tokenizer = config,None
         c = config
         self.embed = nn.Embedding(c.vocab_size+1+c.gap_head, c.d_model)
-        stack,scales = (MultiscaleTransformer, dict(segment_length=c.segment_length)) if c.enable_multiscale else (BijectiveTransformer, {})
-        self.backbone = stack(c.n_layers, c.d_model, c.n_heads, n_bijective_layers=c.n_bijective_layers, bijective_ratio=c.bijective_ratio, lattice_bits=c.lattice_bits, reversible=c.reversible,
-            coupling_hidden_dim=c.coupling_hidden_dim, coupling_depth=c.coupling_depth, local_window=c.local_window, dropout=c.dropout, time_conditioning=c.time_conditioning, **scales)
+        self.entry = None if c.n_experts is None else ExpertEntry(c.n_experts, c.d_model, c.lattice_bits)
+        self.backbone = _backbone(c)
         self.norm,self.readout = nn.LayerNorm(c.d_model),nn.Linear(c.d_model, c.vocab_size)
-        self.latent = LatentDensity(2*c.d_model) if c.latent_density else None
+        self.latent = LatentDensity(self.backbone.state_dim) if c.latent_density else None
         self.gap_readout = nn.Linear(c.d_model, 1) if c.gap_head else None
         self.corruption = c.corruption()
         for m in filter(None, (self.readout, self.gap_readout)):
@@ -105,16 +132,21 @@ class BijectiveDenoiser(nn.Module):
 @patch
 def state(self:BijectiveDenoiser,
     xt:Tensor, # Ids 0..V, (B, L)
-)->Tensor: # State of two equal streams, (B, L, 2*d_model), on the lattice where there is one; L+1 with a gap head
+)->Tensor: # State of two equal streams, (B, L, 2*d_model), or of every expert, (B, L, n_experts*2*d_model), on the lattice where there is one; L+1 with a gap head
     "What the backbone starts from"
     check_ids(xt, self.config.vocab_size, 'xt')
     if xt.shape[1]>self.config.seq_len: raise ValueError(f'the text has {xt.shape[1]} tokens; the model takes at most seq_len={self.config.seq_len}')
     if self.gap_readout is not None: xt = F.pad(xt, (1, 0), value=self.config.vocab_size+1)
     e = F.rms_norm(self.embed(xt), (self.config.d_model,))
     if e.dtype not in (torch.float32, torch.float64): e = e.float()     # streams keep full precision under autocast
-    if self.latent is not None and self.training: return self._on_lattice(self.latent.noisy(torch.cat([e, e], -1)))
-    e = self._on_lattice(e)
-    return torch.cat([e, e], -1)
+    if self.latent is not None and self.training: return self._on_lattice(self.latent.noisy(self._copies(e)))
+    return self._copies(self._on_lattice(e))
+
+@patch
+def _copies(self:BijectiveDenoiser, e):
+    "Both streams from one embedding, and those of every expert"
+    h = torch.cat([e, e], -1)
+    return h if self.entry is None else self.entry(h)
 
 @patch
 def _on_lattice(self:BijectiveDenoiser, x): return x if self.config.lattice_bits is None else to_lattice(x, self.config.lattice_bits)
@@ -128,10 +160,10 @@ class Reading(tuple):
 
 @patch
 def read(self:BijectiveDenoiser,
-    y:Tensor, # State behind the backbone, (B, L, 2*d_model)
+    y:Tensor, # State behind the backbone, (B, L, state_dim)
 )->Tensor|Reading: # Logits, (B, L, V); and gap logits where there is a head for them
     "What the streams say about each token"
-    h = self.norm(sum(y.chunk(2, -1)))
+    h = self.norm(sum(y.split(self.config.d_model, -1)))
     if self.gap_readout is None: return self.readout(h)
     return Reading((self.readout(h[:,1:]), self.gap_readout(h)[...,0]))
 
@@ -311,7 +343,7 @@ class LatentDensity(nn.Module):
 # %% ../nbs/11_denoiser.ipynb #82a81bfa
 @patch
 def context(self:BijectiveDenoiser,
-    h:Tensor, # State, (B, L, 2*d_model)
+    h:Tensor, # State, (B, L, state_dim)
     t:float=.5, # Time
 )->dict: # Keywords of the backbone
     "What the backbone is to be told beside the state: the time, if it asks for it"
@@ -340,7 +372,7 @@ def inverse_errors(
     return res
 
 # %% ../nbs/11_denoiser.ipynb #a7a24c8a
-FORMAT,VERSION,READABLE = 'bijdiff',3,(2, 3)
+FORMAT,VERSION,READABLE = 'bijdiff',4,(2, 3, 4)
 
 def write_atomically(
     folder, # Where the files go; made if missing

@@ -1,0 +1,112 @@
+"""Mixtures of experts against a single bijective transformer and against a gated mixture, on a text.
+
+    python benchmarks/moe.py all PATH/TO/tinyshakespeare.txt              # everything that is still missing, one run after another
+    python benchmarks/moe.py one PATH/TO/tinyshakespeare.txt --name dense --lr 4e-3 --seed 1
+
+Small networks, 700 steps of 32 texts of 64 characters (two passes over 716,800 characters, the next 79,645 held out), Adam in one cycle, float32, stored activations. Each architecture tries the same learning rates with seed 0 and
+keeps its best for the other seeds. Parameters are matched to those of the dense network; the rows ending in _c are matched to its computation per token instead. Every run is a process of its own and one line of benchmarks/moe.jsonl:
+stop it when you like, and start it again. Several may run at once: a run is claimed by a lock file."""
+import json, os, platform, resource, statistics, subprocess, sys, time
+from pathlib import Path
+import torch, fastai
+from fastcore.script import call_parse
+from torch.utils.flop_counter import FlopCounterMode
+from bijdiff.all import *
+from gated import GateCallback, make_gated
+
+RESULTS = Path(__file__).with_suffix('.jsonl')
+LRS,SEEDS = (3e-3, 6e-3),(0, 1, 2)
+CONFIGS = {
+    'dense':dict(d_model=64), 'standard':dict(d_model=64, n_bijective_layers=0),
+    '2 final':dict(d_model=44, n_experts=2), '2 every':dict(d_model=40, n_experts=2, couple='every'), '4 final':dict(d_model=32, n_experts=4),
+    'sparse 2 of 8':dict(d_model=22, n_heads=1, n_experts=8, k_active=2), 'sparse 2 of 8, balanced':dict(d_model=22, n_heads=1, n_experts=8, k_active=2, router_balance=.01),
+    'gated 2 of 8':dict(d_model=28, gated=(8, 2), balance=.01), 'gated 2 of 8, no balance':dict(d_model=28, gated=(8, 2), balance=0.),
+    'sparse 2 of 8, _c':dict(d_model=36, n_experts=8, k_active=2), 'gated 2 of 8, _c':dict(d_model=52, gated=(8, 2), balance=.01)}
+
+def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
+def flops_per_token(model, L):
+    "Of a forward pass"
+    x = torch.full((4, L), model.mask_id)
+    with torch.no_grad(), FlopCounterMode(display=False) as c: model(x)
+    return c.get_total_flops()/x.numel()
+
+def learner(dls, seed, d_model, gated=None, balance=0., **fields):
+    fields = dict(dict(d_model=d_model, n_heads=2, n_layers=4, reversible=False), **fields)
+    if gated is not None: fields['n_bijective_layers'] = 0
+    watch = [ExpertCallback(every=50)] if 'n_experts' in fields else []
+    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, fields=fields, cbs=watch)
+    if gated is not None:
+        make_gated(learn.model, *gated)
+        learn.add_cb(GateCallback(balance))
+    return learn
+
+def experts_seen(learn):
+    "What became of the experts"
+    if hasattr(learn, 'expert'):
+        e = learn.expert
+        g,looks = torch.stack(e.grads[1:]),e.looks
+        return dict(gradient_ratio=e.gradient_ratio(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), last={k:v for k,v in looks[-1].items()}, mean_cka_by_look=[round(statistics.mean(o['cka']), 4) for o in looks], flags=e.flags())
+    if hasattr(learn, 'gate'):
+        g,s = torch.stack(learn.gate.grads[1:]),torch.stack(learn.gate.shares[-50:]).mean(0)
+        return dict(gradient_ratio=(g.min(1)[0]/g.max(1)[0]).min().item(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), share_by_layer=s.tolist())
+    return {}
+
+def run(path, name, lr, seed, steps):
+    "One training, as a line of the results"
+    torch.set_num_threads(1)
+    TwoStage.min_rows = 2048                                              # the perceptron of a batch in one portion: faster for networks as small as these
+    L,bs,epochs = 64,32,2
+    text = Path(path).read_text()[:int(steps/epochs*L*bs/.9)+1]
+    dls = text_dls(text, seq_len=L, bs=bs)
+    learn = learner(dls, seed, **CONFIGS[name])
+    flops,before,start = flops_per_token(learn.model, L),rss(),time.time()
+    learn.logger = lambda row: print(*row, flush=True)
+    with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
+    seconds,memory = time.time()-start,rss()-before
+    bits,se = score_ids(learn.model, dls.valid.dataset.ids, n=8).bits(len(dls.valid_text))
+    t = learn.oscillation.trend
+    return dict(name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), n_params=sum(p.numel() for p in learn.model.parameters()), flops_per_token=round(flops), seconds_per_epoch=round(seconds/epochs, 1), peak_mib=round(memory),
+                steps=len(learn.oscillation.losses), amplitude=None if t is None else round(t.amplitude, 4), losses_at_50_steps=[round(float(sum(learn.oscillation.losses[i:i+50])/50), 3) for i in range(0, len(learn.oscillation.losses)-49, 50)],
+                experts=experts_seen(learn), config=CONFIGS[name], machine=f'{platform.machine()}, 1 thread, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/moe.py one tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
+
+def done(): return [json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+def missing(names):
+    "Runs to do, the most informative first"
+    rows = {(r['name'], r['lr'], r['seed']):r['bits_per_char'] for r in done()}
+    todo = [(n, lr, 0) for n in names for lr in LRS if (n, lr, 0) not in rows]
+    for seed in SEEDS[1:]:
+        for n in names:
+            grid = {lr:rows[n, lr, 0] for lr in LRS if (n, lr, 0) in rows}
+            if len(grid)==len(LRS) and (n, best := min(grid, key=grid.get), seed) not in rows: todo.append((n, best, seed))
+    return todo
+
+def claim(key):
+    "Whether this process may do a run"
+    lock = Path(f"{RESULTS}.{'-'.join(map(str, key)).replace(' ', '_')}.lock")
+    try: os.close(os.open(lock, os.O_CREAT|os.O_EXCL))
+    except FileExistsError: return None
+    return lock
+
+def everything(path, names, steps):
+    while True:
+        for key in missing(names):
+            if lock := claim(key): break
+        else: return
+        try: subprocess.run([sys.executable, __file__, 'one', path, '--name', key[0], '--lr', str(key[1]), '--seed', str(key[2]), '--steps', str(steps)], check=True)
+        finally: lock.unlink()
+
+@call_parse
+def main(
+    what:str, # one run, or all that are missing
+    path:str, # The text
+    name:str=None, # Configurations, comma and space excepted: separate several by /
+    lr:float=3e-3, # Peak learning rate of one run
+    seed:int=0, # Of one run
+    steps:int=700, # Training steps
+):
+    if what=='all': return everything(path, name.split('/') if name else list(CONFIGS), steps)
+    res = run(path, name, lr, seed, steps)
+    print(json.dumps(res))
+    with open(RESULTS, 'a') as f: f.write(json.dumps(res)+'\n')
