@@ -1,5 +1,5 @@
 """The shape of the project: notebooks run, the staircase holds, what is generated is up to date."""
-import ast, json, re, shutil, subprocess, sys
+import ast, json, multiprocessing, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -12,11 +12,35 @@ def run(*args, cwd=root, **kw):
     res = subprocess.run(args, cwd=cwd, capture_output=True, text=True, **kw)
     return res.returncode, res.stdout+res.stderr
 
+context = multiprocessing.get_context('forkserver')                       # a server imports once what notebooks import, and each of them runs in a fork of it
+context.set_forkserver_preload(['nbdev.test', 'bijdiff.all', 'fastai.basics', 'fastcore.test', 'matplotlib.pyplot'])
+
+def run_notebook(path, log):
+    "Run the cells of a notebook as nbdev_test does, for exit status 0 or 1; its output goes to a file"
+    with open(log, 'w') as f:
+        for fd in (1, 2): os.dup2(f.fileno(), fd)
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    ok,_ = test_nb(path, skip_flags=get_config(path=path.parent).tst_flags.split(), basepath=root)
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(0 if ok else 1)
+
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
-def test_notebook(path):
+def test_notebook(path, tmp_path):
     "Every cell runs, but for those marked slow, cuda or network"
-    code,out = run('nbdev_test', '--path', str(path), '--n_workers', '0', timeout=600)
-    assert code==0, f'{path.name} does not run; run it in jupyter and mend the cell that fails:\n{out[-6000:]}'
+    p = context.Process(target=run_notebook, args=(path, tmp_path/'log'))
+    p.start(); p.join(600)
+    if p.is_alive(): p.kill(); p.join()
+    out = (tmp_path/'log').read_text() if (tmp_path/'log').exists() else ''
+    assert p.exitcode==0, f'{path.name} does not run; run it in jupyter and mend the cell that fails:\n{out[-6000:]}'
+
+def test_a_notebook_that_fails_is_seen(tmp_path):
+    shutil.copy(root/'settings.ini', tmp_path)
+    (tmp_path/'nbs').mkdir()
+    for name,src in dict(good='1+1', bad='assert 1+1==3', skipped='#| slow\nassert False').items():
+        (tmp_path/'nbs'/f'{name}.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[src], metadata={}, outputs=[], id=name, execution_count=None)], metadata={}, nbformat=4, nbformat_minor=5)))
+    for name in ('good', 'skipped'): test_notebook(tmp_path/'nbs'/f'{name}.ipynb', tmp_path)
+    with pytest.raises(AssertionError, match='bad.ipynb does not run'): test_notebook(tmp_path/'nbs'/'bad.ipynb', tmp_path)
 
 def number(path):
     "What stands before the underscore: 04, or 04a for the second half of a split notebook"
