@@ -1,10 +1,10 @@
 """Mixtures of experts against a single bijective transformer and against a gated mixture, on a text.
 
     python benchmarks/moe.py all PATH/TO/tinyshakespeare.txt              # everything that is still missing, one run after another
-    python benchmarks/moe.py one PATH/TO/tinyshakespeare.txt --name dense --lr 4e-3 --seed 1
+    python benchmarks/moe.py one PATH/TO/tinyshakespeare.txt --name dense --lr 3e-3 --seed 1
 
 Small networks, 700 steps of 32 texts of 64 characters (two passes over 716,800 characters, the next 79,645 held out), Adam in one cycle, float32, stored activations. Each architecture tries the same learning rates with seed 0 and
-keeps its best for the other seeds. Parameters are matched to those of the dense network; the rows ending in _c are matched to its computation per token instead. Every run is a process of its own and one line of benchmarks/moe.jsonl:
+keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/moe.jsonl:
 stop it when you like, and start it again. Several may run at once: a run is claimed by a lock file."""
 import json, os, platform, resource, statistics, subprocess, sys, time
 from pathlib import Path
@@ -17,7 +17,7 @@ from gated import GateCallback, make_gated
 RESULTS = Path(__file__).with_suffix('.jsonl')
 LRS,SEEDS = (3e-3, 6e-3),(0, 1, 2)
 CONFIGS = {
-    'dense':dict(d_model=64), 'standard':dict(d_model=64, n_bijective_layers=0),
+    'dense':dict(d_model=64), '2 uncoupled':dict(d_model=44, n_experts=2, uncoupled=True), 'standard':dict(d_model=64, n_bijective_layers=0),
     '2 final':dict(d_model=44, n_experts=2), '2 every':dict(d_model=40, n_experts=2, couple='every'), '4 final':dict(d_model=32, n_experts=4),
     'sparse 2 of 8':dict(d_model=22, n_heads=1, n_experts=8, k_active=2), 'sparse 2 of 8, balanced':dict(d_model=22, n_heads=1, n_experts=8, k_active=2, router_balance=.01),
     'gated 2 of 8':dict(d_model=28, gated=(8, 2), balance=.01), 'gated 2 of 8, no balance':dict(d_model=28, gated=(8, 2), balance=0.),
@@ -31,11 +31,13 @@ def flops_per_token(model, L):
     with torch.no_grad(), FlopCounterMode(display=False) as c: model(x)
     return c.get_total_flops()/x.numel()
 
-def learner(dls, seed, d_model, gated=None, balance=0., **fields):
+def learner(dls, seed, d_model, gated=None, balance=0., uncoupled=False, **fields):
     fields = dict(dict(d_model=d_model, n_heads=2, n_layers=4, reversible=False), **fields)
     if gated is not None: fields['n_bijective_layers'] = 0
     watch = [ExpertCallback(every=50)] if 'n_experts' in fields else []
     learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, fields=fields, cbs=watch)
+    for c,role in zip(learn.model.backbone.layers, learn.model.backbone.roles) if uncoupled else ():
+        if role=='coupler': c.requires_grad_(False)
     if gated is not None:
         make_gated(learn.model, *gated)
         learn.add_cb(GateCallback(balance))
@@ -46,7 +48,7 @@ def experts_seen(learn):
     if hasattr(learn, 'expert'):
         e = learn.expert
         g,looks = torch.stack(e.grads[1:]),e.looks
-        return dict(gradient_ratio=e.gradient_ratio(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), last={k:v for k,v in looks[-1].items()}, mean_cka_by_look=[round(statistics.mean(o['cka']), 4) for o in looks], flags=e.flags())
+        return dict(gradient_ratio=e.gradient_ratio(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), last={k:v for k,v in looks[-1].items()}, mean_cka_by_look=[round(statistics.mean(o['cka']), 4) for o in looks[1:]], flags=e.flags())
     if hasattr(learn, 'gate'):
         g,s = torch.stack(learn.gate.grads[1:]),torch.stack(learn.gate.shares[-50:]).mean(0)
         return dict(gradient_ratio=(g.min(1)[0]/g.max(1)[0]).min().item(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), share_by_layer=s.tolist())
@@ -94,14 +96,15 @@ def everything(path, names, steps):
         for key in missing(names):
             if lock := claim(key): break
         else: return
-        try: subprocess.run([sys.executable, __file__, 'one', path, '--name', key[0], '--lr', str(key[1]), '--seed', str(key[2]), '--steps', str(steps)], check=True)
+        try:
+            if key in missing(names): subprocess.run([sys.executable, __file__, 'one', path, '--name', key[0], '--lr', str(key[1]), '--seed', str(key[2]), '--steps', str(steps)], check=True)
         finally: lock.unlink()
 
 @call_parse
 def main(
     what:str, # one run, or all that are missing
     path:str, # The text
-    name:str=None, # Configurations, comma and space excepted: separate several by /
+    name:str=None, # Names in CONFIGS, separated by /
     lr:float=3e-3, # Peak learning rate of one run
     seed:int=0, # Of one run
     steps:int=700, # Training steps

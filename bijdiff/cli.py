@@ -148,7 +148,7 @@ def _report(learn, out, ids, seed):
     for p in (out, *(out/n for n in sorted(pictures))): print(p)
 
 # %% ../nbs/18_cli.ipynb #dedc4ce1
-_fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_hidden_dim coupling_depth enable_multiscale segment_length n_experts k_active couple'.split()
+_fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_hidden_dim coupling_depth enable_multiscale segment_length n_experts k_active couple router_balance'.split()
 
 def _check_numbers(o):
     for k in ('seq_len','bs','epochs'):
@@ -194,6 +194,7 @@ def bijdiff_train(
     n_experts:int=None, # Experts of a mixture, at least 2; a single stack if not given
     k_active:int=None, # Experts that act at a position; all if not given
     couple:str='final', # Where the experts are coupled: final, or every block
+    router_balance:float=0., # Weight of the routers' balance term, where k_active is given
     store_activations:bool=False, # Store activations instead of rebuilding them: same gradients, faster, more memory
     lambda_likelihood:float=0., # Weight of the latent density of the states in the loss
     lambda_invert:float=0., # Weight of the inverse error; 0 anyway, as all components invert exactly

@@ -33,15 +33,15 @@ def contribution_shares(
     size = c.norm(dim=-1).mean(1)
     return size/size.sum() if size.sum()>0 else torch.full_like(size, 1/len(c))
 
-# %% ../nbs/17a_experts.ipynb #bd0e5fe6
+# %% ../nbs/17a_experts.ipynb #a3ba4ddf
 def linear_cka(
     x:Tensor, # Features at N positions, (N, d)
     y:Tensor, # Others at the same positions, (N, e)
-)->float: # 0 to 1; 0 where one of them is constant
+)->float: # 0 to 1; NaN where one of them is constant, as nothing is told apart
     "Similarity of two sets of features, whatever rotation there is between them"
     x,y = (o.double()-o.double().mean(0) for o in (x, y))
     scale = (x.T@x).norm()*(y.T@y).norm()
-    return ((y.T@x).square().sum()/scale).item() if scale>0 else 0.
+    return ((y.T@x).square().sum()/scale).item() if scale>0 else math.nan
 
 # %% ../nbs/17a_experts.ipynb #e35a2f92
 def leaders(
@@ -80,7 +80,7 @@ def token_kinds(
         return tests.index(True) if any(tests) else len(KINDS)-1
     return np.array([kind(tokenizer.decode(torch.tensor([i]))) for i in range(tokenizer.vocab_size)])
 
-# %% ../nbs/17a_experts.ipynb #ac990715
+# %% ../nbs/17a_experts.ipynb #63acb9e4
 class ExpertCallback(InFit):
     "Watches the experts of a mixture while it trains"
     run_valid = False
@@ -90,6 +90,7 @@ class ExpertCallback(InFit):
     ):
         if every<1 or n_texts<1: raise ValueError(f'every is {every} and n_texts is {n_texts}; expected at least 1 each')
         self.every,self.n_texts = every,n_texts
+        self.hooks,self.looks,self.grads = [],[],[]
 
     def before_fit(self):
         super().before_fit()
@@ -100,15 +101,18 @@ class ExpertCallback(InFit):
         self.params = [list(self.moe.expert(i).parameters()) for i in range(self.moe.n_experts)]
 
     def before_batch(self):
-        self.seen,self.hooks = {},[]
+        self._unhook()
+        self.seen = {}
         if self.step%self.every==0:
             self.hooks = [self.moe.register_forward_pre_hook(self._give_routes, with_kwargs=True), self.moe.register_forward_hook(self._keep, with_kwargs=True)]
 
     def _give_routes(self, m, args, kwargs): return args, kwargs if m.k_active is None else {**kwargs, 'routes':{}}
     def _keep(self, m, args, kwargs, out): self.seen = dict(x=args[0].detach()[:self.n_texts], y=out[0].detach()[:self.n_texts], mask=kwargs.get('mask'), routes=kwargs.get('routes'))
-    def after_pred(self):
+    def _unhook(self):
         for h in self.hooks: h.remove()
-    def after_cancel_batch(self): self.after_pred()
+        self.hooks = []
+    def after_pred(self): self._unhook()
+    def after_cancel_batch(self): self._unhook()
 
     def after_backward(self): self.grads.append(torch.stack([torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [torch.zeros(())]).norm() for ps in self.params]).detach().cpu())
 
@@ -137,17 +141,18 @@ def _look(self:ExpertCallback, x, y, mask, routes):
     route = dict(routed=torch.stack(list(route_shares(blocks, mask).values())).mean(0).tolist()) if blocks else {}
     return dict(share=contribution_shares(c[:,text]).tolist(), cka=[linear_cka(c[i][text], c[j][text]) for i,j in _pairs(n)], told=told, **route)
 
-# %% ../nbs/17a_experts.ipynb #7755e206
+# %% ../nbs/17a_experts.ipynb #7cf322af
 @patch
 def flags(self:ExpertCallback)->list: # Sentences; none where all is well
     "What has gone wrong with the experts"
+    if not self.grads: raise ValueError('ExpertCallback has seen no step yet; fit the learner first')
     n,last = self.moe.n_experts,self.looks[-1] if self.looks else {}
     fair = dict(share=1/n, routed=(self.moe.k_active or n)/n)
     g = torch.stack(self.grads[-self.every:]).mean(0)
     res = [f'expert {i} hardly gets a gradient: {v:.1e} of the largest one' for i,v in enumerate((g/g.max().clamp(min=1e-30)).tolist()) if v<1e-3]
     for k,what in dict(share='adds hardly anything', routed='is hardly ever chosen').items():
         res += [f'expert {i} {what}: {v:.2%}, where a fair share is {fair[k]:.0%}' for i,v in enumerate(last.get(k, [])) if v<.01*fair[k]]
-    return res + [f'experts {i} and {j} do the same: similarity {v:.3f}' for (i,j),v in zip(_pairs(n), last.get('cka', [])) if v>.99]
+    return res + [f'experts {i} and {j} tell positions apart alike: similarity {v:.3f}' for (i,j),v in zip(_pairs(n), last.get('cka', [])) if v>.99]
 
 @patch
 def gradient_ratio(self:ExpertCallback)->float: # Smallest over all steps
@@ -155,10 +160,11 @@ def gradient_ratio(self:ExpertCallback)->float: # Smallest over all steps
     g = torch.stack(self.grads[1:])
     return (g.min(1)[0]/g.max(1)[0].clamp(min=1e-30)).min().item()
 
-# %% ../nbs/17a_experts.ipynb #5df2563e
+# %% ../nbs/17a_experts.ipynb #655f5157
 @patch
 def plot(self:ExpertCallback):
     "Gradients, shares, similarity and specialisation over training"
+    if not self.looks: raise ValueError('ExpertCallback has seen no step yet; fit the learner first')
     fig,axs = plt.subplots(2, 2, figsize=(9, 5.6))
     (ga,sa),(ca,ta) = axs
     n,steps = self.moe.n_experts,[o['step'] for o in self.looks]

