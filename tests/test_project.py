@@ -12,8 +12,8 @@ def run(*args, cwd=root, **kw):
     res = subprocess.run(args, cwd=cwd, capture_output=True, text=True, **kw)
     return res.returncode, res.stdout+res.stderr
 
-context = multiprocessing.get_context('forkserver')                       # a server imports once what notebooks import, and each of them runs in a fork of it
-context.set_forkserver_preload(['nbdev.test', 'bijdiff.all', 'fastai.basics', 'fastcore.test', 'matplotlib.pyplot'])
+context = multiprocessing.get_context('forkserver')                       # a server imports once what all notebooks import, and each of them runs in a fork of it
+context.set_forkserver_preload(['nbdev.test', 'torch', 'fastcore.test', 'matplotlib.pyplot', 'bijdiff.codec', 'bijdiff.sampling'])       # not fastai, which changes tensors: the lower notebooks must run without it
 
 def run_notebook(path, log):
     "Run the cells of a notebook as nbdev_test does, for exit status 0 or 1; its output goes to a file"
