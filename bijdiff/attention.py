@@ -110,10 +110,10 @@ def at_rows(
 @patch
 def _ask(self:BidirectionalAttention, x, rows, mask, rotary):
     "Attention for the queries of some positions"
-    B,L,D = x.shape
+    D = x.shape[-1]
     split = lambda t: t.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
     q = split(F.linear(at_rows(x, rows), self.qkv.weight[:D]))
     k,v = split(F.linear(x, self.qkv.weight[D:])).chunk(2, 1)
     q = rotate(F.layer_norm(q, (self.d_head,)), *(a[rows][:,None] for a in rotary))
     k = rotate(F.layer_norm(k, (self.d_head,)), *rotary)
-    return self.dropout(self.out(attend(q, k, v, visible_keys(mask)).transpose(1, 2).reshape(B, -1, D)))
+    return self.dropout(self.out(attend(q, k, v, visible_keys(mask)).transpose(1, 2).flatten(2)))

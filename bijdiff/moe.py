@@ -204,7 +204,7 @@ class Router(nn.Module):
         mask:Tensor|None=None, # (B, L), True where there is text; nobody acts at padding
         routes:dict|None=None, # Choices by number: the one that is there is kept to, and a new one is left there
     )->tuple[Tensor,Tensor]: # Who acts, (B, L, n), and the gates, 0 for the others
-        with torch.autocast(h.device.type, enabled=False): z = self.logits(self.norm(at_text(h, mask)))
+        with torch.autocast(h.device.type, enabled=False): z = self.logits(self.norm(at_text(h if h.dtype==torch.float64 else h.float(), mask)))
         routes = {} if routes is None else routes
         if self.number not in routes: routes[self.number] = choose_experts(z, self.k) if mask is None else choose_experts(z, self.k) & mask[...,None]
         chosen = routes[self.number]
@@ -217,7 +217,7 @@ def chosen_rows(
     chosen:Tensor, # (B, L)
 )->tuple[Tensor,Tensor]: # Numbers of positions, (B, R), and True where they are chosen, (B, R)
     "The chosen positions of each text in order; a text with fewer than R is filled up"
-    R = max(int(chosen.sum(1).max()), 1)
+    R = max([1, *chosen.sum(1).tolist()])
     rows = (~chosen).int().argsort(dim=1, stable=True)[:,:R]
     return rows, chosen.gather(1, rows)
 
