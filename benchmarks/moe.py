@@ -5,25 +5,24 @@
 
 Small networks, 700 steps of 32 texts of 64 characters (two passes over 716,800 characters, the next 79,645 held out), Adam in one cycle, float32, stored activations. Each architecture tries the same learning rates with seed 0 and
 keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/moe.jsonl:
-stop it when you like, and start it again. Several may run at once: a run is claimed by a lock file."""
-import json, os, platform, resource, statistics, subprocess, sys, time
+stop it when you like, and start it again. Several may work at it at once (benchmarks/study.py has the machinery)."""
+import json, platform, statistics, sys, time
 from pathlib import Path
 import torch, fastai
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
 from bijdiff.all import *
 from gated import GateCallback, make_gated
+from study import append_row, rss, work
 
 RESULTS = Path(__file__).with_suffix('.jsonl')
-LRS,SEEDS = (3e-3, 6e-3),(0, 1, 2)
+LRS,SEEDS = (6e-3, 1.2e-2, 2.4e-2),(0, 1, 2)
 CONFIGS = {
     'dense':dict(d_model=64), '2 uncoupled':dict(d_model=44, n_experts=2, uncoupled=True), 'standard':dict(d_model=64, n_bijective_layers=0),
     '2 final':dict(d_model=44, n_experts=2), '2 every':dict(d_model=40, n_experts=2, couple='every'), '4 final':dict(d_model=32, n_experts=4),
     'sparse 2 of 8':dict(d_model=22, n_heads=1, n_experts=8, k_active=2), 'sparse 2 of 8, balanced':dict(d_model=22, n_heads=1, n_experts=8, k_active=2, router_balance=.01),
     'gated 2 of 8':dict(d_model=28, gated=(8, 2), balance=.01), 'gated 2 of 8, no balance':dict(d_model=28, gated=(8, 2), balance=0.),
     'sparse 2 of 8, _c':dict(d_model=36, n_experts=8, k_active=2), 'gated 2 of 8, _c':dict(d_model=52, gated=(8, 2), balance=.01)}
-
-def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
 def flops_per_token(model, L):
     "Of a forward pass"
@@ -72,34 +71,6 @@ def run(path, name, lr, seed, steps):
                 steps=len(learn.oscillation.losses), amplitude=None if t is None else round(t.amplitude, 4), losses_at_50_steps=[round(float(sum(learn.oscillation.losses[i:i+50])/50), 3) for i in range(0, len(learn.oscillation.losses)-49, 50)],
                 experts=experts_seen(learn), config=CONFIGS[name], machine=f'{platform.machine()}, 1 thread, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/moe.py one tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
 
-def done(): return [json.loads(l) for l in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-def missing(names):
-    "Runs to do, the most informative first"
-    rows = {(r['name'], r['lr'], r['seed']):r['bits_per_char'] for r in done()}
-    todo = [(n, lr, 0) for n in names for lr in LRS if (n, lr, 0) not in rows]
-    for seed in SEEDS[1:]:
-        for n in names:
-            grid = {lr:rows[n, lr, 0] for lr in LRS if (n, lr, 0) in rows}
-            if len(grid)==len(LRS) and (n, best := min(grid, key=grid.get), seed) not in rows: todo.append((n, best, seed))
-    return todo
-
-def claim(key):
-    "Whether this process may do a run"
-    lock = Path(f"{RESULTS}.{'-'.join(map(str, key)).replace(' ', '_')}.lock")
-    try: os.close(os.open(lock, os.O_CREAT|os.O_EXCL))
-    except FileExistsError: return None
-    return lock
-
-def everything(path, names, steps):
-    while True:
-        for key in missing(names):
-            if lock := claim(key): break
-        else: return
-        try:
-            if key in missing(names): subprocess.run([sys.executable, __file__, 'one', path, '--name', key[0], '--lr', str(key[1]), '--seed', str(key[2]), '--steps', str(steps)], check=True)
-        finally: lock.unlink()
-
 @call_parse
 def main(
     what:str, # one run, or all that are missing
@@ -109,7 +80,9 @@ def main(
     seed:int=0, # Of one run
     steps:int=700, # Training steps
 ):
-    if what=='all': return everything(path, name.split('/') if name else list(CONFIGS), steps)
+    if what=='all':
+        grid = {k:dict(lrs=LRS, seeds=SEEDS) for k in (name.split('/') if name else CONFIGS)}
+        return work(RESULTS, grid, lambda n,lr,s: [sys.executable, __file__, 'one', path, '--name', n, '--lr', str(lr), '--seed', str(s), '--steps', str(steps)])
     res = run(path, name, lr, seed, steps)
     print(json.dumps(res))
-    with open(RESULTS, 'a') as f: f.write(json.dumps(res)+'\n')
+    append_row(RESULTS, res)

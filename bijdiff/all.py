@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../nbs/19_all.ipynb #ba52bed1
-from . import core,coupling,reversible,norm,attention,attention_inverse,block,multiscale,moe,corruption,objective,tokens,denoiser,unmasking,sampling,likelihood,exact_likelihood,codec,data,dynamics,learner,experts
+from . import core,coupling,reversible,norm,attention,attention_inverse,block,multiscale,moe,corruption,objective,tokens,denoiser,unmasking,sampling,likelihood,exact_likelihood,codec,data,dynamics,learner,experts,instruments
 
-_modules = core,coupling,reversible,norm,attention,attention_inverse,block,multiscale,moe,corruption,objective,tokens,denoiser,unmasking,sampling,likelihood,exact_likelihood,codec,data,dynamics,learner,experts
+_modules = core,coupling,reversible,norm,attention,attention_inverse,block,multiscale,moe,corruption,objective,tokens,denoiser,unmasking,sampling,likelihood,exact_likelihood,codec,data,dynamics,learner,experts,instruments
 __all__ = sorted({n for m in _modules for n in m.__all__})
 globals().update({n:getattr(m, n) for m in _modules for n in m.__all__})

@@ -89,7 +89,7 @@ class MixingAttention(Bijection):
 # %% ../nbs/04a_attention_inverse.ipynb #92d5b28c
 class CachedAttention(Bijection):
     "Attention between invertible projections; its inverse uses the weights of the last forward pass and is approximate"
-    is_bijective = False # The map can send two states to one
+    is_bijective = inverts_exactly = False # The map can send two states to one
     def __init__(self,
         d_model:int, # Width of the state
         n_heads:int, # Heads; a divisor of d_model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LocalMixing', 'AdaptiveNorm', 'BlockMixer', 'BijectiveTransformerBlock', 'count_bijective', 'TimeEmbedding',
-           'stack_context', 'BijectiveTransformer']
+           'stack_context', 'BijectiveTransformer', 'layer_by_layer']
 
 # %% ../nbs/05_block.ipynb #fd996080
 import torch
@@ -270,3 +270,15 @@ class BijectiveTransformer(Bijection):
     def compile(self, **kwargs):
         "Compile the two stages of every coupling with torch.compile; keywords go there. With `fullgraph=True` it is an error, and not a change of last bits, when PyTorch's recompile limit is reached"
         for c in {*self.couplings(), *self.blocks}: c.f.compile(**kwargs)
+
+# %% ../nbs/05_block.ipynb #36afeafa
+def layer_by_layer(
+    stack, # A `BijectiveTransformer`, or another stack with couplings
+    x:Tensor, # State, (B, L, state_dim)
+    **context, # Keywords of its forward
+): # Yields state (B, L, state_dim) and log-determinant (B,), nats
+    "The state behind each bijective layer of a stack, and the log-determinant of that layer"
+    context = stack._context(x, **{**dict(mask=None, t=None), **context})
+    for c in stack.couplings():
+        x,logdet = c(x, **context)
+        yield x,logdet

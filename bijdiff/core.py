@@ -17,6 +17,7 @@ from typing import NamedTuple
 class Bijection(nn.Module):
     "An invertible map on states `(B, ...)`: subclasses define `forward` and `inverse`, each giving `(state, logdet)`"
     is_bijective = True
+    inverts_exactly = True # False for a map whose own inverse is an approximation
 
     def forward(self,
         x:Tensor, # State, (B, ...)

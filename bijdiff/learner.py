@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'DiffusionLoss', 'DiffusionLearner', 'CorruptionCallback', 'Instrument', 'InFit', 'BoundCallback',
-           'LogDetCallback', 'InvertibilityCallback', 'ThroughputCallback', 'OscillationCallback', 'EMACallback',
-           'AutocastCallback', 'LatentDensityCallback', 'read_checkpoint', 'check_options', 'CheckpointCallback',
-           'noise_fields', 'diffusion_learner']
+           'OnHeldOut', 'LogDetCallback', 'InvertibilityCallback', 'ThroughputCallback', 'OscillationCallback',
+           'EMACallback', 'AutocastCallback', 'inversion_nats', 'ObjectiveCallback', 'read_checkpoint', 'check_options',
+           'CheckpointCallback', 'noise_fields', 'diffusion_learner']
 
 # %% ../nbs/17_learner.ipynb #3655c04a
 import json, math, random, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-import numpy as np
+import numpy as np, matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from fastai.basics import *
@@ -23,6 +23,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 from .corruption import Corruption, Noisy, get_schedule, low_discrepancy_times
 from .coupling import LatticeError
+from .block import layer_by_layer
 from .denoiser import BijectiveDenoiser, DenoiserConfig, clean_posterior, output_integrand, write_atomically
 from .data import show_pairs
 from .likelihood import closing_nats, reconstruction_nats
@@ -136,9 +137,16 @@ class CorruptionCallback(Callback):
         x = self.xb[0].as_subclass(Tensor)
         draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_valid_draws)]
         t,noisy = torch.cat([t for t,_ in draws]),Noisy(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
+        self.learn.xb,self.learn.yb = self.inputs(noisy, t),self.targets(x.repeat(len(draws), 1), noisy, t)
+
+    def inputs(self, noisy, t):
+        "What the model is called with"
         deletes,timed = self.corruption.deletes,_base_model(self.model).config.time_conditioning
-        self.learn.xb = (noisy.xt, t.to(x.device, torch.float32) if timed else None, noisy.text if deletes else None)[:3 if deletes else 2 if timed else 1]
-        self.learn.yb = (x.repeat(len(draws), 1), noisy.xt, t) + ((noisy.x0, noisy.text, noisy.gaps) if deletes else ())
+        return (noisy.xt, t.to(noisy.xt.device, torch.float32) if timed else None, noisy.text if deletes else None)[:3 if deletes else 2 if timed else 1]
+
+    def targets(self, x, noisy, t):
+        "What the loss is told"
+        return (x, noisy.xt, t) + ((noisy.x0, noisy.text, noisy.gaps) if self.corruption.deletes else ())
 
 # %% ../nbs/17_learner.ipynb #d682a80c
 @patch
@@ -179,7 +187,7 @@ class BoundCallback(Instrument):
         self.bits = draws.mean().item()
         self.se = draws.mean(0).std().item()/draws.shape[1]**0.5 if draws.shape[1]>1 else float('nan')
 
-class _OnHeldOut(Instrument):
+class OnHeldOut(Instrument):
     "Base of callbacks that look at the backbone on the first held-out batch"
     order,run_train = CorruptionCallback.order+1,False                       # while autocast is still on
     value = float('nan')
@@ -188,11 +196,13 @@ class _OnHeldOut(Instrument):
         model = _base_model(self.model)
         if model.backbone.is_bijective: self.value = self.measure(model, model.state(self.xb[0]))
 
-class LogDetCallback(_OnHeldOut):
-    "Log-determinant of the backbone, nats per token"
-    def measure(self, model, h): return model.backbone(h, **model.context(h))[1].mean().item()/h.shape[1]
+class LogDetCallback(OnHeldOut):
+    "Log-determinant of the backbone and of each of its layers, nats per token"
+    def measure(self, model, h):
+        self.per_layer = [ld.mean().item()/h.shape[1] for _,ld in layer_by_layer(model.backbone, h, **model.context(h))]
+        return sum(self.per_layer)
 
-class InvertibilityCallback(_OnHeldOut):
+class InvertibilityCallback(OnHeldOut):
     "Largest difference between a state and what the inverse of the backbone makes of its image"
     def measure(self, model, h):
         c = model.context(h)
@@ -209,7 +219,7 @@ class ThroughputCallback(Instrument):
 # %% ../nbs/17_learner.ipynb #9609c45b
 class OscillationCallback(InFit):
     "Keeps the loss of every step, and its exponential trend when training is over"
-    run_valid = False
+    run_valid,records = False,('losses',)
     def before_fit(self):
         super().before_fit()
         if self.run: self.losses,self.trend = [],None
@@ -269,15 +279,62 @@ def to_bf16(self:Learner)->Learner:
     return self.add_cb(AutocastCallback(torch.bfloat16))
 
 # %% ../nbs/17_learner.ipynb #d8bc7216
-class LatentDensityCallback(Callback):
-    "Add lambda_likelihood times the latent density of the states, nats per token, to the loss"
-    run_valid = False
-    def __init__(self, lambda_likelihood:float): store_attr()
+def inversion_nats(
+    f, # A `Bijection` whose inverse is an approximation
+    x:Tensor, # State, (B, ..., d)
+    *args, **context, # What f is told beside it
+)->Tensor: # (), nats per token
+    "Half the squared error of the inverse, mean over tokens"
+    back = f.inverse(f(x, *args, **context)[0], *args, **context)[0]
+    return (back-x).square().sum(-1).mean()/2
+
+class ObjectiveCallback(Callback):
+    "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and keep each of the three terms"
+    run_valid,records = False,('parts',)
+    def __init__(self,
+        lambda_likelihood:float=0., # Weight of the latent density of the states
+        lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
+    ): store_attr()
+
+    def before_fit(self):
+        if not hasattr(self.learn, 'lr_finder'): self.parts = []
+        approximate = [m for m in self.model.modules() if not getattr(m, 'inverts_exactly', True)] if self.lambda_invert else []
+        self.seen,self.hooks = {},[m.register_forward_pre_hook(self._note, with_kwargs=True) for m in approximate]
+    def _note(self, m, args, context):
+        if m.training and m not in self.seen: self.seen[m] = args[0].detach(),args[1:],context
+    def before_batch(self): self.seen.clear()
     def after_loss(self):
-        nll = _base_model(self.model).latent_nll.mean()
-        self.learn.loss_grad = self.loss_grad + self.lambda_likelihood*nll
-        self.value,self.learn.loss = nll.detach(),self.learn.loss_grad.detach().clone()
+        parts,seen = {'denoise':self.loss_grad},list(self.seen.items())
+        if self.lambda_likelihood: parts['likelihood'] = _base_model(self.model).latent_nll.mean()
+        if self.lambda_invert: parts['invert'] = sum((inversion_nats(m, x, *args, **kw) for m,(x,args,kw) in seen), torch.zeros_like(self.loss_grad))
+        self.learn.loss_grad = sum(self.weights[k]*v for k,v in parts.items())
+        self.learn.loss = self.loss_grad.detach().clone()
+        if not hasattr(self.learn, 'lr_finder'): self.parts.append({k:v.item() for k,v in parts.items()})
     def after_batch(self): _base_model(self.model).latent_nll = None
+    def after_fit(self):
+        for h in self.hooks: h.remove()
+
+# %% ../nbs/17_learner.ipynb #e09faad0
+@patch(as_prop=True)
+def weights(self:ObjectiveCallback)->dict:
+    "Of the terms in the loss"
+    return dict(denoise=1., likelihood=self.lambda_likelihood, invert=self.lambda_invert)
+
+@patch
+def shares(self:ObjectiveCallback)->dict: # Of numbers that add up to 1
+    "Share of each weighted term in the sum of their sizes, mean over the steps so far"
+    sizes = np.array([[abs(self.weights[k]*v) for k,v in p.items()] for p in self.parts])
+    return dict(zip(self.parts[0], (sizes/sizes.sum(1, keepdims=True)).mean(0).tolist()))
+
+@patch
+def plot(self:ObjectiveCallback):
+    "Each term over the steps, unweighted"
+    fig,axs = plt.subplots(1, len(self.parts[0]), figsize=(4*len(self.parts[0]), 2.8), squeeze=False)
+    for ax,k in zip(axs[0], self.parts[0]):
+        ax.plot([p[k] for p in self.parts], lw=.8)
+        ax.set(title=f'{k}, weight {self.weights[k]:g}', xlabel='step', ylabel='nats per token')
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/17_learner.ipynb #010ed423
 def _pack_opt(opt):
@@ -335,7 +392,9 @@ class CheckpointCallback(InFit):
         if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content()})
 
 # %% ../nbs/17_learner.ipynb #bf847fdb
-_records = dict(recorder=('lrs','iters','losses','values'), oscillation=('losses',))
+def _records(learn):
+    "Attributes of callbacks that a checkpoint keeps"
+    return dict(recorder=('lrs','iters','losses','values')) | {cb.name:type(cb).records for cb in learn.cbs if hasattr(type(cb), 'records')}
 
 def _plain(o): return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
 
@@ -350,7 +409,7 @@ def _content(self:CheckpointCallback):
     if hasattr(self.learn, 'ema'): tensors |= {f'ema.{i}':a for i,a in enumerate(self.learn.ema.average)}
     smooth = self.recorder.smooth_loss
     meta = dict(options=self._all_options(), n_epoch=self.n_epoch, done=self.epoch+1, opt=plain, smooth=[float(smooth.val), smooth.count],
-                records={c:{n:getattr(getattr(self.learn, c), n) for n in ns} for c,ns in _records.items()})
+                records={c:{n:getattr(getattr(self.learn, c), n) for n in ns} for c,ns in _records(self.learn).items()})
     return to_safetensors({k:v.detach().cpu().contiguous() for k,v in tensors.items()}, dict(bijdiff_checkpoint=json.dumps(_plain(meta))))
 
 @patch
@@ -365,7 +424,7 @@ def _restore(self:CheckpointCallback, tensors, meta):
     val,count = meta['smooth']
     self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = tensor(val),count
     for c,ns in meta['records'].items():
-        for n,v in ns.items(): setattr(getattr(self.learn, c), n, v)
+        for n,v in ns.items() if hasattr(self.learn, c) else (): setattr(getattr(self.learn, c), n, v)
     self.learn.first_epoch = meta['done']
 
 # %% ../nbs/17_learner.ipynb #ebc280ac
@@ -420,7 +479,7 @@ def diffusion_learner(
     corruption:Corruption|None=None, # Any noise, in place of schedule and T
     objective:str|None=None, # bound (if None), or score_entropy for a network whose outputs are scores
     lambda_likelihood:float=0., # Weight of the latent density of the states
-    lambda_invert:float=0., # Weight of the inverse error of approximate components; there are none here
+    lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately; a model of ours has none, and then the term is 0
     seed:int=42, # Of weights, noise, data order and dropout
     n_valid_draws:int=4, # Corruptions of each held-out text
     opt_func=partial(Adam, eps=1e-8), # Optimiser
@@ -438,7 +497,7 @@ def diffusion_learner(
     model.tokenizer = dls.tokenizer
     chars = len(dls.valid_text)/len(dls.valid.dataset.ids)
     cbs = L(CorruptionCallback(corruption, seed, n_valid_draws), BoundCallback(1/chars), LogDetCallback(), InvertibilityCallback(), ThroughputCallback(), OscillationCallback()) + L(cbs)
-    if lambda_likelihood: cbs += L(LatentDensityCallback(lambda_likelihood))
+    if lambda_likelihood or lambda_invert: cbs += L(ObjectiveCallback(lambda_likelihood, lambda_invert))
     if config.score_head or corruption.shares['substitute']>0: cbs += L(GradientClip(1.))
     learn = DiffusionLearner(dls, model, DiffusionLoss(corruption, model), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.metrics = _metrics(learn)

@@ -365,6 +365,10 @@ class BijectiveMoE(Bijection):
     @property
     def state_dim(self)->int: return 2*self.n_experts*self.d_model
 
+    def couplings(self)->nn.ModuleList: # Of AdditiveCoupling and AffineCoupling
+        "The layers in order"
+        return self.layers
+
 # %% ../nbs/07_moe.ipynb #3db21d39
 @patch
 def _add(self:BijectiveMoE, role, f):
@@ -396,7 +400,7 @@ def _add_coupler(self:BijectiveMoE, hidden, dropout):
 
 # %% ../nbs/07_moe.ipynb #2f837230
 @patch
-def _context(self:BijectiveMoE, x, mask, t, routes):
+def _context(self:BijectiveMoE, x, mask, t, routes=None):
     "Keywords of the couplings; choices in a dictionary of their own"
     context = stack_context(self, x, mask, t)
     if self.k_active is None:
