@@ -5,7 +5,7 @@
     python benchmarks/study.py table layers                                              # what is there so far
 
 Every run is a process of its own and one line of benchmarks/studies/NAME.jsonl. Stop it when you like, by `kill -9` if need be, and start it again: what is finished is not done again. Several may work at the same study, on as many cores.
-A file has `steps` and `epochs` (which give the length of the text: the first 90% of it are for training, the rest is held out), `seq_len`, `bs`, `lrs`, `seeds`, the fields of the network that all have in common, and per configuration what differs; there also `epochs` (of the same text), `lrs`, `seeds`, and keywords of diffusion_learner under `learner`. With the first seed every rate is tried; the others take the best one.
+A file has `steps` and `epochs` (which give the length of the text: the first 90% of it are for training, the rest is held out), `seq_len`, `bs`, `lrs`, `seeds`, the fields of the network that all have in common, and per configuration what differs; there also `epochs` (of the same text), `lrs`, `seeds`, keywords of diffusion_learner under `learner`, `standard_first` and `embed_scale` (see the functions). With the first seed every rate is tried; the others take the best one.
 All runs of a seed see the same texts in the same order with the same noise, and start from the same random numbers."""
 import fcntl, hashlib, json, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -35,6 +35,8 @@ def append_row(file, row):
     cut_off = Path(file).exists() and Path(file).read_bytes()[-1:] not in (b'', b'\n')
     with open(file, 'a') as f: f.write('\n'*cut_off + json.dumps(row)+'\n')
 
+def finite(bits): return bits if bits==bits else float('inf')                   # a run that diverged is no best one
+
 def missing(configs, rows):
     "Runs to do as (name, rate, seed): rates with the first seed, then the other seeds with the best rate"
     bits,todo = {(r['name'], r['lr'], r['seed']):r['bits_per_char'] for r in rows},[]
@@ -43,7 +45,7 @@ def missing(configs, rows):
             first,*_ = c['seeds']
             grid = {lr:bits[n, lr, first] for lr in c['lrs'] if (n, lr, first) in bits}
             if i==0: todo += [(n, lr, first) for lr in c['lrs'] if lr not in grid]
-            elif i<len(c['seeds']) and len(grid)==len(c['lrs']): todo.append((n, min(grid, key=grid.get), c['seeds'][i]))
+            elif i<len(c['seeds']) and len(grid)==len(c['lrs']): todo.append((n, min(grid, key=lambda lr: finite(grid[lr])), c['seeds'][i]))
     return [k for k in todo if k not in bits]
 
 def claim(file, key):
@@ -56,16 +58,18 @@ def claim(file, key):
         return None
     return f
 
-def work(file, configs, command):
-    "Do what is missing, each run as a process that holds the lock with us"
-    while True:
-        for key in missing(configs, read_rows(file)):
-            if (lock := claim(file, key)) is None: continue
-            if key in missing(configs, read_rows(file)): break
-            lock.close()
-        else: return
-        try: subprocess.run(command(*key), check=True, pass_fds=[lock.fileno()])
-        finally: lock.close()
+def work(file, configs, command, wait=5):
+    "Do what is missing, each run as a process that holds the lock with us; while others do the rest, wait for what they find"
+    left = lambda: missing(configs, read_rows(file))
+    while todo := left():
+        key,lock = next(((k, l) for k in todo if (l := claim(file, k))), (None, None))
+        if lock is None:
+            time.sleep(wait)
+            continue
+        with lock:
+            if key not in left(): continue
+            subprocess.run(command(*key), check=True, pass_fds=[lock.fileno()])
+            if key in left(): raise RuntimeError(f'{key} ended well, but there is no line of it in {file}')
 
 def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
@@ -74,17 +78,25 @@ def standard_first(model):
     b,n = model.backbone,model.backbone.n_bijective_layers
     b.blocks,b.n_bijective_layers = torch.nn.ModuleList([*b.blocks[n:], *b.blocks[:n]]),0           # one chain without the reversible backward: the same values, more memory
 
+class Scaled(torch.nn.Module):
+    "The embedding times a factor, for both streams"
+    def __init__(self, scale, bits):
+        super().__init__()
+        self.scale,self.bits = scale,bits
+    def forward(self, h): return h*self.scale if self.bits is None else to_lattice(h*self.scale, self.bits)
+
 def run(study, path, name, lr, seed):
     "One training, as a line of the results"
     torch.set_num_threads(1)
     TwoStage.min_rows = 2048                                              # the perceptron of a batch in one portion: faster for networks as small as these
     g = read_grid(study)
     c = g['configs'][name]
-    fields = {**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first')}}
+    fields = {**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first','embed_scale')}}
     n_chars = int(g['steps']/g['epochs']*g['seq_len']*g['bs']/.9)+1
     dls = text_dls(Path(path).read_text()[:n_chars], seq_len=g['seq_len'], bs=g['bs'])
     learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, fields=fields, cbs=[ProbeCallback(), BlockNormCallback(50), StreamRangeCallback()], **c['learner'])
     if c.get('standard_first'): standard_first(learn.model)
+    if c.get('embed_scale'): learn.model.entry = Scaled(c['embed_scale'], learn.model.config.lattice_bits)
     learn.logger = lambda row: print(*row, flush=True)
     before,start = rss(),time.time()
     with learn.no_bar(): learn.fit_one_cycle(c['epochs'], lr)
@@ -102,7 +114,7 @@ def best_runs(rows):
     for n in dict.fromkeys(r['name'] for r in rows):
         mine = [r for r in rows if r['name']==n]
         first = [r for r in mine if r['seed']==min(o['seed'] for o in mine)]
-        lr = min(first, key=lambda r: r['bits_per_char'])['lr']
+        lr = min(first, key=lambda r: finite(r['bits_per_char']))['lr']
         out[n] = sorted((r for r in mine if r['lr']==lr), key=lambda r: r['seed'])
     return out
 

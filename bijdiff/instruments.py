@@ -7,7 +7,7 @@ __all__ = ['ProbeCallback', 'parameters_by_block', 'BlockNormCallback', 'StreamR
            'TensorBoardCallback']
 
 # %% ../nbs/17b_instruments.ipynb #26422d70
-import json
+import json, math, re
 from pathlib import Path
 import numpy as np
 import torch, matplotlib.pyplot as plt
@@ -47,10 +47,10 @@ class ProbeCallback(InFit):
 
     @torch.no_grad()
     def _look(self):
-        mode = self.model.training
         inputs,targets = self.fixed
+        training = [m for m in self.model.modules() if m.training]
         out = self.model.eval()(*inputs)
-        self.model.train(mode)
+        for m in training: m.training = True                                          # and no others
         return self.loss_func.per_text(out, *targets).mean().item()
 
     def after_batch(self):
@@ -66,9 +66,8 @@ def parameters_by_block(
     "Parameters of the embedding, of each layer, of the read-out, ..."
     groups = {}
     for name,p in model.named_parameters():
-        head,*rest = name.split('.')
-        number = next((o for o in rest if o.isdigit()), None) if head=='backbone' else None
-        groups.setdefault(head if number is None else f'layer {number}', []).append(p)
+        of_layer = re.match(r'backbone\.(?:blocks|layers|multiscale)\.(\d+)\.', name)
+        groups.setdefault(f'layer {of_layer[1]}' if of_layer else name.removeprefix('backbone.').split('.')[0], []).append(p)
     return groups
 
 def _norm(tensors): return torch.stack([o.norm() for o in tensors]).norm().item() if tensors else 0.
@@ -93,7 +92,7 @@ class BlockNormCallback(InFit):
         self.old = {k:(ps, [p.detach().clone() for p in ps]) for k,ps in blocks.items()}
     def after_step(self):
         if self.old is None: return
-        self.rows[-1]['update'] = {k:_norm([p.detach()-o for p,o in zip(ps, old)])/max(_norm(old), 1e-12) for k,(ps,old) in self.old.items()}
+        self.rows[-1]['update'] = {k:_norm([p.detach()-o for p,o in zip(ps, old)])/(_norm(old) or math.nan) for k,(ps,old) in self.old.items()}
         self.old = None
 
 # %% ../nbs/17b_instruments.ipynb #ad759116
@@ -119,8 +118,9 @@ class StreamRangeCallback(OnHeldOut):
     def measure(self, model, h):
         bits = model.config.lattice_bits
         limit = 1. if bits is None else lattice_limit(bits, h.dtype)
-        self.values.append([y.abs().max().item()/limit for y,_ in layer_by_layer(model.backbone, h, **model.context(h))])
-        return max(self.values[-1])
+        used = [y.abs().max().item()/limit for y,_ in layer_by_layer(model.backbone, h, **model.context(h))]
+        if self.learn.fitting: self.values.append(used)
+        return max(used)
 
 # %% ../nbs/17b_instruments.ipynb #b1df53ea
 class RunLogCallback(InFit):
@@ -138,6 +138,7 @@ class RunLogCallback(InFit):
         if self.run: self.open()
     def open(self): self.path.parent.mkdir(parents=True, exist_ok=True)
     def write(self, row):
+        row = {k:v if math.isfinite(v) else None for k,v in row.items()}                  # JSON knows no NaN
         with open(self.path, 'a') as f: f.write(json.dumps(row)+'\n')
 
     def _at_step(self):
@@ -163,7 +164,8 @@ class TensorBoardCallback(RunLogCallback):
         except ImportError: raise ImportError('TensorBoard is not there; install it with: pip install tensorboard') from None
         self.writer = SummaryWriter(str(self.path))
     def write(self, row):
-        n = row.pop('step', None) or (row.pop('epoch')+1)*self.learn.dls.train.n//self.learn.dls.train.bs
-        for k,v in row.items(): self.writer.add_scalar(k, v, n)
+        step = row.pop('step') if 'step' in row else (row.pop('epoch')+1)*len(self.dls.train)
+        for k,v in row.items():
+            if math.isfinite(v): self.writer.add_scalar(k, v, step)
     def after_fit(self):
         if hasattr(self, 'writer'): self.writer.close()

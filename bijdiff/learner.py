@@ -56,7 +56,10 @@ class DiffusionLearner(Learner):
     def fit(self, *args, **kwargs):
         self.fitting = True
         try: return super().fit(*args, **kwargs)
-        finally: self.fitting,self.first_epoch = False,0
+        finally:
+            self.fitting,self.first_epoch = False,0
+            for cb in self.cbs: cb.run = True                                        # fastai does so in after_fit, which an interruption skips
+            if hasattr(self, 'objective'): self.objective.close()
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -286,33 +289,42 @@ def inversion_nats(
 )->Tensor: # (), nats per token
     "Half the squared error of the inverse, mean over tokens"
     back = f.inverse(f(x, *args, **context)[0], *args, **context)[0]
-    return (back-x).square().sum(-1).mean()/2
+    return (back-x).float().square().sum(-1).mean()/2
+
+def _detached(o):
+    "Tensors without their past, in tuples and dictionaries too"
+    if isinstance(o, Tensor): return o.detach()
+    if isinstance(o, dict): return {k:_detached(v) for k,v in o.items()}
+    return tuple(map(_detached, o)) if isinstance(o, (tuple, list)) else o
 
 class ObjectiveCallback(Callback):
     "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and keep each of the three terms"
-    run_valid,records = False,('parts',)
+    order,run_valid,records = CorruptionCallback.order+1,False,('parts',)                # while autocast is still on
     def __init__(self,
         lambda_likelihood:float=0., # Weight of the latent density of the states
         lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
     ): store_attr()
 
     def before_fit(self):
-        if not hasattr(self.learn, 'lr_finder'): self.parts = []
+        self.kept = self.learn.fitting and not hasattr(self.learn, 'lr_finder')
+        if self.kept: self.parts = []
         approximate = [m for m in self.model.modules() if not getattr(m, 'inverts_exactly', True)] if self.lambda_invert else []
         self.seen,self.hooks = {},[m.register_forward_pre_hook(self._note, with_kwargs=True) for m in approximate]
     def _note(self, m, args, context):
-        if m.training and m not in self.seen: self.seen[m] = args[0].detach(),args[1:],context
+        if m.training and m not in self.seen: self.seen[m] = _detached(args),_detached(context)
     def before_batch(self): self.seen.clear()
+    def after_pred(self): self.inverted = [inversion_nats(m, *args, **context) for m,(args,context) in list(self.seen.items())]
     def after_loss(self):
-        parts,seen = {'denoise':self.loss_grad},list(self.seen.items())
+        parts = {'denoise':self.loss_grad}
         if self.lambda_likelihood: parts['likelihood'] = _base_model(self.model).latent_nll.mean()
-        if self.lambda_invert: parts['invert'] = sum((inversion_nats(m, x, *args, **kw) for m,(x,args,kw) in seen), torch.zeros_like(self.loss_grad))
+        if self.lambda_invert: parts['invert'] = sum(self.inverted, torch.zeros_like(self.loss_grad))
         self.learn.loss_grad = sum(self.weights[k]*v for k,v in parts.items())
         self.learn.loss = self.loss_grad.detach().clone()
-        if not hasattr(self.learn, 'lr_finder'): self.parts.append({k:v.item() for k,v in parts.items()})
+        if self.kept: self.parts.append({k:v.item() for k,v in parts.items()})
     def after_batch(self): _base_model(self.model).latent_nll = None
-    def after_fit(self):
-        for h in self.hooks: h.remove()
+    def after_fit(self): self.close()
+    def close(self):
+        for h in getattr(self, 'hooks', ()): h.remove()
 
 # %% ../nbs/17_learner.ipynb #e09faad0
 @patch(as_prop=True)
