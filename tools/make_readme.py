@@ -14,7 +14,7 @@ def readme():
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     body,_ = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r'\]\((images/)', r'](nbs/\1', body)                       # pictures, seen from the top folder
-    body = re.sub(r'\]\((?:nbs/)?((?:\d\d\w?_|tutorials/)\w+)\.html', r'](nbs/\1.ipynb', body)     # links to notebooks
+    body = re.sub(r'\]\((?:nbs/)?((?:\d\d\w?_|tutorials/|experiments/)\w+)\.html', r'](nbs/\1.ipynb', body)     # links to notebooks
     note = '<!-- Made from nbs/index.ipynb by tools/make_readme.py: edit there, not here. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
