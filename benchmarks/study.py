@@ -118,6 +118,11 @@ def best_runs(rows):
         out[n] = sorted((r for r in mine if r['lr']==lr), key=lambda r: r['seed'])
     return out
 
+def paired(runs, base):
+    "Bits per character more than the base, seed by seed"
+    of = {r['seed']:r['bits_per_char'] for r in base}
+    return [r['bits_per_char']-of[r['seed']] for r in runs if r['seed'] in of]
+
 def table(study):
     "What is there so far"
     for n,rs in best_runs(read_rows(STUDIES/f'{study}.jsonl')).items():

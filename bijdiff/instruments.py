@@ -20,6 +20,10 @@ from .coupling import lattice_limit
 from .learner import InFit, OnHeldOut
 
 # %% ../nbs/17b_instruments.ipynb #9d9b959e
+def _step(cb):
+    "Steps done in this training, the present one included"
+    return cb.epoch*cb.n_iter + cb.iter+1
+
 class ProbeCallback(InFit):
     "Loss of one held-out batch with noise that stays the same, every few steps, nats per token"
     run_valid,records = False,('steps','losses')
@@ -54,9 +58,8 @@ class ProbeCallback(InFit):
         return self.loss_func.per_text(out, *targets).mean().item()
 
     def after_batch(self):
-        step = self.epoch*self.n_iter + self.iter+1
-        if step%self.every==0:
-            self.steps.append(step)
+        if _step(self)%self.every==0:
+            self.steps.append(_step(self))
             self.losses.append(self._look())
 
 # %% ../nbs/17b_instruments.ipynb #6920fb4f
@@ -85,10 +88,9 @@ class BlockNormCallback(InFit):
         super().before_fit()
         if self.run: self.rows,self.old = [],None
     def before_step(self):
-        step = self.epoch*self.n_iter + self.iter+1
-        if step%self.every: return
+        if _step(self)%self.every: return
         blocks = parameters_by_block(getattr(self.model, 'module', self.model))
-        self.rows.append(dict(step=step, gradient={k:_norm([p.grad for p in ps if p.grad is not None]) for k,ps in blocks.items()}))
+        self.rows.append(dict(step=_step(self), gradient={k:_norm([p.grad for p in ps if p.grad is not None]) for k,ps in blocks.items()}))
         self.old = {k:(ps, [p.detach().clone() for p in ps]) for k,ps in blocks.items()}
     def after_step(self):
         if self.old is None: return
@@ -143,7 +145,7 @@ class RunLogCallback(InFit):
 
     def _at_step(self):
         "What the other instruments know about this step"
-        step,row = self.epoch*self.n_iter + self.iter+1,{}
+        step,row = _step(self),{}
         if hasattr(self.learn, 'objective'): row |= self.learn.objective.parts[-1]
         if hasattr(self.learn, 'probe') and self.learn.probe.steps[-1:]==[step]: row['probe'] = self.learn.probe.losses[-1]
         if hasattr(self.learn, 'block_norm') and self.learn.block_norm.rows and self.learn.block_norm.rows[-1]['step']==step:
@@ -151,7 +153,7 @@ class RunLogCallback(InFit):
         return dict(step=step, loss=self.loss.item(), lr=float(self.opt.hypers[-1]['lr']), **row)
 
     def after_batch(self):
-        if self.training and (self.epoch*self.n_iter + self.iter+1)%self.every==0: self.write(self._at_step())
+        if self.training and _step(self)%self.every==0: self.write(self._at_step())
     def after_epoch(self):
         names,values = self.recorder.metric_names[1:-1],self.recorder.log[1:-1]
         if len(names)==len(values): self.write(dict(epoch=self.epoch, **{k:float(v) for k,v in zip(names, values)}))
