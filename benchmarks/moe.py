@@ -6,14 +6,14 @@
 Small networks, 700 steps of 32 texts of 64 characters (two passes over 716,800 characters, the next 79,645 held out), Adam in one cycle, float32, stored activations. Each architecture tries the same learning rates with seed 0 and
 keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/moe.jsonl:
 stop it when you like, and start it again. Several may work at it at once (benchmarks/study.py has the machinery)."""
-import json, platform, statistics, sys, time
+import json, platform, statistics, sys
 from pathlib import Path
 import torch, fastai
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
 from bijdiff.all import *
 from gated import GateCallback, make_gated
-from study import append_row, rss, work
+from study import append_row, fit, held_out, work
 
 RESULTS = Path(__file__).with_suffix('.jsonl')
 LRS,SEEDS = (6e-3, 1.2e-2, 2.4e-2),(0, 1, 2)
@@ -33,7 +33,7 @@ def flops_per_token(model, L):
 def learner(dls, seed, d_model, gated=None, balance=0., uncoupled=False, **fields):
     fields = dict(dict(d_model=d_model, n_heads=2, n_layers=4, reversible=False), **fields)
     if gated is not None: fields['n_bijective_layers'] = 0
-    watch = [ExpertCallback(every=50)] if 'n_experts' in fields else []
+    watch = [ProbeCallback(), *([ExpertCallback(every=50)] if 'n_experts' in fields else [])]
     learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, fields=fields, cbs=watch)
     for c,role in zip(learn.model.backbone.layers, learn.model.backbone.roles) if uncoupled else ():
         if role=='coupler': c.requires_grad_(False)
@@ -61,14 +61,13 @@ def run(path, name, lr, seed, steps):
     text = Path(path).read_text()[:int(steps/epochs*L*bs/.9)+1]
     dls = text_dls(text, seq_len=L, bs=bs)
     learn = learner(dls, seed, **CONFIGS[name])
-    flops,before,start = flops_per_token(learn.model, L),rss(),time.time()
+    flops = flops_per_token(learn.model, L)
     learn.logger = lambda row: print(*row, flush=True)
-    with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
-    seconds,memory = time.time()-start,rss()-before
-    bits,se = score_ids(learn.model, dls.valid.dataset.ids, n=8).bits(len(dls.valid_text))
+    seconds,memory,error = fit(learn, epochs, lr)
+    bits,se = held_out(learn, error)
     t = learn.oscillation.trend
-    return dict(name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), n_params=sum(p.numel() for p in learn.model.parameters()), flops_per_token=round(flops), seconds_per_epoch=round(seconds/epochs, 1), peak_mib=round(memory),
-                steps=len(learn.oscillation.losses), amplitude=None if t is None else round(t.amplitude, 4), losses_at_50_steps=[round(float(sum(learn.oscillation.losses[i:i+50])/50), 3) for i in range(0, len(learn.oscillation.losses)-49, 50)],
+    return dict(name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), error=error, n_params=sum(p.numel() for p in learn.model.parameters()), flops_per_token=round(flops), seconds_per_epoch=round(seconds/epochs, 1), peak_mib=round(memory),
+                steps=len(learn.oscillation.losses), amplitude=None if t is None else round(t.amplitude, 4), losses=[round(v, 4) for v in learn.oscillation.losses], probe_every=learn.probe.every, probe=[round(v, 4) for v in learn.probe.losses],
                 experts=experts_seen(learn), config=CONFIGS[name], machine=f'{platform.machine()}, 1 thread, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/moe.py one tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
 
 @call_parse

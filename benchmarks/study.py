@@ -71,6 +71,18 @@ def work(file, configs, command, wait=5):
             subprocess.run(command(*key), check=True, pass_fds=[lock.fileno()])
             if key in left(): raise RuntimeError(f'{key} ended well, but there is no line of it in {file}')
 
+def fit(learn, epochs, lr):
+    "Train, and give seconds, MiB by which the process grew, and the error if the states left the lattice: a rate may be too high for a network, and the others go on"
+    before,start,error = rss(),time.time(),None
+    try:
+        with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
+    except LatticeError as e: error = str(e)
+    return time.time()-start, rss()-before, error
+
+def held_out(learn, error):
+    "Bits per character of the held-out text and their standard error; NaN for a training that did not get to its end"
+    return (float('nan'),)*2 if error else score_ids(learn.model, learn.dls.valid.dataset.ids, n=8).bits(len(learn.dls.valid_text))
+
 def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
 def standard_first(model):
@@ -98,12 +110,10 @@ def run(study, path, name, lr, seed):
     if c.get('standard_first'): standard_first(learn.model)
     if c.get('embed_scale'): learn.model.entry = Scaled(c['embed_scale'], learn.model.config.lattice_bits)
     learn.logger = lambda row: print(*row, flush=True)
-    before,start = rss(),time.time()
-    with learn.no_bar(): learn.fit_one_cycle(c['epochs'], lr)
-    seconds,memory = time.time()-start,rss()-before
-    bits,se = score_ids(learn.model, dls.valid.dataset.ids, n=8).bits(len(dls.valid_text))
+    seconds,memory,error = fit(learn, c['epochs'], lr)
+    bits,se = held_out(learn, error)
     rounded = lambda o: [round(v, 4) for v in o]
-    return dict(study=study, name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), n_params=sum(p.numel() for p in learn.model.parameters()), epochs=c['epochs'], seconds=round(seconds, 1), peak_mib=round(memory),
+    return dict(study=study, name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), error=error, n_params=sum(p.numel() for p in learn.model.parameters()), epochs=c['epochs'], seconds=round(seconds, 1), peak_mib=round(memory),
                 valid_bits_by_epoch=rounded(v[2] for v in learn.recorder.values), losses=rounded(learn.oscillation.losses), probe_every=learn.probe.every, probe=rounded(learn.probe.losses), stream_range=learn.stream_range.values[-1:], log_det=learn.log_det.value, inverse_error=learn.invertibility.value,
                 norms=learn.block_norm.rows[-1:], terms=learn.objective.shares() if hasattr(learn, 'objective') else None, last_terms=learn.objective.parts[-1] if hasattr(learn, 'objective') else None,
                 config={k:v for k,v in c.items() if k not in ('lrs','seeds')}, fields=fields, machine=f'{platform.machine()}, 1 thread, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/study.py one {study} tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")

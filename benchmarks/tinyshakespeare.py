@@ -2,6 +2,7 @@
 
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name bijective
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name standard --n_bijective_layers 0
+    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name '2 experts' --n_experts 2 --d_model 88 --n_heads 4 --n_layers 4
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name hybrid --mask .9 --substitute .1 --results noises.jsonl
 
 Appends one line of JSON per run to benchmarks/tinyshakespeare.jsonl, or the file given."""
@@ -15,7 +16,7 @@ from bijdiff.all import *
 def main(path:str, # The text
          name:str='bijective', # What the result is called
          epochs:int=10, lr:float=4e-3, bs:int=32, seq_len:int=256, d_model:int=156, n_heads:int=3, n_layers:int=6,
-         n_bijective_layers:int=None, local_window:int=7, schedule:str='half_cosine', seed:int=42,
+         n_bijective_layers:int=None, n_experts:int=None, local_window:int=7, schedule:str='half_cosine', seed:int=42,
          mask:float=1., substitute:float=0., delete:float=0., # Shares of the noise
          objective:str='bound', # bound or score_entropy
          tokenizer:str='char', # char or byte
@@ -27,7 +28,7 @@ def main(path:str, # The text
          out:str=None): # Where the model is saved
     if threads: torch.set_num_threads(threads)
     dls = text_dls(Path(path), tokenizer=tokenizer, seq_len=seq_len, bs=bs)
-    fields = dict(d_model=d_model, n_heads=n_heads, n_layers=n_layers, n_bijective_layers=n_bijective_layers, local_window=local_window)
+    fields = dict(d_model=d_model, n_heads=n_heads, n_layers=n_layers, n_bijective_layers=n_bijective_layers, n_experts=n_experts, local_window=local_window)
     corruption = Corruption(dls.tokenizer.vocab_size, mask, substitute, delete, get_schedule(schedule))
     learn = diffusion_learner(dls, corruption=corruption, objective=objective, seed=seed, n_valid_draws=2, fields=dict(fields, reversible=not store_activations))
     if not fp32: learn.to_bf16()

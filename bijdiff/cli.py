@@ -7,14 +7,17 @@ __all__ = ['pick_device', 'pick_bf16', 'TableCallback', 'BarCallback', 'check_ou
            'bijdiff_score', 'bijdiff_compress', 'bijdiff_decompress']
 
 # %% ../nbs/18_cli.ipynb #20341729
-import io, json, math, os, sys, tempfile, warnings
+import inspect, io, json, math, os, sys, tempfile, warnings
 from functools import wraps
 from pathlib import Path
+from typing import Annotated
 import torch
 import matplotlib.pyplot as plt
 from fastai.basics import *
 from fastai.callback.all import *
-from fastcore.script import call_parse, Param
+from fastcore.script import anno_parser
+try: from fastcore.script import Param
+except ImportError: Param = lambda help, type, **kw: Annotated[type, help, kw]                  # fastcore 2 has types and help annotated
 from tqdm.auto import tqdm
 from .corruption import Corruption, get_schedule
 from .data import load_corpus, text_dls, read_text
@@ -27,11 +30,24 @@ from .unmasking import get_rule
 from .learner import diffusion_learner, CheckpointCallback, CHECKPOINT
 
 # %% ../nbs/18_cli.ipynb #f0e93f5b
-def _one_line_errors(f):
-    "Turn what a user can mend into one line on stderr and exit status 2"
+def _arguments(f, argv):
+    "Arguments of a function from a command line"
+    parser = anno_parser(f, f.__name__)
+    same = lambda o: o.replace('-', '_').lower()
+    known = {same(o):o for o in parser._option_string_actions}
+    def spelled(o):
+        name,eq,value = o.partition('=')
+        return known.get(same(name), name) + eq+value if o.startswith('--') else o
+    return {k:v for k,v in vars(parser.parse_args([spelled(o) for o in argv])).items() if k in inspect.signature(f).parameters}
+
+# %% ../nbs/18_cli.ipynb #2d5e1f0e
+def _command(f):
+    "Make a function a command as well: started under its name it takes its arguments from the command line, and what a user can mend is one line on stderr and exit status 2"
     @wraps(f)
     def inner(*args, **kwargs):
-        try: return f(*args, **kwargs)
+        if args or kwargs or Path(sys.argv[0]).stem!=f.__name__: return f(*args, **kwargs)
+        kwargs = _arguments(f, sys.argv[1:])
+        try: f(**kwargs)
         except KeyboardInterrupt:
             print(f'\n{f.__name__}: interrupted', file=sys.stderr)
             sys.exit(130)
@@ -170,8 +186,7 @@ def _learner(o, out, device, bf16, resume):
     return learn.to_bf16() if bf16 else learn
 
 # %% ../nbs/18_cli.ipynb #670d25a1
-@call_parse
-@_one_line_errors
+@_command
 def bijdiff_train(
     corpus:str='pydoc', # pydoc (Python's own language reference), a text file, or the name of a data set
     config:str=None, # Configuration of a data set
@@ -232,8 +247,7 @@ def _load(model):
     if m.tokenizer is None: raise ValueError(f'{model} has no tokenizer.json; expected a model saved by bijdiff_train')
     return m
 
-@call_parse
-@_one_line_errors
+@_command
 def bijdiff_sample(
     model:str, # Folder of a saved model
     n:int=1, # Number of texts
@@ -302,8 +316,7 @@ def _can_write(path):
 def _write_one(path, content): write_atomically(Path(path).expanduser().parent, {Path(path).name:content})
 
 # %% ../nbs/18_cli.ipynb #6cd05a42
-@call_parse
-@_one_line_errors
+@_command
 def bijdiff_score(
     model:str, # Folder of a saved model
     file:Param('Texts to be scored, each a document', str, nargs='+'),
@@ -331,8 +344,7 @@ def bijdiff_score(
     if picture: _write_one(picture, _png(plot_bits(chars[0])))
 
 # %% ../nbs/18_cli.ipynb #6f606e86
-@call_parse
-@_one_line_errors
+@_command
 def bijdiff_compress(
     model:str, # Folder of a saved model, trained with masking alone; with --tokenizer byte it takes any file
     file:str, # File to be compressed
@@ -345,8 +357,7 @@ def bijdiff_compress(
     before,after = compress_file(_load(model), file, out, force, rule=rule, steps=steps, progress=_bar)
     print(f'{before:,} bytes -> {after:,} bytes' + (f', {8*after/before:.3f} bits per byte' if before else ''))
 
-@call_parse
-@_one_line_errors
+@_command
 def bijdiff_decompress(
     model:str, # Folder of the model it was compressed with
     file:str, # Compressed file

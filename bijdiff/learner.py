@@ -263,17 +263,17 @@ class EMACallback(InFit):
 # %% ../nbs/17_learner.ipynb #8809654d
 class AutocastCallback(Callback):
     "Forward pass under autocast of the model's device"
-    order,context = CorruptionCallback.order+2,None
+    order,region = CorruptionCallback.order+2,None
     def __init__(self, dtype:torch.dtype=torch.bfloat16): store_attr()
     def before_batch(self):
         self.close()
-        self.context = torch.autocast(next(self.model.parameters()).device.type, self.dtype)
-        self.context.__enter__()
+        self.region = torch.autocast(next(self.model.parameters()).device.type, self.dtype)
+        self.region.__enter__()
     def after_pred(self): self.close()
     def after_cancel_batch(self): self.close()
     def close(self):
-        if self.context: self.context.__exit__(None, None, None)
-        self.context = None
+        if self.region: self.region.__exit__(None, None, None)
+        self.region = None
 
 @patch
 def to_bf16(self:Learner)->Learner:

@@ -50,7 +50,7 @@ def test_sample_and_score(trained, corpus, tmp_path):
 def test_exact_scores_and_files_that_come_back(trained, corpus, tmp_path):
     out,part = trained[0],tmp_path/'part.txt'
     part.write_text(corpus.read_text(encoding='utf-8')[:1000], encoding='utf-8')
-    status,text,err = finish(command('bijdiff_score', out, part, part, '--rule', 'confidence', '--steps', 4, '--json_file', tmp_path/'bits.json', '--picture', tmp_path/'bits.png'))
+    status,text,err = finish(command('bijdiff_score', out, part, part, '--rule', 'confidence', '--steps', 4, '--json-file', tmp_path/'bits.json', '--picture', tmp_path/'bits.png'))
     assert status==0 and 'exact minus log-probability' in text and 'total' in text and '±' not in text, err
     rows = json.loads((tmp_path/'bits.json').read_text())['rows']
     assert rows[2]['bits']==pytest.approx(2*rows[0]['bits']) and (tmp_path/'bits.png').read_bytes()[:4]==b'\x89PNG'
