@@ -143,7 +143,7 @@ def test_resumes_after_the_last_epoch(corpus, tmp_path):
     "A run that could not save its model at the end can still do so"
     from bijdiff.learner import CheckpointCallback
     args = ['--corpus', corpus, *small, '--out', tmp_path/'m']
-    script = tmp_path/'full_disk.py'
+    script = tmp_path/'bijdiff_train.py'                                     # its name makes it the command
     script.write_text("from bijdiff.denoiser import BijectiveDenoiser as D\ndef full(*a): raise OSError(28, 'No space left on device')\n"
                       "D.save_pretrained = full\nfrom bijdiff.cli import bijdiff_train\nbijdiff_train()")
     res = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)

@@ -286,7 +286,7 @@ def test_rows_written_at_once_do_not_mix(place):
 TINY = dict(steps=64, epochs=2, seq_len=16, bs=8, lrs=[.01, .02], seeds=[0, 1], fields=dict(d_model=8, n_heads=2, n_layers=2, reversible=False),
             configs={'plain':{}, 'front':dict(n_bijective_layers=1), 'behind':dict(n_bijective_layers=1, standard_first=True), 'terms':dict(epochs=1, lrs=[.02], learner=dict(lambda_likelihood=.1, lambda_invert=.1))})
 SHORT = {**TINY, 'steps':12, 'epochs':1}
-FIELDS = {'study', 'name', 'seed', 'lr', 'bits_per_char', 'se', 'n_params', 'epochs', 'seconds', 'peak_mib', 'valid_bits_by_epoch', 'losses', 'probe_every', 'probe', 'stream_range', 'log_det', 'inverse_error', 'norms', 'terms', 'last_terms', 'config', 'fields', 'machine', 'torch', 'fastai', 'command'}
+FIELDS = {'study', 'name', 'seed', 'lr', 'bits_per_char', 'se', 'error', 'n_params', 'epochs', 'seconds', 'peak_mib', 'valid_bits_by_epoch', 'losses', 'probe_every', 'probe', 'stream_range', 'log_det', 'inverse_error', 'norms', 'terms', 'last_terms', 'config', 'fields', 'machine', 'torch', 'fastai', 'command'}
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(study, 'STUDIES', tmp_path)
@@ -369,3 +369,16 @@ def test_scaled_embedding(bits):
     assert torch.allclose(h, torch.cat([e, e], -1)/4, atol=step+1e-6) and (bits is None or torch.equal((h*2**bits).round(), h*2**bits))
     h.sum().backward()
     assert m.embed.weight.grad[:20].any() and torch.isfinite(m(xt)).all()
+
+def test_a_training_that_leaves_the_lattice_is_a_result():
+    "The others of a study go on; any other error is ours and stops"
+    from contextlib import nullcontext
+    from bijdiff.coupling import LatticeError
+    class Learn:
+        no_bar = nullcontext
+        def __init__(self, error): self.error = error
+        def fit_one_cycle(self, *args): raise self.error
+    seconds,memory,error = study.fit(Learn(LatticeError('an update of size 2000 leaves the lattice')), 1, 1.)
+    assert error=='an update of size 2000 leaves the lattice' and seconds>=0 and memory>=0
+    assert all(math.isnan(v) for v in study.held_out(None, error))
+    with pytest.raises(ValueError, match='something else'): study.fit(Learn(ValueError('something else')), 1, 1.)
