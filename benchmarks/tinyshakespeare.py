@@ -6,7 +6,7 @@
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name hybrid --mask .9 --substitute .1 --results noises.jsonl
 
 Appends one line of JSON per run to benchmarks/tinyshakespeare.jsonl, or the file given."""
-import json, platform, time
+import json, platform, shlex, time
 from pathlib import Path
 import torch, fastai
 from fastcore.script import call_parse
@@ -43,7 +43,7 @@ def main(path:str, # The text
     bits,se = score.bits(len(dls.valid_text))
     res = dict(name=name, bits_per_char=round(bits, 4), se=round(se, 4), draws=draws, n_params=n_params, seconds=round(seconds), epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, shares=corruption.shares, objective=objective, tokenizer=tokenizer,
                bf16=not fp32, **fields, valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values], losses_at_100_steps=[round(float(sum(learn.oscillation.losses[i:i+100])/100), 3) for i in range(0, len(learn.oscillation.losses)-99, 100)],
-               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/tinyshakespeare.py tinyshakespeare.txt' + ''.join(f' --{k}' if v is True else f' --{k} {v}' for k,v in dict(name=name, **fields, epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, draws=draws, mask=mask, substitute=substitute, delete=delete, objective=objective, tokenizer=tokenizer, store_activations=store_activations, threads=threads, results=results, fp32=fp32).items() if v is not None and v is not False))
+               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/tinyshakespeare.py tinyshakespeare.txt' + ''.join(f' --{k}' if v is True else f' --{k} {shlex.quote(str(v))}' for k,v in dict(name=name, **fields, epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, draws=draws, mask=mask, substitute=substitute, delete=delete, objective=objective, tokenizer=tokenizer, store_activations=store_activations, threads=threads, results=results, fp32=fp32).items() if v is not None and v is not False))
     if out:
         x = torch.stack([p[0] for p in dls.valid.dataset][:32]).as_subclass(torch.Tensor)
         res['inverse_error'] = inverse_errors(learn.model, x)

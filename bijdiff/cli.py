@@ -38,7 +38,10 @@ def _arguments(f, argv):
     def spelled(o):
         name,eq,value = o.partition('=')
         return known.get(same(name), name) + eq+value if o.startswith('--') else o
-    return {k:v for k,v in vars(parser.parse_args([spelled(o) for o in argv])).items() if k in inspect.signature(f).parameters}
+    given = vars(parser.parse_args([spelled(o) for o in argv]))
+    for k in given.keys()-inspect.signature(f).parameters.keys():                               # fastcore's own, for debugging: not ours
+        if given.pop(k): parser.error(f'unrecognized arguments: --{k}')
+    return given
 
 # %% ../nbs/18_cli.ipynb #2d5e1f0e
 def _command(f):
