@@ -4,7 +4,7 @@
     python benchmarks/moe.py one PATH/TO/tinyshakespeare.txt --name dense --lr 3e-3 --seed 1
 
 Small networks, 700 steps of 32 texts of 64 characters (two passes over 716,800 characters, the next 79,645 held out), Adam in one cycle, float32, stored activations. Each architecture tries the same learning rates with seed 0 and
-keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/moe.jsonl:
+keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. Those ending in 0.8 M are twice as wide with twice as many heads, which makes it about 0.8 million parameters where the others have 0.2. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/moe.jsonl:
 stop it when you like, and start it again. Several may work at it at once (benchmarks/study.py has the machinery)."""
 import json, platform, statistics, sys
 from pathlib import Path
@@ -23,6 +23,10 @@ CONFIGS = {
     'sparse 2 of 8':dict(d_model=22, n_heads=1, n_experts=8, k_active=2), 'sparse 2 of 8, balanced':dict(d_model=22, n_heads=1, n_experts=8, k_active=2, router_balance=.01),
     'gated 2 of 8':dict(d_model=28, gated=(8, 2), balance=.01), 'gated 2 of 8, no balance':dict(d_model=28, gated=(8, 2), balance=0.),
     'sparse 2 of 8, _c':dict(d_model=36, n_experts=8, k_active=2), 'gated 2 of 8, _c':dict(d_model=52, gated=(8, 2), balance=.01)}
+
+def doubled(c): return {**c, 'd_model':2*c['d_model'], 'n_heads':2*c.get('n_heads', 2)}
+
+CONFIGS |= {f'{n}, 0.8 M':doubled(CONFIGS[n]) for n in ('dense', '2 final', 'gated 2 of 8', 'standard', 'sparse 2 of 8', '2 every', '4 final', 'gated 2 of 8, no balance')}
 
 def flops_per_token(model, L):
     "Of a forward pass"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CouplingNet', 'lattice_limit', 'LatticeError', 'check_sizes', 'to_lattice', 'require_precise', 'lattice_step',
-           'lattice_undo', 'lattice_add', 'halves', 'require_lattice', 'check_mask', 'AdditiveCoupling', 'at_text',
-           'at_padding', 'bounded', 'AffineCoupling', 'PairRotation', 'shear_factors', 'ShearedLinear', 'Permutation',
-           'LinearCoupling', 'BijectiveLinear']
+           'lattice_undo', 'lattice_add', 'halves', 'require_lattice', 'check_mask', 'at_text', 'at_padding',
+           'AdditiveCoupling', 'bounded', 'AffineCoupling', 'PairRotation', 'shear_factors', 'ShearedLinear',
+           'Permutation', 'LinearCoupling', 'BijectiveLinear']
 
 # %% ../nbs/01_coupling.ipynb #1b4307e9
 import torch
@@ -158,6 +158,23 @@ def check_mask(
         what = f'{mask.dtype} of shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f'mask is {what} for a state of shape {tuple(x.shape)}; expected torch.bool of shape (B, L)')
 
+# %% ../nbs/01_coupling.ipynb #97952847
+def at_text(
+    t:Tensor, # (B, L, D)
+    mask:Tensor|None, # (B, L), True where there is text; None for everywhere
+)->Tensor: # t, and 0 where there is no text
+    "Zero at padding"
+    return t if mask is None else t.masked_fill(~mask[...,None], 0)
+
+def at_padding(
+    y:Tensor, # (B, L, D)
+    x:Tensor, # (B, L, D)
+    mask:Tensor|None, # (B, L), True where there is text; None for everywhere
+)->Tensor: # y where there is text, x at padding
+    "Keep x at padding"
+    return y if mask is None else torch.where(mask[...,None], y, x)
+
+# %% ../nbs/01_coupling.ipynb #6d7ad3de
 class AdditiveCoupling(Bijection):
     "`y1 = x2, y2 = x1 + f(x2)`, on the lattice if `lattice_bits` is given: then the inverse is exact to the bit"
     def __init__(self,
@@ -175,13 +192,6 @@ class AdditiveCoupling(Bijection):
     def inverse(self, y:Tensor, **context): return self._on_state(self.uncouple, y, context)
 
 # %% ../nbs/01_coupling.ipynb #9ea05c74
-def at_text(
-    t:Tensor, # (B, L, D)
-    mask:Tensor|None, # (B, L), True where there is text; None for everywhere
-)->Tensor: # t, and 0 where there is no text
-    "Zero at padding"
-    return t if mask is None else t.masked_fill(~mask[...,None], 0)
-
 def _own(t): return t.view_as(t) if isinstance(t, Tensor) else t
 
 @patch
@@ -189,14 +199,6 @@ def update(self:AdditiveCoupling, x1:Tensor|None, x2:Tensor, mask:Tensor|None=No
     "What is added to the active half `x1`, which it does not look at, `(..., d)`"
     if mask is not None: context['mask'] = mask
     return at_text(self.f(_own(x2).contiguous(), **{k:_own(v) for k,v in context.items()}), mask)
-
-def at_padding(
-    y:Tensor, # (B, L, D)
-    x:Tensor, # (B, L, D)
-    mask:Tensor|None, # (B, L), True where there is text; None for everywhere
-)->Tensor: # y where there is text, x at padding
-    "Keep x at padding"
-    return y if mask is None else torch.where(mask[...,None], y, x)
 
 @patch
 def step(self:AdditiveCoupling, x1:Tensor, x2:Tensor, **context)->tuple[Tensor,Tensor|None]:

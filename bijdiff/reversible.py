@@ -119,6 +119,10 @@ def _gradients(outputs, grad_outputs, inputs):
 # %% ../nbs/02_reversible.ipynb #2c2c548d
 def _named_tensors(stage): return dict(stage.named_parameters()) | dict(stage.named_buffers())
 
+class _Tape:
+    "Where the couplings of one call leave rebuilt states for each other"
+    state = None
+
 class _Evaluation:
     "One evaluation of a coupling's function, kept for the backward pass"
     def __init__(self, coupling, tape, context, first):
@@ -208,10 +212,6 @@ def _backward_portions(self:_Evaluation, params, a, u, g, outside):
     return t, gu, sums
 
 # %% ../nbs/02_reversible.ipynb #0a488f2f
-class _Tape:
-    "Where the couplings of one call leave rebuilt states for each other"
-    state = None
-
 def _once():
     if torch.is_grad_enabled(): raise RuntimeError('the reversible backward has no second derivative: call backward without create_graph=True, or build the stack with reversible=False')
 
