@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequential', 'dense_logdet', 'BijectionReport',
-           'check_bijection', 'BijectionTransform', 'as_transform']
+           'check_bijection', 'evaluating', 'BijectionTransform', 'as_transform']
 
 # %% ../nbs/00_core.ipynb #7eeaa3a0
+from contextlib import contextmanager
 import torch
 from torch import nn, Tensor
 from torch.distributions import constraints
@@ -60,6 +61,8 @@ class BijectiveSequential(Bijection):
     def __init__(self, *layers): super().__init__(); self.layers = nn.ModuleList(layers)
     @property
     def is_bijective(self)->bool: return all(l.is_bijective for l in self.layers)
+    @property
+    def inverts_exactly(self)->bool: return all(l.inverts_exactly for l in self.layers)
     def _walk(self, x, fs, context):
         dets = []
         for f in fs:
@@ -111,6 +114,18 @@ def check_bijection(
     bad = [f'{k} is {v:.3g}' for k,v in rep._asdict().items() if not v<=atol]
     if bad: raise AssertionError(f"{type(f).__name__}: {', '.join(bad)}; expected at most {atol:g}")
     return rep
+
+# %% ../nbs/00_core.ipynb #598e39ca
+@contextmanager
+def evaluating(
+    model:nn.Module, # Any module
+):
+    "Evaluation mode inside, and afterwards every part in the mode it was in"
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try: yield model
+    finally:
+        for m in training: m.training = True
 
 # %% ../nbs/00_core.ipynb #2bf63d0c
 class BijectionTransform(Transform):
