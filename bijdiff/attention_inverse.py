@@ -301,6 +301,8 @@ class BijectiveMultiHeadAttention(Bijection):
     @property
     def is_bijective(self)->bool: return self.layer.is_bijective
     @property
+    def inverts_exactly(self)->bool: return self.layer.inverts_exactly
+    @property
     def state_dim(self)->int: return self.layer.state_dim
 
     def _check(self, x, mask):

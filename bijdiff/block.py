@@ -12,7 +12,7 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import store_attr, patch
 from .core import sum_log_determinants, Bijection
-from .coupling import AdditiveCoupling, CouplingNet, halves, at_text, check_mask, require_lattice
+from .coupling import AdditiveCoupling, CouplingNet, at_text, check_mask, require_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
 from .attention import BidirectionalAttention, at_rows, rotary_angles
 
@@ -24,7 +24,7 @@ class LocalMixing(nn.Module):
         window:int, # Positions that are summed, odd; longer than the text is fine
     ):
         super().__init__()
-        if window<1 or window%2==0: raise ValueError(f'local_window is {window}; expected an odd number of positions, or 0 for no local mixing')
+        if window<1 or window%2==0: raise ValueError(f'window is {window}; expected an odd number of positions')
         self.weight = nn.Parameter(torch.randn(d_model, 1, window)*window**-0.5)
 
     def forward(self,
@@ -204,13 +204,15 @@ class BijectiveTransformer(Bijection):
         reversible:bool=True, # Rebuild the activations of bijective blocks in the backward pass, or store them
         dropout:float=0., # Probability of dropping a feature in training
         time_conditioning:bool=False, # Whether blocks are told the time
-        attention:str='standard', # Attention of the layers behind the bijective ones: 'standard' or 'bijective'
-        ffn:str='standard', # Their perceptron; one of the two is 'standard'
+        attention:str='standard', # Attention of the layers behind the bijective ones: 'standard' or, where ffn is not, 'bijective'
+        ffn:str='standard', # Their perceptron, likewise
         **block, # Further keywords of BijectiveTransformerBlock
     ):
         super().__init__()
         store_attr('d_model,lattice_bits,reversible')
         self.n_bijective_layers = count_bijective(n_layers, n_bijective_layers, bijective_ratio)
+        _check_kind('attention', attention); _check_kind('ffn', ffn)
+        if self.n_bijective_layers==n_layers and 'bijective' in (attention, ffn): raise ValueError(f"attention={attention!r} and ffn={ffn!r} are for the layers behind the bijective ones, and there are none; expected fewer bijective layers")
         if attention==ffn=='bijective': raise ValueError("attention and ffn are 'bijective' for the layers behind the bijective ones; expected at least one 'standard'")
         n = self.n_bijective_layers
         kinds = [('bijective', 'bijective')]*n + [(attention, ffn)]*(n_layers-n)

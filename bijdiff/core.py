@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequential', 'dense_logdet', 'BijectionReport',
-           'check_bijection', 'evaluating', 'BijectionTransform', 'as_transform']
+           'check_bijection', 'check_whole', 'evaluating', 'BijectionTransform', 'as_transform']
 
 # %% ../nbs/00_core.ipynb #7eeaa3a0
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from typing import NamedTuple
 class Bijection(nn.Module):
     "An invertible map on states `(B, ...)`: subclasses define `forward` and `inverse`, each giving `(state, logdet)`"
     is_bijective = True
-    inverts_exactly = True # False for a map whose own inverse is an approximation
+    inverts_exactly = True # False for a map whose inverse is an approximation, however long one computes
 
     def forward(self,
         x:Tensor, # State, (B, ...)
@@ -115,6 +115,15 @@ def check_bijection(
     if bad: raise AssertionError(f"{type(f).__name__}: {', '.join(bad)}; expected at most {atol:g}")
     return rep
 
+# %% ../nbs/00_core.ipynb #c7d826fe
+def check_whole(
+    name:str, # What the argument is called
+    value, # What was given
+    least:int=1, # The smallest that makes sense
+):
+    "Refuse what is not a whole number of at least `least`"
+    if not isinstance(value, int) or isinstance(value, bool) or value<least: raise ValueError(f'{name} is {value!r}; expected a whole number of at least {least}')
+
 # %% ../nbs/00_core.ipynb #598e39ca
 @contextmanager
 def evaluating(
@@ -137,6 +146,7 @@ class BijectionTransform(Transform):
         context:dict|None=None, # Keywords for both directions of the map
         cache_size:int=0, # 1 to remember the last pair, as every Transform can
     ):
+        if not getattr(f, 'is_bijective', False): raise ValueError(f'{type(f).__name__} is no bijection, so it makes no transform')
         if event_dim<1: raise ValueError(f'event_dim is {event_dim}; expected at least 1, the feature axis')
         super().__init__(cache_size)
         self.f,self.n_axes,self.context = f,event_dim,context or {}
@@ -160,5 +170,4 @@ def as_transform(
     **context, # Passed to both directions
 )->BijectionTransform: # For use in TransformedDistribution
     "A bijection as a transform of `torch.distributions`"
-    if not getattr(f, 'is_bijective', False): raise ValueError(f'{type(f).__name__} is no bijection, so it makes no transform')
     return BijectionTransform(f, event_dim, context)

@@ -93,6 +93,7 @@ def to_lattice(
     check_sizes([torch.stack([_share(t, lattice_limit(bits, t.dtype)/4), t.new_zeros(())])], bits, t.dtype)
     return _Round.apply(t, bits)
 
+# %% ../nbs/01_coupling.ipynb #a9cc13eb
 def require_precise(
     x:Tensor, # State
 ):
@@ -105,6 +106,7 @@ def lattice_step(
     bits:int|None, # k, or None for plain addition
 )->tuple[Tensor,Tensor|None]: # x + R(t), and the sizes for check_sizes, None without a lattice
     "Add on the lattice without looking at the sizes yet"
+    if t.shape!=x.shape: raise ValueError(f'the update has shape {tuple(t.shape)} and the state {tuple(x.shape)}; expected the same')
     t = t.to(x.dtype)
     if bits is None: return x+t, None
     require_precise(x)
@@ -236,7 +238,9 @@ class AffineCoupling(Bijection):
     def _scale_shift(self, h, mask=None, **context):
         check_mask(mask, h)
         if mask is not None: context['mask'] = mask
-        r,t = halves(self.f(h, **context).to(h.dtype))                          # rounded once, the same for both directions
+        both = self.f(h, **context).to(h.dtype)                                 # rounded once, the same for both directions
+        if both.shape[-1]!=2*h.shape[-1]: raise ValueError(f'f gives {both.shape[-1]} features for {h.shape[-1]}; expected {2*h.shape[-1]}, log-scales and shifts: CouplingNet takes dim_out')
+        r,t = halves(both)
         return at_text(bounded(r, self.max_log_scale), mask),at_text(t, mask)
 
     def forward(self, x:Tensor, **context):

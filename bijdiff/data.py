@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from fastai.basics import DataLoaders, TfmdDL, TensorBase, default_device, num_distrib
 from fastcore.basics import store_attr, patch
+from .core import check_whole
 from .tokens import Tokenizer, get_tokenizer
-from .corruption import Corruption
+from .corruption import Corruption, HalfCosine
 
 # %% ../nbs/15_data.ipynb #5b64958c
 def pydoc_corpus()->str:
@@ -111,9 +112,28 @@ class PiecesDL(TfmdDL):
         return interleave(idxs[:len(idxs)//(self.bs*world)*self.bs*world], self.bs, world)
 
 # %% ../nbs/15_data.ipynb #60c88d73
-def _encode(text, tokenizer, seq_len, what):
+def _is_file(s):
+    "Whether a string names a file, or looks as if it should"
+    if len(s)>250 or any(c in s for c in '\n\0'): return False
+    return Path(s).is_file() or bool(Path(s).suffix and ' ' not in s)
+
+def _as_text(corpus, tokenizer):
+    "The text, if it is not a name"
+    s = str(corpus)
+    name = isinstance(corpus, Path) or s=='pydoc' or _is_file(s)
+    text = load_corpus(s, as_bytes=getattr(tokenizer, 'kind', tokenizer)=='byte') if name else s
+    if not text: raise ValueError('the corpus is empty; expected a text')
+    return text
+
+# %% ../nbs/15_data.ipynb #9ead3480
+def _hint(text):
+    "For a text that may have been meant as a name"
+    if len(text)>100 or any(c.isspace() for c in text): return ''
+    return f'. If {text!r} is the name of a data set, give its text: text_dls(load_corpus({text!r}))'
+
+def _encode(text, tokenizer, seq_len, what, hint):
     ids = torch.tensor(tokenizer.encode(text, replace=True), dtype=torch.long)
-    if len(ids)<seq_len: raise ValueError(f'the {what} part of the corpus has {len(ids)} tokens; expected at least seq_len={seq_len}: take a longer corpus or a smaller seq_len')
+    if len(ids)<seq_len: raise ValueError(f'the {what} part of the corpus has {len(ids)} tokens; expected at least seq_len={seq_len}: take a longer corpus or a smaller seq_len{hint}')
     return ids
 
 def _warn_unknown(text, tokenizer, what):
@@ -130,31 +150,18 @@ def text_dls(
     device=None, # Where batches go; fastai's default device if None
 )->DataLoaders:
     "DataLoaders of a text: batches of `TokenIds` (B, seq_len)"
-    for k,v in dict(seq_len=seq_len, bs=bs).items():
-        if v<1: raise ValueError(f'{k} is {v}; expected at least 1')
+    check_whole('seq_len', seq_len)
+    check_whole('bs', bs)
     text = _as_text(corpus, tokenizer)
     train,valid = split_text(text, valid_pct)
     tok = tokenizer if isinstance(tokenizer, Tokenizer) else get_tokenizer(tokenizer, train)
-    sets = [Pieces(_encode(t, tok, seq_len, w), seq_len, w=='training') for t,w in ((train,'training'),(valid,'held-out'))]
+    sets = [Pieces(_encode(t, tok, seq_len, w, _hint(text)), seq_len, w=='training') for t,w in ((train,'training'),(valid,'held-out'))]
     for t,w in ((train,'training'),(valid,'held-out')): _warn_unknown(t, tok, w)
     dls = DataLoaders(*[PiecesDL(s, bs=bs, shuffle=s.shiftable, drop_last=s.shiftable and len(s)>=bs, num_workers=0, n_inp=1) for s in sets],
                       device=device or default_device())
     dls.tokenizer,dls.seq_len,dls.valid_text = tok,seq_len,valid
     for dl in dls.loaders: dl.tokenizer = tok
     return dls
-
-def _is_file(s):
-    "Whether a string names a file, or looks as if it should"
-    if len(s)>250 or any(c in s for c in '\n\0'): return False
-    return Path(s).is_file() or bool(Path(s).suffix and ' ' not in s)
-
-def _as_text(corpus, tokenizer):
-    "The text, if it is not a name"
-    s = str(corpus)
-    name = isinstance(corpus, Path) or s=='pydoc' or _is_file(s)
-    text = load_corpus(s, as_bytes=getattr(tokenizer, 'kind', tokenizer)=='byte') if name else s
-    if not text: raise ValueError('the corpus is empty; expected a text')
-    return text
 
 # %% ../nbs/15_data.ipynb #eb605663
 def _one_line(s, width=56): return s.replace('\n', '⏎')[:width]
@@ -170,14 +177,14 @@ def show_pairs(
 
 def noisy_pairs(
     ids:Tensor, # Clean ids, (B, L)
-    tokenizer:Tokenizer,
+    tokenizer:Tokenizer, # Of the ids
     n:int=6, # How many
     seed:int=0, # Of the noise
 ):
     "Time, noisy text and clean text for some of a batch"
     x = ids[:n].as_subclass(Tensor).cpu()
     t = (torch.arange(len(x))+.5)/len(x)
-    xt = Corruption(tokenizer.vocab_size)(x, t, torch.Generator().manual_seed(seed))
+    xt = Corruption(tokenizer.vocab_size, schedule=HalfCosine())(x, t, torch.Generator().manual_seed(seed))
     return [(f'{a:.2f}', tokenizer.decode(b), tokenizer.decode(c)) for a,b,c in zip(t.tolist(), xt, x)]
 
 # %% ../nbs/15_data.ipynb #c542c29d

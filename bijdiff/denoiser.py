@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 from fastcore.basics import patch
+from .core import check_whole, evaluating
 from .attention import head_dim
 from .block import BijectiveTransformer, count_bijective
 from .coupling import to_lattice
@@ -27,11 +28,6 @@ from .objective import bound_integrand, log_mix, score_entropy
 from .tokens import tokenizer_from_dict
 
 # %% ../nbs/11_denoiser.ipynb #3eac07e2
-def _at_least(cfg, lowest, *names):
-    for n in names:
-        v = getattr(cfg, n)
-        if not isinstance(v, int) or isinstance(v, bool) or v<lowest: raise ValueError(f'{n} is {v!r}; expected a whole number of at least {lowest}')
-
 @dataclass
 class DenoiserConfig:
     "Everything that defines the network"
@@ -63,17 +59,19 @@ class DenoiserConfig:
     noise:dict|None = None # The corruption it is made for, from Corruption.to_dict; masking if None
 
     def __post_init__(self):
-        _at_least(self, 1, 'vocab_size', 'seq_len', 'd_model', 'n_heads', 'n_layers', 'coupling_depth', 'segment_length')
+        for k in ('vocab_size','seq_len','d_model','n_heads','n_layers','coupling_depth','segment_length'): check_whole(k, getattr(self, k))
+        check_whole('local_window', self.local_window, 0)
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
         for k in ('coupling_hidden_dim','coupler_dim'):
-            if getattr(self, k) is not None: _at_least(self, 1, k)
+            if getattr(self, k) is not None: check_whole(k, getattr(self, k))
         self._check_mixture(n_bijective)
-        if self.lattice_bits is not None and not 1<=self.lattice_bits<=20: raise ValueError(f'lattice_bits is {self.lattice_bits}; expected 1 to 20, or None')
-        if self.local_window<0 or (self.local_window and self.local_window%2==0): raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
+        if self.lattice_bits is not None and (isinstance(self.lattice_bits, bool) or self.lattice_bits not in range(1, 21)): raise ValueError(f'lattice_bits is {self.lattice_bits}; expected a whole number from 1 to 20, or None')
+        if self.local_window and self.local_window%2==0: raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
         if not 0<=self.dropout<1: raise ValueError(f'dropout is {self.dropout}; expected a number from 0 to below 1')
         if self.latent_density and n_bijective<self.n_layers:
             raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; {n_bijective} of them are')
+        if not isinstance(self.noise, dict|None): raise ValueError(f'noise is a {type(self.noise).__name__}; expected a dictionary, as Corruption.to_dict gives it')
         noise = self.corruption()
         if noise.deletes and not self.gap_head: raise ValueError(f'gap_head is False, but the noise deletes tokens ({noise.shares}); expected gap_head=True')
         if self.gap_head and not (noise.deletes and noise.shares['mask']): raise ValueError(f'gap_head is True, but the noise is {noise.shares}; expected masking together with deletion')
@@ -83,7 +81,8 @@ class DenoiserConfig:
     def _check_mixture(self, n_bijective):
         if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")
         if self.n_experts is not None: check_experts(self.n_experts, self.k_active)
-        elif self.k_active is not None: raise ValueError(f'k_active is {self.k_active}, but there are no experts; expected n_experts of at least 2 as well')
+        for k in ('k_active','coupler_dim') if self.n_experts is None else ():
+            if getattr(self, k) is not None: raise ValueError(f'{k} is {getattr(self, k)}, but there are no experts; expected n_experts of at least 2 as well')
         if self.n_experts is not None and n_bijective<self.n_layers: raise ValueError(f'n_experts is {self.n_experts} and {n_bijective} of {self.n_layers} layers are bijective; a mixture needs all of them bijective')
         for k in ('router_balance','router_z_loss'):
             v = getattr(self, k)
@@ -359,16 +358,14 @@ def inverse_errors(
     xt:Tensor, # Ids, (B, L)
 )->dict: # Largest absolute error of the reconstructed states, by lattice and precision
     "Inverse errors of the backbone in float32 and bfloat16, on and off the lattice"
-    bits,was_training,res = model.config.lattice_bits,model.training,{}
-    model.eval()
-    h = model.state(xt.to(model.device))
-    try:
-        for name,b in (dict(float=None) if bits is None else dict(lattice=bits, float=None)).items():
-            model.backbone.set_lattice(b)
-            for dtype in (torch.float32, torch.bfloat16): res[f'{name} {str(dtype)[6:]}'] = _roundtrip(model.backbone, h, dtype, model.context(h))
-    finally:
-        model.backbone.set_lattice(bits)
-        model.train(was_training)
+    bits,res = model.config.lattice_bits,{}
+    with evaluating(model):
+        h = model.state(xt.to(model.device))
+        try:
+            for name,b in (dict(float=None) if bits is None else dict(lattice=bits, float=None)).items():
+                model.backbone.set_lattice(b)
+                for dtype in (torch.float32, torch.bfloat16): res[f'{name} {str(dtype)[6:]}'] = _roundtrip(model.backbone, h, dtype, model.context(h))
+        finally: model.backbone.set_lattice(bits)
     return res
 
 # %% ../nbs/11_denoiser.ipynb #a7a24c8a

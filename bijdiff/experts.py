@@ -13,6 +13,7 @@ import torch
 import matplotlib.pyplot as plt
 from torch import Tensor
 from fastcore.basics import patch
+from .core import check_whole
 from .moe import BijectiveMoE, expert_streams, route_shares
 from .learner import InFit
 
@@ -88,7 +89,8 @@ class ExpertCallback(InFit):
         every:int=25, # Steps from one look at the streams to the next
         n_texts:int=8, # Texts of the batch that are looked at
     ):
-        if every<1 or n_texts<1: raise ValueError(f'every is {every} and n_texts is {n_texts}; expected at least 1 each')
+        check_whole('every', every)
+        check_whole('n_texts', n_texts)
         self.every,self.n_texts = every,n_texts
         self.hooks,self.looks,self.grads = [],[],[]
 

@@ -14,6 +14,7 @@ import torch, matplotlib.pyplot as plt
 from torch import Tensor, nn
 from fastai.basics import *
 from fastai.callback.all import GradientAccumulation
+from .core import check_whole, evaluating
 from .corruption import Noisy
 from .block import layer_by_layer
 from .coupling import lattice_limit
@@ -32,8 +33,8 @@ class ProbeCallback(InFit):
         n_texts:int=8, # Texts of the batch
         seed:int=0, # Of the noise
     ):
-        for k,v in dict(every=every, n_texts=n_texts).items():
-            if v<1: raise ValueError(f'{k} is {v}; expected at least 1')
+        check_whole('every', every)
+        check_whole('n_texts', n_texts)
         store_attr()
 
     def before_fit(self):
@@ -52,9 +53,7 @@ class ProbeCallback(InFit):
     @torch.no_grad()
     def _look(self):
         inputs,targets = self.fixed
-        training = [m for m in self.model.modules() if m.training]
-        out = self.model.eval()(*inputs)
-        for m in training: m.training = True                                          # and no others
+        with evaluating(self.model): out = self.model(*inputs)
         return self.loss_func.per_text(out, *targets).mean().item()
 
     def after_batch(self):
@@ -81,7 +80,7 @@ class BlockNormCallback(InFit):
     def __init__(self,
         every:int=20, # Steps from one look to the next
     ):
-        if every<1: raise ValueError(f'every is {every}; expected at least 1')
+        check_whole('every', every)
         store_attr()
 
     def before_fit(self):
@@ -132,7 +131,7 @@ class RunLogCallback(InFit):
         path, # File; lines are added to what is there
         every:int=10, # Steps between two lines
     ):
-        if every<1: raise ValueError(f'every is {every}; expected at least 1')
+        check_whole('every', every)
         self.path,self.every = Path(path),every
 
     def before_fit(self):

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT', 'DiffusionLoss', 'DiffusionLearner', 'CorruptionCallback', 'Instrument', 'InFit', 'BoundCallback',
            'OnHeldOut', 'LogDetCallback', 'InvertibilityCallback', 'ThroughputCallback', 'OscillationCallback',
            'EMACallback', 'AutocastCallback', 'inversion_nats', 'ObjectiveCallback', 'read_checkpoint', 'check_options',
-           'CheckpointCallback', 'noise_fields', 'diffusion_learner']
+           'CheckpointCallback', 'noise_fields', 'diffusion_learner', 'TableCallback']
 
 # %% ../nbs/17_learner.ipynb #3655c04a
 import json, math, random, time
@@ -21,6 +21,7 @@ from fastai.callback.all import *
 from fastai.distributed import DistributedDL
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
+from .core import check_whole, evaluating
 from .corruption import Corruption, Noisy, get_schedule, low_discrepancy_times
 from .coupling import LatticeError
 from .block import layer_by_layer
@@ -70,29 +71,11 @@ class DiffusionLearner(Learner):
         try: super()._do_one_batch()
         except BaseException as e:
             if hasattr(self, 'autocast'): self.autocast.close()
-            if isinstance(e, LatticeError) and hasattr(self, 'lr_finder'): raise CancelFitException from None
-            raise
+            if not isinstance(e, LatticeError): raise
+            if hasattr(self, 'lr_finder'): raise CancelFitException from None
+            raise LatticeError(f'{e}; in training the cause is most often a learning rate that is too high') from None
 
-# %% ../nbs/17_learner.ipynb #76380809
-@patch
-@torch.no_grad()
-def show_results(self:DiffusionLearner,
-    ds_idx:int=1, # Of the DataLoaders
-    dl=None, # Or other data
-    max_n:int=6, # Rows
-    **kwargs
-):
-    "Noisy text, what the model makes of it in one step, and the clean text"
-    x = (dl or self.dls[ds_idx]).one_batch()[0][:max_n].as_subclass(Tensor)
-    t = (torch.arange(len(x))+.5)/len(x)
-    corruption,model = self.corruption.corruption,_base_model(self.model).eval()
-    noisy = corruption.sample(x, t, torch.Generator().manual_seed(0))
-    xt = noisy.xt
-    probs = clean_posterior(model, xt, t, noisy.text if corruption.deletes else None, corruption)
-    best = probs.argmax(-1).to(x.device)
-    if corruption.deletes: xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
-    decode = self.dls.tokenizer.decode
-    show_pairs([(f'{a:.2f}', *map(decode, o)) for a,*o in zip(t.tolist(), xt, best, x)], ('t', 'noisy', 'denoised', 'clean'))
+    def predict(self, *args, **kwargs): raise NotImplementedError('a denoiser has no prediction for an item; write texts with sample(learn.model), and score them with score_ids')
 
 # %% ../nbs/17_learner.ipynb #382168c7
 def _mean_over_processes(x):
@@ -110,7 +93,9 @@ class CorruptionCallback(Callback):
         corruption:Corruption, # The noise
         seed:int=42, # Of noise, data order and dropout
         n_valid_draws:int=4, # Corruptions of each held-out text
-    ): store_attr()
+    ):
+        check_whole('n_valid_draws', n_valid_draws)
+        store_attr()
 
     def before_train(self):
         s = _seed(self.seed, 1, self.epoch)
@@ -118,38 +103,45 @@ class CorruptionCallback(Callback):
         set_seed(s + rank_distrib())                                                  # dropout differs between processes
         getattr(self.learn.dl, 'dl', self.learn.dl).rng = random.Random(s)
 
-    def _train_noise(self, x):
-        "Times and noisy ids for this process's rows of the whole batch"
-        rank,world = rank_distrib(),max(num_distrib(), 1)
-        rows = slice(rank*len(x), (rank+1)*len(x))
-        t = low_discrepancy_times(len(x)*world, self.corruption.T, self.generator)
-        return t[rows],[o[rows] for o in self.corruption.sample(x.repeat(world, 1), t, self.generator)]
-
-    def _valid_noise(self, x, draw):
-        "Times and noisy ids that depend on the draw and the numbers of the texts alone"
-        N,g = len(self.learn.dl.dataset),lambda *key: torch.Generator().manual_seed(_seed(self.seed, 2, draw, *key))
-        first = rank_distrib()*math.ceil(N/max(num_distrib(), 1)) + self.iter*self.learn.dl.bs
-        texts = [(first+k)%N for k in range(len(x))]
-        t = low_discrepancy_times(N, self.corruption.T, g())[texts]
-        return t,[torch.cat(o) for o in zip(*(self.corruption.sample(x[k:k+1], t[k:k+1], g(i)) for k,i in enumerate(texts)))]
-
     def before_backward(self):
         if num_distrib()>1: self.learn.loss = _mean_over_processes(self.loss)           # what is recorded, not what is differentiated
 
-    def before_batch(self):
-        x = self.xb[0].as_subclass(Tensor)
-        draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_valid_draws)]
-        t,noisy = torch.cat([t for t,_ in draws]),Noisy(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
-        self.learn.xb,self.learn.yb = self.inputs(noisy, t),self.targets(x.repeat(len(draws), 1), noisy, t)
+# %% ../nbs/17_learner.ipynb #751601ca
+@patch
+def _train_noise(self:CorruptionCallback, x):
+    "Times and noisy ids for this process's rows of the whole batch"
+    rank,world = rank_distrib(),max(num_distrib(), 1)
+    rows = slice(rank*len(x), (rank+1)*len(x))
+    t = low_discrepancy_times(len(x)*world, self.corruption.T, self.generator)
+    return t[rows],[o[rows] for o in self.corruption.sample(x.repeat(world, 1), t, self.generator)]
 
-    def inputs(self, noisy, t):
-        "What the model is called with"
-        deletes,timed = self.corruption.deletes,_base_model(self.model).config.time_conditioning
-        return (noisy.xt, t.to(noisy.xt.device, torch.float32) if timed else None, noisy.text if deletes else None)[:3 if deletes else 2 if timed else 1]
+@patch
+def _valid_noise(self:CorruptionCallback, x, draw):
+    "Times and noisy ids that depend on the draw and the numbers of the texts alone"
+    N,g = len(getattr(self.learn.dl, 'dataset', x)),lambda *key: torch.Generator().manual_seed(_seed(self.seed, 2, draw, *key))
+    first = rank_distrib()*math.ceil(N/max(num_distrib(), 1)) + self.iter*getattr(self.learn.dl, 'bs', len(x))
+    texts = [(first+k)%N for k in range(len(x))]
+    t = low_discrepancy_times(N, self.corruption.T, g())[texts]
+    return t,[torch.cat(o) for o in zip(*(self.corruption.sample(x[k:k+1], t[k:k+1], g(i)) for k,i in enumerate(texts)))]
 
-    def targets(self, x, noisy, t):
-        "What the loss is told"
-        return (x, noisy.xt, t) + ((noisy.x0, noisy.text, noisy.gaps) if self.corruption.deletes else ())
+# %% ../nbs/17_learner.ipynb #d94f2b0d
+@patch
+def before_batch(self:CorruptionCallback):
+    x = self.xb[0].as_subclass(Tensor)
+    draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_valid_draws)]
+    t,noisy = torch.cat([t for t,_ in draws]),Noisy(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
+    self.learn.xb,self.learn.yb = self.inputs(noisy, t),self.targets(x.repeat(len(draws), 1), noisy, t)
+
+@patch
+def inputs(self:CorruptionCallback, noisy, t):
+    "What the model is called with"
+    deletes,timed = self.corruption.deletes,_base_model(self.model).config.time_conditioning
+    return (noisy.xt, t.to(noisy.xt.device, torch.float32) if timed else None, noisy.text if deletes else None)[:3 if deletes else 2 if timed else 1]
+
+@patch
+def targets(self:CorruptionCallback, x, noisy, t):
+    "What the loss is told"
+    return (x, noisy.xt, t) + ((noisy.x0, noisy.text, noisy.gaps) if self.corruption.deletes else ())
 
 # %% ../nbs/17_learner.ipynb #d682a80c
 @patch
@@ -169,6 +161,7 @@ class InFit(Instrument):
         super().before_fit()
         self.run = self.run and self.learn.fitting
 
+# %% ../nbs/17_learner.ipynb #4bb61b9a
 class BoundCallback(Instrument):
     "Bound on the held-out text in bits per character, end terms included, with its standard error over the draws of the noise"
     run_train = False
@@ -176,6 +169,10 @@ class BoundCallback(Instrument):
     def __init__(self,
         tokens_per_char:float=1. # To turn nats per token into bits per character
     ): store_attr()
+    def before_fit(self):
+        super().before_fit()
+        for cb in self.learn.cbs:
+            if isinstance(cb, TrackerCallback) and cb.monitor in ('bound','se') and cb.comp==np.greater: cb.comp,cb.min_delta = np.less,-cb.min_delta
     def before_validate(self): self.texts = []
     def after_loss(self):
         c,x0 = self.learn.corruption,self.yb[0]
@@ -190,6 +187,7 @@ class BoundCallback(Instrument):
         self.bits = draws.mean().item()
         self.se = draws.mean(0).std().item()/draws.shape[1]**0.5 if draws.shape[1]>1 else float('nan')
 
+# %% ../nbs/17_learner.ipynb #25bfafa2
 class OnHeldOut(Instrument):
     "Base of callbacks that look at the backbone on the first held-out batch"
     order,run_train = CorruptionCallback.order+1,False                       # while autocast is still on
@@ -211,6 +209,7 @@ class InvertibilityCallback(OnHeldOut):
         c = model.context(h)
         return (model.backbone.inverse(model.backbone(h, **c)[0], **c)[0]-h).abs().max().item()
 
+# %% ../nbs/17_learner.ipynb #a0c348a8
 class ThroughputCallback(Instrument):
     "Tokens per second in training"
     run_valid = False
@@ -258,13 +257,16 @@ class EMACallback(InFit):
     def after_epoch(self):
         if self.swapped: self._swap()
     def after_fit(self):
-        if not self.swapped: self._swap()
+        best = any(isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) for cb in self.learn.cbs)
+        if not (self.swapped or best): self._swap()
 
 # %% ../nbs/17_learner.ipynb #8809654d
 class AutocastCallback(Callback):
     "Forward pass under autocast of the model's device"
     order,region = CorruptionCallback.order+2,None
-    def __init__(self, dtype:torch.dtype=torch.bfloat16): store_attr()
+    def __init__(self,
+        dtype:torch.dtype=torch.bfloat16, # torch.bfloat16 or torch.float16
+    ): store_attr()
     def before_batch(self):
         self.close()
         self.region = torch.autocast(next(self.model.parameters()).device.type, self.dtype)
@@ -291,6 +293,11 @@ def inversion_nats(
     back = f.inverse(f(x, *args, **context)[0], *args, **context)[0]
     return (back-x).float().square().sum(-1).mean()/2
 
+def _approximate(model):
+    "Modules that invert only approximately; of one within the other the inner"
+    found = [m for m in model.modules() if not getattr(m, 'inverts_exactly', True)]
+    return [m for m in found if not any(o is not m and o in found for o in m.modules())]
+
 def _detached(o):
     "Tensors without their past, in tuples and dictionaries too"
     if isinstance(o, Tensor): return o.detach()
@@ -308,8 +315,7 @@ class ObjectiveCallback(Callback):
     def before_fit(self):
         self.kept = self.learn.fitting and not hasattr(self.learn, 'lr_finder')
         if self.kept: self.parts = []
-        approximate = [m for m in self.model.modules() if not getattr(m, 'inverts_exactly', True)] if self.lambda_invert else []
-        self.seen,self.hooks = {},[m.register_forward_pre_hook(self._note, with_kwargs=True) for m in approximate]
+        self.seen,self.hooks = {},[m.register_forward_pre_hook(self._note, with_kwargs=True) for m in (_approximate(self.model) if self.lambda_invert else ())]
     def _note(self, m, args, context):
         if m.training and m not in self.seen: self.seen[m] = _detached(args),_detached(context)
     def before_batch(self): self.seen.clear()
@@ -440,12 +446,6 @@ def _restore(self:CheckpointCallback, tensors, meta):
     self.learn.first_epoch = meta['done']
 
 # %% ../nbs/17_learner.ipynb #ebc280ac
-def _metrics(learn):
-    "Columns of the table that is printed while training"
-    cols = dict(bound=lambda: learn.bound.bits, se=lambda: learn.bound.se, log_det=lambda: learn.log_det.value,
-                inverse_error=lambda: learn.invertibility.value, tokens_per_s=lambda: learn.throughput.value)
-    return [ValueMetric(f, n) for n,f in cols.items()]
-
 def noise_fields(
     corruption:Corruption, # The noise
     objective:str='bound', # bound or score_entropy
@@ -457,6 +457,7 @@ def noise_fields(
     if objective=='score_entropy' and corruption.T: raise ValueError(f'T is {corruption.T}; score entropy is in continuous time: leave T out')
     return dict(time_conditioning=not corruption.masks_only, gap_head=corruption.deletes, score_head=objective=='score_entropy', noise=corruption.to_dict())
 
+# %% ../nbs/17_learner.ipynb #0127b64f
 def _config(dls, config, lambda_likelihood, fields):
     if config is None: return DenoiserConfig(dls.tokenizer.vocab_size, dls.seq_len, latent_density=lambda_likelihood>0, **fields)
     if config.vocab_size!=dls.tokenizer.vocab_size: raise ValueError(f'config.vocab_size is {config.vocab_size}; the data has {dls.tokenizer.vocab_size} tokens')
@@ -469,8 +470,11 @@ def _only_one(**given):
     both = [k for k,v in given.items() if v is not None]
     if len(both)>1: raise ValueError(f"{' and '.join(both)} are given; give one of them")
 
+# %% ../nbs/17_learner.ipynb #f9bfb47c
 def _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_likelihood, fields):
     "The corruption of a run, and the network for it"
+    for k,o,kind in (('config', config, DenoiserConfig), ('corruption', corruption, Corruption)):
+        if not isinstance(o, kind|None): raise ValueError(f'{k} is a {type(o).__name__}; expected a {kind.__name__}')
     if config is not None and fields: raise ValueError(f"both config and {', '.join(fields)} are given; put them into the config")
     own = None if config is None or config.noise is None else config.corruption()
     for o in (dict(schedule=schedule), dict(T=T)): _only_one(**{'the noise of the config':own, 'corruption':corruption}, **o)
@@ -481,6 +485,13 @@ def _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_li
     config = replace(_config(dls, config, lambda_likelihood, {}), noise=corruption.to_dict())
     if objective is not None and (objective=='score_entropy')!=config.score_head: raise ValueError(f'objective is {objective!r}, but the config has score_head={config.score_head}')
     return corruption,config
+
+# %% ../nbs/17_learner.ipynb #1b29a550
+def _metrics(learn):
+    "Columns of the table that is printed while training"
+    cols = dict(bound=lambda: learn.bound.bits, se=lambda: learn.bound.se, log_det=lambda: learn.log_det.value,
+                inverse_error=lambda: learn.invertibility.value, tokens_per_s=lambda: learn.throughput.value)
+    return [ValueMetric(f, n) for n,f in cols.items()]
 
 @delegates(Learner.__init__)
 def diffusion_learner(
@@ -514,3 +525,39 @@ def diffusion_learner(
     learn = DiffusionLearner(dls, model, DiffusionLoss(corruption, model), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.metrics = _metrics(learn)
     return learn
+
+# %% ../nbs/17_learner.ipynb #6df96d32
+_columns = dict(epoch='epoch', train_loss='train loss', bound='bound', se='±', log_det='log-det', inverse_error='inverse error', tokens_per_s='tokens/s', time='time')
+
+def _cell(v): return str(v) if isinstance(v, (str,int)) else f'{v:.4f}' if abs(v)<1e4 and v!=0 else f'{v:g}'
+
+class TableCallback(Callback):
+    "One line per epoch, with headings in words"
+    order = Recorder.order-1
+    def before_fit(self): self.learn.logger,self.rows = self._row,0
+    def _row(self, row):
+        cells = dict(zip(self.recorder.metric_names, row))
+        if not self.rows: print('  '.join(n.rjust(max(len(n), 7)) for n in _columns.values()), flush=True)
+        self.rows += 1
+        print('  '.join(_cell(cells[k]).rjust(max(len(n), 7)) for k,n in _columns.items()), flush=True)
+
+# %% ../nbs/17_learner.ipynb #b1db1234
+@patch
+@torch.no_grad()
+def show_results(self:DiffusionLearner,
+    ds_idx:int=1, # Of the DataLoaders
+    dl=None, # Or other data
+    max_n:int=6, # Rows
+    **kwargs
+):
+    "Noisy text, what the model makes of it in one step, and the clean text"
+    x = (dl or self.dls[ds_idx]).one_batch()[0][:max_n].as_subclass(Tensor)
+    t = (torch.arange(len(x))+.5)/len(x)
+    corruption,model = self.corruption.corruption,_base_model(self.model)
+    noisy = corruption.sample(x, t, torch.Generator().manual_seed(0))
+    xt = noisy.xt
+    with evaluating(model): probs = clean_posterior(model, xt, t, noisy.text if corruption.deletes else None, corruption)
+    best = probs.argmax(-1).to(x.device)
+    if corruption.deletes: xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
+    decode = self.dls.tokenizer.decode
+    show_pairs([(f'{a:.2f}', *map(decode, o)) for a,*o in zip(t.tolist(), xt, best, x)], ('t', 'noisy', 'denoised', 'clean'))

@@ -14,10 +14,10 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from itertools import groupby
 from fastcore.basics import patch, store_attr
-from .core import Bijection, BijectiveSequential, sum_log_determinants
+from .core import Bijection, BijectiveSequential, check_whole, sum_log_determinants
 from .coupling import AdditiveCoupling, AffineCoupling, CouplingNet, at_text, to_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
-from .attention import at_rows, head_dim
+from .attention import head_dim
 from .block import AdaptiveNorm, BijectiveTransformerBlock, TimeEmbedding, stack_context
 from .multiscale import GlobalUpdate, LocalUpdate, SegmentUpdate
 
@@ -351,9 +351,8 @@ class BijectiveMoE(Bijection):
             if couple=='every' or i==n_layers-1: self._add_coupler(coupler_dim, dropout)
 
     def _check(self, block):
-        for k in ('d_model','n_layers','coupler_dim'):
-            v = getattr(self, k)
-            if (v is not None or k!='coupler_dim') and (not isinstance(v, int) or isinstance(v, bool) or v<1): raise ValueError(f'{k} is {v!r}; expected a whole number of at least 1')
+        for k in ('d_model','n_layers'): check_whole(k, getattr(self, k))
+        if self.coupler_dim is not None: check_whole('coupler_dim', self.coupler_dim)
         for k in ('attention','ffn'):
             if block.get(k, 'bijective')!='bijective': raise ValueError(f"{k} is {block[k]!r}; the blocks of a mixture are bijective: expected 'bijective'")
         if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")

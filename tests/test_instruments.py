@@ -185,9 +185,9 @@ def test_texts_of_the_probe():
     l = fit(ProbeCallback(N, n_texts=50), epochs=1)
     assert l.probe.fixed[1][0].shape==(7, 16) and torch.equal(l.probe.fixed[1][0].flatten(), data().valid.dataset.ids[:112])
     for kw,msg in ((dict(every=0), 'every is 0'), (dict(n_texts=0), 'n_texts is 0'), (dict(every=-3), 'every is -3')):
-        with pytest.raises(ValueError, match=f'{msg}; expected at least 1'): ProbeCallback(**kw)
+        with pytest.raises(ValueError, match=f'{msg}; expected a whole number of at least 1'): ProbeCallback(**kw)
     for cls in (BlockNormCallback, partial(RunLogCallback, 'x'), partial(TensorBoardCallback, 'x')):
-        with pytest.raises(ValueError, match='every is 0; expected at least 1'): cls(every=0)
+        with pytest.raises(ValueError, match='every is 0; expected a whole number of at least 1'): cls(every=0)
 
 def test_probe_sees_the_weights_of_training_not_their_average():
     l = fit(EMACallback(.9), ProbeCallback(1))
