@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .core import check_whole
 from .moe import BijectiveMoE, expert_streams, route_shares
-from .learner import InFit
+from .learner import InFit, base_model
 
 # %% ../nbs/17a_experts.ipynb #6ff3845a
 def contributions(
@@ -97,7 +97,7 @@ class ExpertCallback(InFit):
     def before_fit(self):
         super().before_fit()
         if not self.run: return
-        self.moe = getattr(self.model, 'module', self.model).backbone
+        self.moe = base_model(self.model).backbone
         if not isinstance(self.moe, BijectiveMoE): raise ValueError(f'the backbone is a {type(self.moe).__name__}; ExpertCallback watches a mixture: expected n_experts in the configuration')
         self.kinds,self.step,self.looks,self.grads = token_kinds(self.dls.tokenizer),0,[],[]
         self.params = [list(self.moe.expert(i).parameters()) for i in range(self.moe.n_experts)]
@@ -138,7 +138,7 @@ def _look(self:ExpertCallback, x, y, mask, routes):
     xt,x0 = self.xb[0][:len(x)].cpu(),self.yb[0 if len(self.yb)==3 else 3][:len(x)].cpu()
     text = (torch.ones_like(xt, dtype=torch.bool) if mask is None else mask[:len(x),extra:].cpu()).flatten()
     lead = leaders(c[:,text]).numpy()
-    told = {k:mutual_information(lead, v[text.numpy()]) for k,v in _labels(xt, x0, self.kinds, getattr(self.model, 'module', self.model).mask_id).items()}
+    told = {k:mutual_information(lead, v[text.numpy()]) for k,v in _labels(xt, x0, self.kinds, base_model(self.model).mask_id).items()}
     blocks = {} if routes is None else {k:c for k,c in routes.items() if self.moe.roles[k]=='blocks'}
     route = dict(routed=torch.stack(list(route_shares(blocks, mask).values())).mean(0).tolist()) if blocks else {}
     return dict(share=contribution_shares(c[:,text]).tolist(), cka=[linear_cka(c[i][text], c[j][text]) for i,j in _pairs(n)], told=told, **route)

@@ -18,7 +18,7 @@ from .core import check_whole, evaluating
 from .corruption import Noisy
 from .block import layer_by_layer
 from .coupling import lattice_limit
-from .learner import InFit, OnHeldOut
+from .learner import InFit, OnHeldOut, base_model
 
 # %% ../nbs/17b_instruments.ipynb #9d9b959e
 def _step(cb):
@@ -88,7 +88,7 @@ class BlockNormCallback(InFit):
         if self.run: self.rows,self.old = [],None
     def before_step(self):
         if _step(self)%self.every: return
-        blocks = parameters_by_block(getattr(self.model, 'module', self.model))
+        blocks = parameters_by_block(base_model(self.model))
         self.rows.append(dict(step=_step(self), gradient={k:_norm([p.grad for p in ps if p.grad is not None]) for k,ps in blocks.items()}))
         self.old = {k:(ps, [p.detach().clone() for p in ps]) for k,ps in blocks.items()}
     def after_step(self):
