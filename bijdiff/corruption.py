@@ -99,11 +99,14 @@ class Geometric(Schedule):
 schedules = dict(log_linear=LogLinear, cosine=Cosine, half_cosine=HalfCosine, cosine_squared=CosineSquared, polynomial=Polynomial, geometric=Geometric)
 
 def get_schedule(
-    name:str, # One of log_linear, cosine, half_cosine, cosine_squared, polynomial, geometric
+    name:str|Schedule, # log_linear, cosine, half_cosine, cosine_squared, polynomial or geometric; a Schedule stays what it is
     **numbers # Of its constructor; the defaults where not given
 )->Schedule:
-    "A schedule by name"
-    if name not in schedules: raise ValueError(f"schedule is {name!r}; expected one of {', '.join(schedules)}")
+    "A schedule, by name or as such"
+    if isinstance(name, Schedule):
+        if numbers: raise ValueError(f"{', '.join(numbers)} given beside {name}, which has its own; expected one or the other")
+        return name
+    if not isinstance(name, str) or name not in schedules: raise ValueError(f"schedule is {name!r}; expected one of {', '.join(schedules)}, or a Schedule")
     return schedules[name](**numbers)
 
 # %% ../nbs/08_corruption.ipynb #8c1dfca0
@@ -116,6 +119,7 @@ class Masses(NamedTuple):
     @property
     def alive(self)->Tensor: return self.kept+self.mask+self.substitute
 
+# %% ../nbs/08_corruption.ipynb #de40aef2
 _kinds = 'mask','substitute','delete'
 
 def _shares(**c):
@@ -126,21 +130,20 @@ def _shares(**c):
     total = sum(c.values())
     return c if abs(total-1)<1e-12 else {k:v/total for k,v in c.items()}
 
-def check_T(T:int|None):
-    "Refuse a number of steps that is none"
-    if T is not None and (not isinstance(T, int) or T<1): raise ValueError(f'T is {T}; expected a whole number of at least 1 step, or None for continuous time')
-
+# %% ../nbs/08_corruption.ipynb #552275c7
 def _per_kind(schedule):
     "One schedule for each kind of noise"
-    for o in schedule.values() if isinstance(schedule, dict) else [schedule]:
-        if not isinstance(o, Schedule): raise ValueError(f'schedule is {o!r}; expected a Schedule, such as Cosine(), or one for each kind of noise')
-    if not isinstance(schedule, dict): return {k:schedule for k in _kinds}
+    if not isinstance(schedule, dict): return dict.fromkeys(_kinds, get_schedule(schedule))
     bad = [k for k in schedule if k not in _kinds]
     if bad: raise ValueError(f"schedule has the key {bad[0]!r}; expected {', '.join(_kinds)}")
-    return {k:schedule.get(k, Cosine()) for k in _kinds}
+    return {k:get_schedule(schedule.get(k, 'cosine')) for k in _kinds}
 
-# %% ../nbs/08_corruption.ipynb #47230969
-#| export
+# %% ../nbs/08_corruption.ipynb #802176e3
+def check_T(
+    T:int|None, # Number of steps; None for continuous time
+):
+    "Refuse a number of steps that is none"
+    if T is not None and (not isinstance(T, int) or isinstance(T, bool) or T<1): raise ValueError(f'T is {T}; expected a whole number of at least 1 step, or None for continuous time')
 
 # %% ../nbs/08_corruption.ipynb #22bcc9a5
 class Corruption:
@@ -150,15 +153,16 @@ class Corruption:
         mask:float=1., # Share of the noise that masks; the three shares are normalised
         substitute:float=0., # Share that puts a uniformly drawn token in place
         delete:float=0., # Share that makes tokens vanish
-        schedule:Schedule|dict|None=None, # alpha(t), or one per kind, such as dict(mask=Cosine(), delete=LogLinear()); Cosine() if None
+        schedule:str|Schedule|dict|None=None, # alpha(t) or its name, or one per kind, such as dict(mask='cosine', delete=LogLinear()); Cosine() if None, where training and the bound take HalfCosine()
         T:int|None=None, # Times are multiples of 1/T; continuous if None
     ):
         if vocab_size<1: raise ValueError(f'vocab_size is {vocab_size}; expected at least 1')
         check_T(T)
-        self.vocab_size,self.schedule,self.T = vocab_size,schedule or Cosine(),T
-        self.shares,self._schedules = _shares(mask=mask, substitute=substitute, delete=delete),_per_kind(self.schedule)
+        self.vocab_size,self.T,self.shares = vocab_size,T,_shares(mask=mask, substitute=substitute, delete=delete)
+        self._schedules = _per_kind('cosine' if schedule is None else schedule)
         alone = [k for k,c in self.shares.items() if c==1]
-        if alone: self.schedule,self._schedules = self._schedules[alone[0]],_per_kind(self._schedules[alone[0]])
+        if alone: self._schedules = _per_kind(self._schedules[alone[0]])
+        self.schedule = self._schedules if isinstance(schedule, dict) and not alone else self._schedules['mask']
     __repr__ = basic_repr('vocab_size,shares,schedule,T')
 
     def masses(self, t:Tensor)->Masses:
@@ -355,6 +359,7 @@ class Noisy(NamedTuple):
     @property
     def lengths(self)->Tensor: return self.text.sum(1)
 
+# %% ../nbs/08_corruption.ipynb #36750e77
 def check_ids(
     x:Tensor, # Ids, (B, L)
     highest:int, # Largest id
@@ -364,6 +369,7 @@ def check_ids(
     if x.ndim!=2: raise ValueError(f'{name} has shape {tuple(x.shape)}; expected (B, L)')
     if x.numel() and not 0<=x.min()<=x.max()<=highest: raise ValueError(f'{name} has ids from {x.min()} to {x.max()}; expected 0 to {highest}')
 
+# %% ../nbs/08_corruption.ipynb #0088a7be
 def pack(
     x:Tensor, # (B, L)
     alive:Tensor, # (B, L), bool
@@ -373,6 +379,7 @@ def pack(
     order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)
     return torch.where(alive.gather(1, order), x.gather(1, order), fill)
 
+# %% ../nbs/08_corruption.ipynb #8eeaa016
 def count_gaps(
     alive:Tensor, # (B, L), bool
     text:Tensor, # (B, L), bool; False behind the end of the clean text
