@@ -67,13 +67,14 @@ class CharTokenizer(Tokenizer):
 
     def encode(self,
         text:str, # Text
-        replace:bool=False, # Write � for unknown characters
+        replace:bool=False, # Write � for unknown characters, if the vocabulary has it
     )->list[int]:
         "Text to ids"
-        if not replace:
+        unknown = self._id.get('�') if replace else None
+        if unknown is None:
             for i,c in enumerate(text):
-                if c not in self._id: raise ValueError(f'character {c!r} at position {i} is not in the vocabulary of {self.vocab_size} characters')
-        return [self._id.get(c, self.vocab_size-1) for c in text]
+                if c not in self._id: raise ValueError(f"character {c!r} at position {i} is not in the vocabulary of {self.vocab_size} characters{', which has no � to write for it'*replace}")
+        return [self._id.get(c, unknown) for c in text]
 
 # %% ../nbs/10_tokens.ipynb #77f32fa3
 class ByteTokenizer(Tokenizer):
