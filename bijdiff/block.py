@@ -67,6 +67,7 @@ class BlockMixer(nn.Module):
         cond_dim:int|None=None, # Features of the conditioning vector; None for none
     ):
         super().__init__()
+        if local_window<0 or (local_window and local_window%2==0): raise ValueError(f'local_window is {local_window}; expected an odd number of positions, or 0 for no local mixing')
         self.local_norm = AdaptiveNorm(d_model, cond_dim) if local_window else None
         self.local = LocalMixing(d_model, local_window) if local_window else None
         self.attn_norm,self.attn = AdaptiveNorm(d_model, cond_dim),BidirectionalAttention(d_model, n_heads, dropout)
