@@ -10,12 +10,12 @@ import hashlib, json, os, struct, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
-from torch import Tensor
 from constriction import stream
 from fastcore.meta import delegates
+from .core import check_whole, evaluating
 from .denoiser import BijectiveDenoiser
 from .likelihood import pieces
-from .unmasking import UnmaskingRule, check_count, check_unmasking, get_rule, rule_from_dict, unmask
+from .unmasking import UnmaskingRule, check_unmasking, get_rule, rule_from_dict, unmask
 
 # %% ../nbs/14_codec.ipynb #2f7a1cbe
 _family = stream.model.Categorical(perfect=False)
@@ -40,14 +40,11 @@ def _reader(coder):
 @contextmanager
 def _same_arithmetic(model, threads):
     "Evaluation mode, a number of threads, no autocast"
-    was_training,before = model.training,torch.get_num_threads()
-    model.eval()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.autocast(model.device.type, enabled=False): yield
-    finally:
-        torch.set_num_threads(before)
-        model.train(was_training)
+        with evaluating(model), torch.autocast(model.device.type, enabled=False): yield
+    finally: torch.set_num_threads(before)
 
 def _encode(model, ids, rule, bs, progress):
     "Bits of a text, uint32"
@@ -123,7 +120,7 @@ def compress(
 )->bytes: # For decompress with the same model
     "Code data in as many bits as its exact likelihood says"
     check_unmasking(model)
-    check_count(bs, 'bs')
+    check_whole('bs', bs)
     if not isinstance(data, (bytes, bytearray)): raise ValueError(f'data is of type {type(data).__name__}; expected bytes')
     if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
     rule,ids,threads = get_rule(rule, steps, seed, **kwargs),_to_ids(model.tokenizer, data),torch.get_num_threads()

@@ -424,6 +424,19 @@ def __call__(self:Corruption,
     "Noisy texts only; where tokens are deleted, packed to the left and filled up with masks"
     return self.sample(x0, t, generator).xt
 
+# %% ../nbs/08_corruption.ipynb #d5583a34
+@patch
+def pure_noise(self:Corruption,
+    text:Tensor, # True where there are symbols, (B, L), bool
+    generator:torch.Generator|None=None, # Source of randomness, on the CPU
+)->Tensor: # Ids 0..V, masks where there is no symbol, (B, L)
+    "Symbols that have all been redrawn, in the shares that time 1 has of masks and tokens"
+    m,V = self.masses(torch.ones((), dtype=torch.float64)),self.vocab_size
+    u = torch.rand(text.shape, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, V, text.shape, generator=generator)
+    masked = (u < m.mask/(m.mask+m.substitute)) | ~text.cpu()
+    return torch.where(masked, V, tokens).to(text.device)
+
 # %% ../nbs/08_corruption.ipynb #b5c71210
 def _schedule_to_dict(s):
     name = next((k for k,v in schedules.items() if v is type(s)), None)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 import matplotlib.pyplot as plt
 from fastcore.meta import delegates
+from .core import check_whole, evaluating
 from .corruption import check_ids
 from .denoiser import BijectiveDenoiser
 from .likelihood import Bound, pieces
 from .tokens import Tokenizer
-from .unmasking import UnmaskingRule, check_count, check_unmasking, conditionals, get_rule, reveal_counts, reveal_ranks, unmask
+from .unmasking import UnmaskingRule, check_unmasking, conditionals, get_rule, reveal_counts, reveal_ranks, unmask
 
 # %% ../nbs/13a_exact_likelihood.ipynb #55bd7e93
 def _texts(model, x, template, lengths):
@@ -86,12 +87,10 @@ def token_nats(
 )->Tensor: # (B, L), nats, float64; 0 for what is given, infinite where a probability is 0 (by top_p, or a temperature so low that float64 is too small for it)
     "Minus the log-probability of each token, at the moment it is revealed"
     check_unmasking(model)
-    check_count(bs, 'bs')
-    rule,was_training = get_rule(rule, steps, seed, **kwargs),model.training
+    check_whole('bs', bs)
+    rule = get_rule(rule, steps, seed, **kwargs)
     x,free,lengths = _texts(model, x, template, lengths)
-    model.eval()
-    try: return (_follow if rule.adaptive else _all_steps)(model, x, free, lengths, rule, bs, progress)
-    finally: model.train(was_training)
+    with evaluating(model): return (_follow if rule.adaptive else _all_steps)(model, x, free, lengths, rule, bs, progress)
 
 # %% ../nbs/13a_exact_likelihood.ipynb #26b3e4a7
 @delegates(token_nats)
@@ -107,6 +106,7 @@ def log_prob(
     return 0.-token_nats(model, x, rule, steps, seed, **kwargs).sum(1)
 
 # %% ../nbs/13a_exact_likelihood.ipynb #931865f0
+@delegates(UnmaskingRule, but=['rule','steps','seed'])
 def text_nats(
     model:BijectiveDenoiser, # The denoiser, of masking noise
     ids:Tensor, # A text of any length, (N,)
@@ -115,12 +115,14 @@ def text_nats(
     seed:int=0, # Of the random order
     bs:int=64, # Pieces the network is asked about at once
     progress=lambda o: o, # Wraps the passes over each batch of pieces, for progress bars
+    **kwargs
 )->Tensor: # (N,), nats
     "Minus the log-probability of each token of a long text"
     ids = torch.as_tensor(ids)
     if not len(ids): raise ValueError('the text is empty; expected at least one token')
-    check_count(bs, 'bs')
-    return torch.cat([token_nats(model, x, rule, steps, seed, bs=bs, progress=progress).flatten() for x in pieces(ids, model.config.seq_len, bs)])
+    check_whole('bs', bs)
+    rule = get_rule(rule, steps, seed, **kwargs)
+    return torch.cat([token_nats(model, x, rule, bs=bs, progress=progress).flatten() for x in pieces(ids, model.config.seq_len, bs)])
 
 # %% ../nbs/13a_exact_likelihood.ipynb #f6c83885
 def char_bits(
@@ -169,13 +171,11 @@ def order_nats(
 )->Tensor: # (n, B), nats per text
     "Minus the log-probability of texts in independent random orders"
     check_unmasking(model)
-    check_count(n, 'n')
-    check_count(bs, 'bs')
-    (x,free,lengths),was_training = _texts(model, x, None, None),model.training
+    check_whole('n', n)
+    check_whole('bs', bs)
+    x,free,lengths = _texts(model, x, None, None)
     places = torch.rand((n*len(x), x.shape[1]), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).argsort(1)
-    model.eval()
-    try: nats = _all_steps(model, x.repeat(n, 1), free.repeat(n, 1), lengths.repeat(n), UnmaskingRule(steps=steps), bs, progress, places)
-    finally: model.train(was_training)
+    with evaluating(model): nats = _all_steps(model, x.repeat(n, 1), free.repeat(n, 1), lengths.repeat(n), UnmaskingRule(steps=steps), bs, progress, places)
     return nats.sum(1).view(n, len(x))
 
 # %% ../nbs/13a_exact_likelihood.ipynb #74f08687
@@ -212,12 +212,9 @@ def all_orders_nats(
 )->Tensor: # (B,), nats per text
     "Exact minus log-probability under a random order: all orders, by a recursion over sets of positions"
     check_unmasking(model)
-    (x,_,lengths),L = _texts(model, x, None, None),x.shape[1]
+    (x,_,_),L = _texts(model, x, None, None),x.shape[1]
     if L>12: raise ValueError(f'the texts have {L} tokens; expected at most 12, as all 2^L sets of them are visited')
-    was_training = model.training
-    model.eval()
-    try: return torch.stack([-_sum_orders(model, o, reveal_counts(L, steps)).log() for o in x])
-    finally: model.train(was_training)
+    with evaluating(model): return torch.stack([-_sum_orders(model, o, reveal_counts(L, steps)).log() for o in x])
 
 # %% ../nbs/13a_exact_likelihood.ipynb #63047364
 def _known(model, x, sets):
@@ -252,11 +249,9 @@ def latent_nats(
     if model.latent is None: raise ValueError('the model has no latent density; expected one made with latent_density=True')
     if n<2: raise ValueError(f'n is {n}; expected at least 2 draws, for an error bar')
     check_ids(x, model.config.vocab_size-1, 'x')
-    g,was_training = torch.Generator().manual_seed(seed),model.training
-    model.eval()
-    try:
+    g = torch.Generator().manual_seed(seed)
+    with evaluating(model):
         h = model.state(x.to(model.device))
         noise = lambda: model.latent.noise*torch.randn(h.shape, generator=g, dtype=h.dtype).to(h.device)
         draws = torch.stack([model.latent(model.backbone(model._on_lattice(h+noise()), **model.context(h))[0]).sum(1) for _ in range(n)]).double().cpu()
-    finally: model.train(was_training)
     return Bound(draws.mean(0), draws.std(0)/n**.5)

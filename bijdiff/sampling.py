@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 import matplotlib.pyplot as plt
 from fastcore.basics import store_attr, patch
-from .corruption import Corruption, Masses, Schedule, Cosine, check_ids, mix
+from .core import check_whole, evaluating
+from .corruption import Corruption, Masses, Schedule, check_ids, get_schedule, mix
 from .denoiser import BijectiveDenoiser, clean_posterior, outputs, token_logits
 from .objective import expected_gaps
 from .tokens import Tokenizer, MASK_CHAR
-from .unmasking import RULES, UnmaskingRule, check_steps, get_rule, token_probs, unmask
+from .unmasking import RULES, UnmaskingRule, get_rule, token_probs, unmask
 
 # %% ../nbs/12_sampling.ipynb #c6da83de
 def reveal_probs(
     steps:int, # Number of steps
-    schedule:Schedule, # alpha(t)
+    schedule:str|Schedule, # alpha(t), or its name
 )->Tensor: # (steps,), float64
     "Probability that a masked token is revealed in each step, from all masked to none"
-    check_steps(steps)
-    alpha = schedule.alpha(torch.linspace(1, 0, steps+1, dtype=torch.float64))
+    check_whole('steps', steps)
+    alpha = get_schedule(schedule).alpha(torch.linspace(1, 0, steps+1, dtype=torch.float64))
     alpha[0],alpha[-1] = 0.,1.
     return alpha.diff()/(1-alpha[:-1])
 
@@ -85,7 +86,11 @@ def ask(self:Run,
     return self._answer
 
 @patch
-def masses(self:Run, t)->Masses: return self.corruption.masses(_times(t, len(self.x)))
+def masses(self:Run,
+    t, # Time, or times, (n,)
+)->Masses: # Each (n,)
+    "The masses of the noise at a time, for each text"
+    return self.corruption.masses(_times(t, len(self.x)))
 
 @patch
 def probs(self:Run,
@@ -98,7 +103,10 @@ def probs(self:Run,
     return token_probs((logits if where is None else logits[where.to(logits.device)]).cpu(), self.temperature, self.top_p)
 
 # %% ../nbs/12_sampling.ipynb #2276810b
-def ancestral_masks(run:Run, steps:int):
+def ancestral_masks(
+    run:Run, # The text, changed in place
+    steps:int, # Number of steps
+):
     "Reveal each mask with the probability of the step, then draw its token"
     ts = torch.linspace(1, 0, steps+1, dtype=torch.float64)
     for t,p in zip(ts.tolist(), reveal_probs(steps, run.corruption.schedule)):
@@ -106,7 +114,10 @@ def ancestral_masks(run:Run, steps:int):
         if reveal.any(): run.write(reveal, draw(run.probs(t, reveal), run.g))
 
 # %% ../nbs/12_sampling.ipynb #9e9bd5dd
-def by_rule(run:Run, rule:UnmaskingRule):
+def by_rule(
+    run:Run, # The text, changed in place
+    rule:str|UnmaskingRule|tuple, # Which masks come when: a rule, its name, or positions
+):
     "Reveal masks in the order of a rule"
     def choose(probs, where):
         ids = draw(probs, run.g)
@@ -116,7 +127,9 @@ def by_rule(run:Run, rule:UnmaskingRule):
     unmask(run.model, run.x, rule, choose)
 
 # %% ../nbs/12_sampling.ipynb #e6ab6189
-def first_hitting(run:Run):
+def first_hitting(
+    run:Run, # The text, changed in place
+):
     "One mask at a time, in random order, at the times of continuous time"
     hidden = torch.ones(len(run.x), dtype=torch.float64)
     while (masked := run.x==run.model.mask_id).any():
@@ -129,10 +142,7 @@ def first_hitting(run:Run):
 # %% ../nbs/12_sampling.ipynb #6d4d0624
 def _noise(run):
     "Draw noise where the text is free"
-    m = run.masses(1.)
-    share,V = (m.mask/(m.mask+m.substitute))[0].item(),run.corruption.vocab_size
-    u = torch.rand(run.x.shape, generator=run.g, dtype=torch.float64)
-    run.x = torch.where(run.free & (u>=share), torch.randint(0, V, run.x.shape, generator=run.g), run.x)
+    run.x = torch.where(run.free, run.corruption.pure_noise(run.free, run.g), run.x)
     run.show()
 
 def _own(probs, z, masses, V):
@@ -142,9 +152,13 @@ def _own(probs, z, masses, V):
     post = probs*torch.where((z==V)[...,None], 1., kept*same+sub/V)
     return post/post.sum(-1, keepdim=True).clamp(min=1e-300)
 
-def ancestral(run:Run, steps:int):
+# %% ../nbs/12_sampling.ipynb #28682a76
+def ancestral(
+    run:Run, # The text, changed in place
+    steps:int, # Number of steps
+):
     "Draw every free symbol from its reverse posterior, step by step"
-    check_steps(steps)
+    check_whole('steps', steps)
     _noise(run)
     ts = torch.linspace(1, 0, steps+1, dtype=torch.float64).tolist()
     for i,(t,s) in enumerate(zip(ts, ts[1:])):
@@ -156,6 +170,10 @@ def ancestral(run:Run, steps:int):
         run.write(run.free, draw(post, run.g))
 
 # %% ../nbs/12_sampling.ipynb #382590ab
+def _numbers(o):
+    "A named tuple of tensors (1,), as numbers"
+    return type(o)(*(v.item() for v in o))
+
 def _tweedie(score, z, step, V):
     "Probabilities at the earlier time, (places, V+1), unnormalised"
     a = torch.cat([score.new_full((V,), step.token_to_token/V), score.new_tensor([step.token_to_mask])])
@@ -173,9 +191,15 @@ def _first_time(corruption):
     t = torch.linspace(0, 1, 100001, dtype=torch.float64)
     return t[(corruption.masses(t).kept>=1e-4).nonzero()[-1,0]].item()
 
-def by_scores(run:Run, steps:int, kind:str):
+# %% ../nbs/12_sampling.ipynb #67c78d9f
+def by_scores(
+    run:Run, # The text, changed in place
+    steps:int, # Number of steps
+    kind:str, # tweedie or euler
+):
     "SEDD's analytic (tweedie) and Euler samplers"
-    check_steps(steps)
+    check_whole('steps', steps)
+    if kind not in ('tweedie','euler'): raise ValueError(f'kind is {kind!r}; expected tweedie or euler')
     c,V,one = run.corruption,run.corruption.vocab_size,lambda a: torch.tensor([a], dtype=torch.float64)
     _noise(run)
     ts = [_first_time(c), *torch.linspace(1, 0, steps+1, dtype=torch.float64)[1:].tolist()]
@@ -184,9 +208,9 @@ def by_scores(run:Run, steps:int, kind:str):
         if not active.any(): break
         out = token_logits(run.ask(t)).cpu().double() if run.model.config.score_head else run.probs(t).log()
         z,score = run.x[active],run.model.scores(out, run.x, run.masses(t))[active].exp()
-        step = type(o := c.step(one(s), one(t)))(*(v.item() for v in o))
+        step = _numbers(c.step(one(s), one(t)))
         if kind=='tweedie' or s==0: p = _tweedie(score, z, step, V)
-        else: p = _euler(score, z, type(r := c.event_rates(one(t)))(*(v.item() for v in r)), t-s, V)
+        else: p = _euler(score, z, _numbers(c.event_rates(one(t))), t-s, V)
         if s==0: p[:,V] = 0.
         p = torch.where((p.sum(1, keepdim=True)>0), p, score*(torch.arange(V+1)<V))
         run.write(active, draw(p, run.g))
@@ -273,9 +297,13 @@ def _settle(run, w, passes):
         gone = torch.rand(w.ids.shape, generator=run.g, dtype=torch.float64) < 1-math.exp(-rate)
         w.delete(gone & (w.ids==w.mask_id))
 
-def insertion(run:Run, steps:int, settle:int=0)->list: # n tensors of ids
+def insertion(
+    run:Run, # The text to begin with; its network has a gap head
+    steps:int, # Number of steps
+    settle:int=0, # Passes before them, in which blanks find their length
+)->list: # n tensors of ids
     "Symbols from their reverse posteriors, and masks into the gaps, step by step"
-    check_steps(steps)
+    check_whole('steps', steps)
     c,full = run.corruption,lambda a: torch.full((len(run.x),), a, dtype=torch.float64)
     w,dead = Growing(run.x, run.model.mask_id, run.model.config.seq_len),c.masses(torch.ones((), dtype=torch.float64)).delete
     w.delete(torch.rand(w.ids.shape, generator=run.g, dtype=torch.float64)<dead)
@@ -305,8 +333,8 @@ def _start(model, n, template, length):
     "Ids to begin with, (n, L)"
     if n<1: raise ValueError(f'n is {n}; expected at least 1')
     if length is not None and length<1: raise ValueError(f'length is {length}; expected at least 1')
-    length = length or model.config.seq_len
-    if template is None: template = torch.full((length,), model.mask_id)
+    if length is not None and template is not None: raise ValueError(f'length is {length}, beside a template, which has its own; expected one or the other')
+    if template is None: template = torch.full((length or model.config.seq_len,), model.mask_id)
     x = torch.as_tensor(template, dtype=torch.long, device='cpu')
     x = (x.expand(n, -1) if x.ndim==1 else x).clone()
     if x.ndim!=2 or len(x)!=n: raise ValueError(f'template has shape {tuple(x.shape)}; expected (L,) or (n, L) with n={n}')
@@ -334,7 +362,7 @@ def _write(run, sampler, steps, rule=None):
 
 def _sampling_noise(model, schedule):
     "The corruption that is undone: for a network that is not told the time, masking under any schedule"
-    if model.corruption.masks_only and not model.config.time_conditioning: return Corruption(model.config.vocab_size, schedule=schedule or Cosine())
+    if model.corruption.masks_only and not model.config.time_conditioning: return Corruption(model.config.vocab_size, schedule='cosine' if schedule is None else schedule)
     if schedule is not None: raise ValueError(f'schedule is {schedule}, but the network was made for {model.corruption}; leave it out')
     return model.corruption
 
@@ -359,27 +387,25 @@ def sample(
     rule:str|UnmaskingRule|tuple|None=None, # In place of a sampler: an unmasking rule, its name (left_to_right, random, spread, block, confidence, entropy), or positions
     temperature:float=1., # Above 0
     top_p:float=1., # In (0, 1]
-    schedule:Schedule|None=None, # When how much is revealed, for masking; if None Cosine(), and evenly by a rule
+    schedule:str|Schedule|None=None, # When how much is revealed, for masking; if None Cosine(), and evenly by a rule
     settle:int=0, # Passes in which blanks of a template find their length first, where tokens can be inserted
     seed:int=0, # Of all that is drawn, and of the order of the rule called random
     frames:list|None=None, # Collects a copy of the ids after every step that changed something
 )->Tensor|list: # Ids without masks, (n, L), on the CPU; a list of n tensors where lengths differ, as tokens can be inserted
     "Write texts by undoing noise"
-    known,was_training = samplers_for(model),model.training
+    known = samplers_for(model)
     rule,sampler = _sampling_rule(rule, sampler, steps, temperature, top_p, schedule, seed)
     sampler,steps = sampler or known[0],128 if steps is None else steps
     if sampler not in known: raise ValueError(f"sampler is {sampler!r}; for this model's noise ({model.corruption.shares}) expected one of {', '.join(known)}")
-    if sampler!='first_hitting': check_steps(steps)
+    check_whole('steps', steps)
     if settle<0: raise ValueError(f'settle is {settle}; expected at least 0')
     if settle and sampler!='insertion': raise ValueError(f'settle is {settle}; only models that insert tokens have lengths that settle')
     token_probs(torch.zeros(1), temperature, top_p)                    # refuse bad values before any work
     if model.config.score_head and sampler in ('tweedie','euler') and (temperature,top_p)!=(1., 1.): raise ValueError(f'temperature is {temperature} and top_p is {top_p}; the scores of this model know neither: leave them out')
     run = Run(model, _start(model, n, template, length), _sampling_noise(model, None if rule else schedule), temperature, top_p, seed, frames)
-    model.eval()
-    try:
+    with evaluating(model):
         if sampler=='insertion': return insertion(run, steps, settle)
         _write(run, sampler, steps, rule)
-    finally: model.train(was_training)
     return run.x
 
 # %% ../nbs/12_sampling.ipynb #4eb89d09
@@ -407,17 +433,15 @@ def self_correct(
     "Replace tokens that the model does not believe, the clearest cases first"
     if model.corruption.deletes: raise ValueError('the model deletes and inserts; self_correct is for masking and substitution')
     check_ids(x, model.config.vocab_size-1, 'x')
-    t,x,was_training = time_of_errors(model.corruption, wrong),x.clone().cpu(),model.training
-    model.eval()
+    t,x = time_of_errors(model.corruption, wrong),x.clone().cpu()
     for _ in range(passes):
-        post = clean_posterior(model, x, torch.full((len(x),), t)).cpu()
+        with evaluating(model): post = clean_posterior(model, x, torch.full((len(x),), t)).cpu()
         best,new = post.max(-1)
         gain = best.clamp(min=1e-30).log()-post.gather(-1, x[...,None])[...,0].clamp(min=1e-30).log()
         if fixed is not None: gain = gain.masked_fill(fixed.cpu(), 0.)
         change = (gain>0) & (gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)<per_pass)
         if not change.any(): break
         x = torch.where(change, new, x)
-    model.train(was_training)
     return x
 
 # %% ../nbs/12_sampling.ipynb #1a11f4df

@@ -240,7 +240,7 @@ def test_judge_refuses(fault, monkeypatch):
     for name in names:
         with pytest.raises(AssertionError, match='standard errors off'): judge(name)
 
-END_FAULTS = {'starts from what the noise has left':(likelihood, 'nothing_but_noise', lambda f: lambda noisy, c, g: noisy.xt, 'hybrid, much left', 'all three, much left'), 'missing tokens at the end':(likelihood, '_put_back', lambda f: lambda noisy, mask: noisy.xt, 'all three, much left'),
+END_FAULTS = {'starts from masks alone':(Corruption, 'pure_noise', lambda f: lambda self, text, g: torch.full(text.shape, self.mask_id), 'hybrid, much left', 'all three, much left'), 'missing tokens at the end':(likelihood, '_put_back', lambda f: lambda noisy, mask: noisy.xt, 'all three, much left'),
               'scores taken for logits':(BijectiveDenoiser, 'clean_logits', lambda f: lambda self, out, xt, m: out, 'uniform, scores, geometric'), 'length not paid':(likelihood, 'binomial_log_prior', lambda f: lambda n, c: torch.zeros(n+1).double(), 'mask, delete')}
 @pytest.mark.parametrize('fault', END_FAULTS)
 def test_judge_of_ends_refuses(fault, monkeypatch):
