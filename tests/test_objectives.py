@@ -134,6 +134,21 @@ def judge_udlm(name):
 @names
 def test_uniform_bound_is_that_of_udlm(name): judge_udlm(name)
 
+@names
+def test_schedules_by_name(name):
+    "The name stands for the schedule with its defaults, wherever one is taken"
+    s = get_schedule(name)
+    masks,tokens = problem(tokens=False),problem(masks=False)
+    for f in (lambda s: masked_nelbo(*masks, s), lambda s: masked_nelbo(*masks, s, 1000), lambda s: uniform_nelbo(*tokens, s), lambda s: score_entropy(*masks, s), lambda s: score_entropy(*tokens, s, 'uniform'), lambda s: reconstruction_term(*masks[:3], s),
+              lambda s: closing_term(*masks[:2], s), lambda s: hybrid_nelbo(*masks, Corruption(V, 1, 1, schedule=s)), lambda s: hybrid_nelbo(*masks, Corruption(V, 1, 1, schedule=dict(mask=s)))): assert torch.equal(f(name), f(s))
+
+BAD = {'masks in uniform noise':(lambda o, x, z, t: uniform_nelbo(o, x, torch.full_like(z, V), t, LogLinear()), 'xt has ids from 4 to 4; expected 0 to 3'), 'other tokens in masks':(lambda o, x, z, t: masked_nelbo(o, x, (x+1)%V, t, LogLinear()), r'xt differs from x0 at \[0, 0\]'),
+       'steps of deletion':(lambda *a: hybrid_nelbo(*a, Corruption(V, delete=1, T=4)), 'T is 4; with deletion'), 'no schedule':(lambda o, x, z, t: masked_nelbo(o, x, x, t, 'linear'), "schedule is 'linear'")}
+@pytest.mark.parametrize('name', BAD)
+def test_what_would_cost_nothing_is_refused(name):
+    f,message = BAD[name]
+    with pytest.raises(ValueError, match=message): f(*problem())
+
 # T steps: T times the divergence of the posteriors, by Bayes' rule with matrices
 def judge_steps(name, T):
     shares,n = ALIVE[name]
