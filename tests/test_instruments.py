@@ -160,7 +160,7 @@ def test_a_probe_of_something_else_is_seen(name, f, monkeypatch):
     sample = Corruption.sample
     def planted(self, x, t, g=None, *a): return sample(self, *(f(self, x, t, g) if len(x)==4 and g.initial_seed()==3 and sys._getframe(1).f_code.co_filename==instruments.__file__ else (x, t, g)), *a)
     monkeypatch.setattr(Corruption, 'sample', planted)
-    with pytest.raises(AssertionError): judge_probe('masks')
+    with pytest.raises((AssertionError, ValueError)): judge_probe('masks')    # a text that is not its own clean one costs no bits, and is refused
 
 def still(*cbs, **kw): return fit(ProbeCallback(1), *cbs, lr=0., flat=True, epochs=1, fields=dict(dropout=.3), **kw).probe.losses
 def test_same_weights_same_value():
