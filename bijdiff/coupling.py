@@ -123,7 +123,7 @@ def lattice_undo(
     return y-t if bits is None else y-_Round.apply(t, bits)
 
 def lattice_add(
-    x:Tensor, # State on the grid, float32 or float64
+    x:Tensor, # State on the grid (see require_lattice), float32 or float64
     t:Tensor, # What is added; rounded here
     bits:int|None, # k, or None for plain addition
 )->Tensor: # x + R(t)

@@ -208,7 +208,7 @@ def clean_logits(self:BijectiveDenoiser,
     xt:Tensor, # Noisy ids, (B, L)
     masses:Masses, # At the time of each text, each (B,)
 )->Tensor: # Logits of the clean token, (B, L, V)
-    "The distribution of the clean token; for scores under substitution the nearest one there is"
+    "The distribution of the clean token; for scores under substitution what they say of it, with parts below 0 set to 0"
     if not self.config.score_head or self.corruption.masks_only: return out
     q = self.scores(out, xt, masses)[...,:-1].softmax(-1)
     kept,sub = (o.to(q)[:,None,None] for o in (masses.kept, masses.substitute))

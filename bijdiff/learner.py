@@ -241,7 +241,7 @@ class EMACallback(InFit):
     "Validate, save and end with an exponential moving average of the weights"
     order = SaveModelCallback.order+5
     def __init__(self,
-        decay:float=0.999 # Share of the average kept in a step
+        decay:float=0.999 # Share of the average kept in a step; less in the first steps, or the initial weights would stay in it for long
     ):
         if not 0<decay<1: raise ValueError(f'decay is {decay}; expected a number between 0 and 1')
         store_attr()
@@ -251,7 +251,9 @@ class EMACallback(InFit):
         if self.run: self.average,self.swapped = [p.detach().clone() for p in self._params()],False
     def after_batch(self):
         if self.training:
-            for a,p in zip(self.average, self._params()): a.lerp_(p.detach(), 1-self.decay)
+            n = self.epoch*self.n_iter + self.iter
+            keep = min(self.decay, (1+n)/(10+n))
+            for a,p in zip(self.average, self._params()): a.lerp_(p.detach(), 1-keep)
     def _swap(self):
         for a,p in zip(self.average, self._params()):
             raw = p.detach().clone()

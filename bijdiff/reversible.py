@@ -267,7 +267,7 @@ def _couple_reversibly(couplings, x, first, context):
 
 def couple_all(
     couplings, # `AdditiveCoupling`s with the same lattice, one after another
-    x:Tensor, # State, (..., 2*d)
+    x:Tensor, # State, (..., 2*d); where there is a lattice on it, which whoever calls has checked
     reversible:bool=True, # Rebuild activations in the backward pass, or store them
     first:int=0, # Number of the first coupling, for messages
     **context, # Keywords of every coupling
@@ -288,7 +288,7 @@ def couple_all(
 
 def uncouple_all(
     couplings, # The couplings of `couple_all`
-    y:Tensor, # State, (..., 2*d)
+    y:Tensor, # State, (..., 2*d), likewise
     **context, # The context that `couple_all` was given
 )->Tensor: # State, (..., 2*d)
     "The inverse of `couple_all`"
