@@ -11,6 +11,7 @@ import fcntl, hashlib, json, platform, resource, statistics, subprocess, sys, te
 from pathlib import Path
 import torch, fastai
 from fastcore.script import call_parse, Param
+from fastai.torch_core import default_device
 from bijdiff.all import *
 
 STUDIES = Path(__file__).parent/'studies'
@@ -72,18 +73,24 @@ def work(file, configs, command, wait=5):
             if key in left(): raise RuntimeError(f'{key} ended well, but there is no line of it in {file}')
 
 def fit(learn, epochs, lr):
-    "Train, and give seconds, MiB by which the process grew, and the error if the states left the lattice: a rate may be too high for a network, and the others go on"
-    before,start,error = rss(),time.time(),None
+    "Train, and give seconds, MiB by which the process grew (on a GPU: that tensors held at most), and the error if the states left the lattice: a rate may be too high for a network, and the others go on"
+    on_gpu = learn.dls.device.type=='cuda'
+    if on_gpu: torch.cuda.reset_peak_memory_stats()
+    before,start,error = 0 if on_gpu else rss(),time.time(),None
     try:
         with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
     except LatticeError as e: error = str(e)
-    return time.time()-start, rss()-before, error
+    return time.time()-start, (torch.cuda.max_memory_allocated()/2**20 if on_gpu else rss())-before, error
 
 def held_out(learn, error):
     "Bits per character of the held-out text and their standard error; NaN for a training that did not get to its end"
     return (float('nan'),)*2 if error else score_ids(learn.model, learn.dls.valid.dataset.ids, n=8).bits(len(learn.dls.valid_text))
 
 def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
+def machine():
+    "What trainings run on"
+    return torch.cuda.get_device_name() if default_device().type=='cuda' else f'{platform.machine()}, 1 thread'
 
 def standard_first(model):
     "The bijective blocks behind the standard ones, where the configuration has them in front"
@@ -100,7 +107,7 @@ class Scaled(torch.nn.Module):
 def run(study, path, name, lr, seed):
     "One training, as a line of the results"
     torch.set_num_threads(1)
-    TwoStage.min_rows = 2048                                              # the perceptron of a batch in one portion: faster for networks as small as these
+    TwoStage.min_rows = 2048 if default_device().type=='cpu' else 8192    # the perceptron of a batch in one portion: faster for networks as small as these
     g = read_grid(study)
     c = g['configs'][name]
     fields = {**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first','embed_scale')}}
@@ -116,7 +123,7 @@ def run(study, path, name, lr, seed):
     return dict(study=study, name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), error=error, n_params=sum(p.numel() for p in learn.model.parameters()), epochs=c['epochs'], seconds=round(seconds, 1), peak_mib=round(memory),
                 valid_bits_by_epoch=rounded(v[2] for v in learn.recorder.values), losses=rounded(learn.oscillation.losses), probe_every=learn.probe.every, probe=rounded(learn.probe.losses), stream_range=learn.stream_range.values[-1:], log_det=learn.log_det.value, inverse_error=learn.invertibility.value,
                 norms=learn.block_norm.rows[-1:], terms=learn.objective.shares() if hasattr(learn, 'objective') else None, last_terms=learn.objective.parts[-1] if hasattr(learn, 'objective') else None,
-                config={k:v for k,v in c.items() if k not in ('lrs','seeds')}, fields=fields, machine=f'{platform.machine()}, 1 thread, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/study.py one {study} tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
+                config={k:v for k,v in c.items() if k not in ('lrs','seeds')}, fields=fields, machine=f'{machine()}, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/study.py one {study} tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
 
 def best_runs(rows):
     "Per configuration the runs at its best rate, by seed"
