@@ -7,9 +7,9 @@
 Every run is a process of its own and one line of benchmarks/studies/NAME.jsonl. Stop it when you like, by `kill -9` if need be, and start it again: what is finished is not done again. Several may work at the same study, on as many cores.
 A file has `steps` and `epochs` (which give the length of the text: the first 90% of it are for training, the rest is held out), `seq_len`, `bs`, `lrs`, `seeds`, the fields of the network that all have in common, and per configuration what differs; there also `epochs` (of the same text), `lrs`, `seeds`, keywords of diffusion_learner under `learner`, `standard_first` and `embed_scale` (see the functions). With the first seed every rate is tried; the others take the best one.
 All runs of a seed see the same texts in the same order with the same noise, and start from the same random numbers."""
-import fcntl, hashlib, json, platform, resource, statistics, subprocess, sys, tempfile, time
+import fcntl, hashlib, json, platform, resource, subprocess, sys, tempfile, time
 from pathlib import Path
-import torch, fastai
+import numpy as np, torch, fastai
 from fastcore.script import call_parse, Param
 from fastai.torch_core import default_device
 from bijdiff.all import *
@@ -135,17 +135,19 @@ def best_runs(rows):
         out[n] = sorted((r for r in mine if r['lr']==lr), key=lambda r: r['seed'])
     return out
 
+def diverged(run): return run['bits_per_char']!=run['bits_per_char']
+
 def paired(runs, base):
-    "Bits per character more than the base, seed by seed"
-    of = {r['seed']:r['bits_per_char'] for r in base}
-    return [r['bits_per_char']-of[r['seed']] for r in runs if r['seed'] in of]
+    "Bits per character more than the base, seed by seed, where both came to their end"
+    of = {r['seed']:r['bits_per_char'] for r in base if not diverged(r)}
+    return [r['bits_per_char']-of[r['seed']] for r in runs if r['seed'] in of and not diverged(r)]
 
 def table(study):
     "What is there so far"
     for n,rs in best_runs(read_rows(STUDIES/f'{study}.jsonl')).items():
-        bits = [r['bits_per_char'] for r in rs]
-        spread = f'{statistics.stdev(bits):.4f}' if len(bits)>1 else '      '
-        print(f"{n:28} {rs[0]['lr']:<7g} {statistics.mean(bits):.4f} ± {spread} over {len(bits)} seeds, {rs[0]['n_params']} parameters, {statistics.median(r['seconds'] for r in rs):.0f} s")
+        bits = [r['bits_per_char'] for r in rs if not diverged(r)]
+        spread = f'± {np.std(bits, ddof=1):.4f}' if len(bits)>1 else ' '*8
+        print(f"{n:28} {rs[0]['lr']:<7g} {np.mean(bits):.4f} {spread} over {len(bits)} of {len(rs)} seeds, {rs[0]['n_params']} parameters, {np.median([r['seconds'] for r in rs]):.0f} s")
 
 @call_parse
 def main(

@@ -71,12 +71,16 @@ def test_a_rate_that_diverged_is_not_the_best():
 
 def test_best_runs_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, 'STUDIES', tmp_path)
-    rows = [row('a', .1, 0, 2.), row('a', .2, 0, 1.), row('a', .2, 2, 3.), row('a', .2, 1, 2.), row('b', .3, 0, 4.)]
-    assert {k:[(r['lr'], r['seed']) for r in v] for k,v in study.best_runs(rows).items()}=={'a':[(.2, 0), (.2, 1), (.2, 2)], 'b':[(.3, 0)]}
+    rows = [row('a', .1, 0, 2.), row('a', .2, 0, 1.), row('a', .2, 2, 3.), row('a', .2, 1, 2.), row('a', .2, 3, math.nan), row('b', .3, 0, 4.)]
+    assert {k:[(r['lr'], r['seed']) for r in v] for k,v in study.best_runs(rows).items()}=={'a':[(.2, 0), (.2, 1), (.2, 2), (.2, 3)], 'b':[(.3, 0)]}
     for r in rows: study.append_row(tmp_path/'s.jsonl', r|dict(n_params=7, seconds=1.))
     study.table('s')
     a,b = capsys.readouterr().out.splitlines()
-    assert '2.0000 ± 1.0000 over 3 seeds' in a and '4.0000' in b and 'over 1 seeds' in b
+    assert '2.0000 ± 1.0000 over 3 of 4 seeds' in a and '4.0000' in b and 'over 1 of 1 seeds' in b
+
+def test_paired_takes_the_seeds_that_both_have_finished():
+    a,b = [row('a', .1, s, v) for s,v in ((0, 3.), (1, 2.), (2, math.nan), (3, 5.))],[row('b', .1, s, v) for s,v in ((3, 1.), (1, math.nan), (0, 2.5), (4, 9.), (2, 1.))]
+    assert study.paired(a, b)==[.5, 4.]
 
 # The file of results
 
