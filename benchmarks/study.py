@@ -7,7 +7,7 @@
 Every run is a process of its own and one line of benchmarks/studies/NAME.jsonl. Stop it when you like, by `kill -9` if need be, and start it again: what is finished is not done again. Several may work at the same study, on as many cores.
 A file has `steps` and `epochs` (which give the length of the text: the first 90% of it are for training, the rest is held out), `seq_len`, `bs`, `lrs`, `seeds`, the fields of the network that all have in common, and per configuration what differs; there also `epochs` (of the same text), `lrs`, `seeds`, keywords of diffusion_learner under `learner`, `standard_first` and `embed_scale` (see the functions). With the first seed every rate is tried; the others take the best one.
 All runs of a seed see the same texts in the same order with the same noise, and start from the same random numbers."""
-import fcntl, hashlib, json, platform, resource, subprocess, sys, tempfile, time
+import fcntl, hashlib, json, math, platform, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, fastai
 from fastcore.script import call_parse, Param
@@ -36,17 +36,17 @@ def append_row(file, row):
     cut_off = Path(file).exists() and Path(file).read_bytes()[-1:] not in (b'', b'\n')
     with open(file, 'a') as f: f.write('\n'*cut_off + json.dumps(row)+'\n')
 
-def finite(bits): return bits if bits==bits else float('inf')                   # a run that diverged is no best one
+def diverged(run): return math.isnan(run['bits_per_char'])
 
 def missing(configs, rows):
     "Runs to do as (name, rate, seed): rates with the first seed, then the other seeds with the best rate"
-    bits,todo = {(r['name'], r['lr'], r['seed']):r['bits_per_char'] for r in rows},[]
+    bits,todo = {(r['name'], r['lr'], r['seed']):math.inf if diverged(r) else r['bits_per_char'] for r in rows},[]       # one that diverged is no best one
     for i in range(max(len(c['seeds']) for c in configs.values())):
         for n,c in configs.items():
             first,*_ = c['seeds']
             grid = {lr:bits[n, lr, first] for lr in c['lrs'] if (n, lr, first) in bits}
             if i==0: todo += [(n, lr, first) for lr in c['lrs'] if lr not in grid]
-            elif i<len(c['seeds']) and len(grid)==len(c['lrs']): todo.append((n, min(grid, key=lambda lr: finite(grid[lr])), c['seeds'][i]))
+            elif i<len(c['seeds']) and len(grid)==len(c['lrs']): todo.append((n, min(grid, key=grid.get), c['seeds'][i]))
     return [k for k in todo if k not in bits]
 
 def claim(file, key):
@@ -72,25 +72,27 @@ def work(file, configs, command, wait=5):
             subprocess.run(command(*key), check=True, pass_fds=[lock.fileno()])
             if key in left(): raise RuntimeError(f'{key} ended well, but there is no line of it in {file}')
 
+def held(device):
+    "MiB that tensors have held at most, on a GPU; elsewhere what the process has grown to"
+    return torch.cuda.max_memory_allocated()/2**20 if device.type=='cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
 def fit(learn, epochs, lr):
-    "Train, and give seconds, MiB by which the process grew (on a GPU: that tensors held at most), and the error if the states left the lattice: a rate may be too high for a network, and the others go on"
-    on_gpu = learn.dls.device.type=='cuda'
-    if on_gpu: torch.cuda.reset_peak_memory_stats()
-    before,start,error = 0 if on_gpu else rss(),time.time(),None
+    "Train, and give seconds, MiB (all that tensors held, or what the process grew by), and the error if the states left the lattice: a rate may be too high for a network, and the others go on"
+    device,start,error = learn.dls.device,time.time(),None
+    before = 0 if device.type=='cuda' else held(device)
     try:
         with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
     except LatticeError as e: error = str(e)
-    return time.time()-start, (torch.cuda.max_memory_allocated()/2**20 if on_gpu else rss())-before, error
+    return time.time()-start, held(device)-before, error
 
 def held_out(learn, error):
     "Bits per character of the held-out text and their standard error; NaN for a training that did not get to its end"
     return (float('nan'),)*2 if error else score_ids(learn.model, learn.dls.valid.dataset.ids, n=8).bits(len(learn.dls.valid_text))
 
-def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-
 def machine():
     "What trainings run on"
-    return torch.cuda.get_device_name() if default_device().type=='cuda' else f'{platform.machine()}, 1 thread'
+    kind = default_device().type
+    return torch.cuda.get_device_name() if kind=='cuda' else f"{platform.machine()}, {'1 thread' if kind=='cpu' else kind}"
 
 def standard_first(model):
     "The bijective blocks behind the standard ones, where the configuration has them in front"
@@ -107,7 +109,7 @@ class Scaled(torch.nn.Module):
 def run(study, path, name, lr, seed):
     "One training, as a line of the results"
     torch.set_num_threads(1)
-    TwoStage.min_rows = 2048 if default_device().type=='cpu' else 8192    # the perceptron of a batch in one portion: faster for networks as small as these
+    TwoStage.min_rows = 2048 if default_device().type=='cpu' else 8192    # the perceptron of a batch in few portions, or one: faster for networks as small as these
     g = read_grid(study)
     c = g['configs'][name]
     fields = {**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first','embed_scale')}}
@@ -125,17 +127,18 @@ def run(study, path, name, lr, seed):
                 norms=learn.block_norm.rows[-1:], terms=learn.objective.shares() if hasattr(learn, 'objective') else None, last_terms=learn.objective.parts[-1] if hasattr(learn, 'objective') else None,
                 config={k:v for k,v in c.items() if k not in ('lrs','seeds')}, fields=fields, machine=f'{machine()}, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/study.py one {study} tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
 
-def best_runs(rows):
-    "Per configuration the runs at its best rate, by seed"
+def best_runs(rows, configs=None):
+    "Per configuration the runs at its best rate, by seed; with a grid's configurations, among the rates that are in it"
+    if configs: rows = [r for r in rows if r['name'] in configs and r['lr'] in configs[r['name']]['lrs']]
     out = {}
     for n in dict.fromkeys(r['name'] for r in rows):
         mine = [r for r in rows if r['name']==n]
         first = [r for r in mine if r['seed']==min(o['seed'] for o in mine)]
-        lr = min(first, key=lambda r: finite(r['bits_per_char']))['lr']
+        lr = min(first, key=lambda r: math.inf if diverged(r) else r['bits_per_char'])['lr']
         out[n] = sorted((r for r in mine if r['lr']==lr), key=lambda r: r['seed'])
     return out
 
-def diverged(run): return run['bits_per_char']!=run['bits_per_char']
+def best_of(study): return best_runs(read_rows(STUDIES/f'{study}.jsonl'), read_grid(study)['configs'])
 
 def paired(runs, base):
     "Bits per character more than the base, seed by seed, where both came to their end"
@@ -144,7 +147,7 @@ def paired(runs, base):
 
 def table(study):
     "What is there so far"
-    for n,rs in best_runs(read_rows(STUDIES/f'{study}.jsonl')).items():
+    for n,rs in best_of(study).items():
         bits = [r['bits_per_char'] for r in rs if not diverged(r)]
         spread = f'± {np.std(bits, ddof=1):.4f}' if len(bits)>1 else ' '*8
         print(f"{n:28} {rs[0]['lr']:<7g} {np.mean(bits):.4f} {spread} over {len(bits)} of {len(rs)} seeds, {rs[0]['n_params']} parameters, {np.median([r['seconds'] for r in rs]):.0f} s")

@@ -2,6 +2,7 @@
 import inspect, json, math, os, re, signal, subprocess, sys, time
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
 from bijdiff.data import pydoc_corpus, text_dls
 from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
@@ -55,7 +56,7 @@ def done_one_by_one(configs, bits):
         assert len(set(todo))==len(todo) and not set(todo)&set(order)
         order.append(todo[0]); rows.append(row(*todo[0], bits(*todo[0])))
     return order
-@pytest.mark.parametrize('name', ['layers', 'factors', 'epochs'])
+@pytest.mark.parametrize('name', sorted(p.stem for p in study.STUDIES.glob('*.json')))
 def test_order_of_the_real_studies(name):
     g = study.read_grid(name)
     order = done_one_by_one(g['configs'], lambda n, lr, s: abs(math.log(lr/.011))+(s>0))
@@ -74,6 +75,8 @@ def test_best_runs_and_table(tmp_path, monkeypatch, capsys):
     rows = [row('a', .1, 0, 2.), row('a', .2, 0, 1.), row('a', .2, 2, 3.), row('a', .2, 1, 2.), row('a', .2, 3, math.nan), row('b', .3, 0, 4.)]
     assert {k:[(r['lr'], r['seed']) for r in v] for k,v in study.best_runs(rows).items()}=={'a':[(.2, 0), (.2, 1), (.2, 2), (.2, 3)], 'b':[(.3, 0)]}
     for r in rows: study.append_row(tmp_path/'s.jsonl', r|dict(n_params=7, seconds=1.))
+    (tmp_path/'s.json').write_text(json.dumps(dict(epochs=1, lrs=[.1, .2], seeds=[0, 1, 2, 3], configs=dict(a={}, b=dict(lrs=[.3])))))
+    study.append_row(tmp_path/'s.jsonl', row('a', .4, 0, .5)|dict(n_params=7, seconds=1.))          # off the grid, so that it is not its best
     study.table('s')
     a,b = capsys.readouterr().out.splitlines()
     assert '2.0000 ± 1.0000 over 3 of 4 seeds' in a and '4.0000' in b and 'over 1 of 1 seeds' in b
@@ -379,7 +382,7 @@ def test_a_training_that_leaves_the_lattice_is_a_result():
     from contextlib import nullcontext
     from bijdiff.coupling import LatticeError
     class Learn:
-        no_bar = nullcontext
+        no_bar,dls = nullcontext,SimpleNamespace(device=torch.device('cpu'))
         def __init__(self, error): self.error = error
         def fit_one_cycle(self, *args): raise self.error
     seconds,memory,error = study.fit(Learn(LatticeError('an update of size 2000 leaves the lattice')), 1, 1.)
