@@ -469,6 +469,6 @@ def low_discrepancy_times(
 )->Tensor: # (n,), float64, each uniform on [0, 1), or on {1/T, ..., 1}
     "Evenly spread times with one random offset"
     check_T(T)
-    u = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device if generator else None)
+    u = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device if generator else 'cpu')
     t = (u + torch.arange(n, dtype=torch.float64, device=u.device)/n) % 1
     return t if T is None else ((t*T).floor()+1)/T

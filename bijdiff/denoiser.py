@@ -242,6 +242,7 @@ def clean_posterior(
     "What each clean token was, given all symbols, its own included"
     c,xt = corruption or model.corruption,xt.to(model.device)
     masses = c.masses(check_times(t, len(xt)))
+    text = None if text is None else text.to(model.device)
     logits = model.clean_logits(token_logits(outputs(model, xt, t, text)), xt, masses).float()
     kept,sub = (o.to(logits)[:,None,None] for o in (masses.kept, masses.substitute))
     evidence = kept*F.one_hot(xt, c.vocab_size+1)[...,:-1] + sub/c.vocab_size

@@ -253,5 +253,5 @@ def latent_nats(
     with evaluating(model):
         h = model.state(x.to(model.device))
         noise = lambda: model.latent.noise*torch.randn(h.shape, generator=g, dtype=h.dtype).to(h.device)
-        draws = torch.stack([model.latent(model.backbone(model._on_lattice(h+noise()), **model.context(h))[0]).sum(1) for _ in range(n)]).double().cpu()
+        draws = torch.stack([model.latent(model.backbone(model._on_lattice(h+noise()), **model.context(h))[0]).sum(1) for _ in range(n)]).cpu().double()
     return Bound(draws.mean(0), draws.std(0)/n**.5)

@@ -40,7 +40,7 @@ def linear_cka(
     y:Tensor, # Others at the same positions, (N, e)
 )->float: # 0 to 1; NaN where one of them is constant, as nothing is told apart
     "Similarity of two sets of features, whatever rotation there is between them"
-    x,y = (o.double()-o.double().mean(0) for o in (x, y))
+    x,y = (o-o.mean(0) for o in (x.cpu().double(), y.cpu().double()))                  # not every device has float64
     scale = (x.T@x).norm()*(y.T@y).norm()
     return ((y.T@x).square().sum()/scale).item() if scale>0 else math.nan
 
@@ -116,7 +116,7 @@ class ExpertCallback(InFit):
     def after_pred(self): self._unhook()
     def after_cancel_batch(self): self._unhook()
 
-    def after_backward(self): self.grads.append(torch.stack([torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [torch.zeros(())]).norm() for ps in self.params]).detach().cpu())
+    def after_backward(self): self.grads.append(torch.stack([torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [ps[0].new_zeros(())]).norm() for ps in self.params]).detach().cpu())
 
     def after_batch(self):
         if self.seen: self.looks.append(dict(step=self.step, **self._look(**self.seen)))
