@@ -56,7 +56,7 @@ def attend(
     v:Tensor, # Values, (B, H, L, d_head)
     keys:Tensor|None=None, # Keys that may be looked at, (B, 1, 1, L); all if None
 )->Tensor: # (B, H, L, d_head)
-    "Bidirectional softmax attention with the kernel that is fastest to train here"
+    "Bidirectional softmax attention with the kernel that was fastest to train where we measured"
     plain = q.device.type=='cpu' and q.dtype==torch.bfloat16 and q.shape[-2]<=512
     return attention_weights(q, k, keys)@v if plain else F.scaled_dot_product_attention(q, k, v, keys)
 

@@ -17,7 +17,7 @@ from .coupling import AdditiveCoupling, at_text, lattice_step, lattice_undo, che
 # %% ../nbs/02_reversible.ipynb #6e8c09be
 class TwoStage(nn.Module):
     "`a + pointwise(u)` with `a, u = mixer(x)`; `pointwise` sees a portion of the positions at a time"
-    n_portions = 8 # Fixed, so that the hidden layer takes an eighth of its size whatever the batch
+    n_portions = 8 # Fixed, so that the hidden layer takes an eighth of its size from 2,048 positions on, however many there are
     min_rows = 256 # Positions below which a portion is not worth its overhead
     def __init__(self,
         mixer:nn.Module, # From (B, L, d) and the context to two of (B, L, d)
