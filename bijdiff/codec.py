@@ -13,7 +13,7 @@ import numpy as np, torch
 from constriction import stream
 from fastcore.meta import delegates
 from .core import check_whole, evaluating
-from .denoiser import BijectiveDenoiser
+from .denoiser import BijectiveDenoiser, tensors_hash
 from .likelihood import pieces
 from .unmasking import UnmaskingRule, check_unmasking, get_rule, rule_from_dict, unmask
 
@@ -68,12 +68,8 @@ def fingerprint(
 )->str: # 32 hexadecimal digits
     "What tells a model from others: a hash of weights, configuration and tokenizer"
     config = {k:v for k,v in vars(model.config).items() if v!=getattr(type(model.config), k, None)}       # what is not the default, so that new options change nothing
-    h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    h.update(json.dumps(model.tokenizer.to_dict() if model.tokenizer else None, sort_keys=True).encode())
-    for k,v in sorted(model.state_dict().items()):
-        h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
-        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:32]
+    described = ''.join(json.dumps(o, sort_keys=True) for o in (config, model.tokenizer.to_dict() if model.tokenizer else None))
+    return tensors_hash(model.state_dict(), described.encode())[:32]
 
 def _sum(b): return hashlib.sha256(b).digest()[:_SUM]
 

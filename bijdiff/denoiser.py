@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'READABLE', 'DenoiserConfig', 'BijectiveDenoiser', 'Reading', 'outputs', 'token_logits',
            'clean_posterior', 'output_integrand', 'SEDDGuest', 'MDLMGuest', 'LatentDensity', 'inverse_errors',
-           'write_atomically']
+           'write_atomically', 'tensors_hash']
 
 # %% ../nbs/11_denoiser.ipynb #460fee14
 import json, math, os, hashlib, tempfile
@@ -387,6 +387,18 @@ def write_atomically(
                 os.fsync(f.fileno())
         for name in files: os.replace(Path(tmp)/name, folder/name)
 
+# %% ../nbs/11_denoiser.ipynb #56afa577
+def tensors_hash(
+    tensors:dict, # Tensors by name, on any device
+    first:bytes=b'', # What is hashed before them
+)->str: # 64 hexadecimal digits
+    "sha256 of names, types, shapes and contents of tensors, in the order of their names"
+    h = hashlib.sha256(first)
+    for k,v in sorted(tensors.items()):
+        h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
 # %% ../nbs/11_denoiser.ipynb #4c33a7cd
 def _json(o): return (json.dumps(o, indent=1, ensure_ascii=True)+'\n').encode()
 def _sha(b): return hashlib.sha256(b).hexdigest()
@@ -398,8 +410,8 @@ def save_pretrained(self:BijectiveDenoiser,
     "Save weights, configuration and tokenizer"
     files = {'config.json': _json(dict(format=FORMAT, version=VERSION, **asdict(self.config)))}
     if self.tokenizer is not None: files['tokenizer.json'] = _json(self.tokenizer.to_dict())
-    meta = dict(format=FORMAT, version=str(VERSION), **{n:_sha(b) for n,b in files.items()})
     weights = {k:v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
+    meta = dict(format=FORMAT, version=str(VERSION), tensors=tensors_hash(weights), **{n:_sha(b) for n,b in files.items()})
     write_atomically(folder, {**files, 'model.safetensors': to_safetensors(weights, meta)})
     return Path(folder)
 
@@ -429,6 +441,7 @@ def _load(folder, device):
     weights,meta = _read_weights(folder/'model.safetensors')
     _check_format(meta, folder/'model.safetensors')
     if 'config.json' not in meta: raise ValueError(f'{folder}/model.safetensors has no hash of its config.json: it is damaged')
+    if meta.get('tensors') not in (None, tensors_hash(weights)): raise ValueError(f'{folder}/model.safetensors is damaged: its weights are not those that were saved')     # files of earlier versions have no such hash
     cfg = _read_part(folder, 'config.json', meta)
     model = BijectiveDenoiser(DenoiserConfig(**{k:v for k,v in cfg.items() if k not in ('format','version')}))
     try: model.load_state_dict(weights)
