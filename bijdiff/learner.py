@@ -6,12 +6,12 @@
 __all__ = ['CHECKPOINT', 'base_model', 'DiffusionLoss', 'DiffusionLearner', 'CorruptionCallback', 'Instrument', 'InFit',
            'BoundCallback', 'OnHeldOut', 'LogDetCallback', 'InvertibilityCallback', 'ThroughputCallback',
            'OscillationCallback', 'EMACallback', 'AutocastCallback', 'inversion_nats', 'ObjectiveCallback',
-           'read_checkpoint', 'check_options', 'CheckpointCallback', 'noise_fields', 'diffusion_learner',
+           'read_checkpoint', 'check_options', 'CheckpointCallback', 'noise_fields', 'Reading', 'diffusion_learner',
            'TableCallback']
 
 # %% ../nbs/17_learner.ipynb #3655c04a
-import json, math, random, time
-from dataclasses import replace
+import hashlib, json, math, random, time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ from .core import check_whole, evaluating
 from .corruption import Corruption, Noisy, get_schedule, low_discrepancy_times
 from .coupling import LatticeError
 from .block import layer_by_layer
-from .denoiser import BijectiveDenoiser, DenoiserConfig, clean_posterior, output_integrand, write_atomically
+from .denoiser import BijectiveDenoiser, DenoiserConfig, clean_posterior, output_integrand, tensors_hash, write_atomically
 from .data import show_pairs
 from .likelihood import closing_nats, reconstruction_nats
 from .dynamics import fit_trend, plot_trend
@@ -65,7 +65,15 @@ class DiffusionLearner(Learner):
         finally:
             self.fitting,self.first_epoch = False,0
             for cb in self.cbs: cb.run = True                                        # fastai does so in after_fit, which an interruption skips
-            if hasattr(self, 'objective'): self.objective.close()
+
+    def _with_events(self, f, event_type, ex, final=noop):
+        try: super()._with_events(f, event_type, ex, final)
+        except BaseException:
+            if hasattr(self, 'autocast'): self.autocast.close()
+            raise
+        finally:
+            if event_type=='fit':
+                for cb in self.cbs: getattr(type(cb), 'close', noop)(cb)
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -74,9 +82,7 @@ class DiffusionLearner(Learner):
 
     def _do_one_batch(self):
         try: super()._do_one_batch()
-        except BaseException as e:
-            if hasattr(self, 'autocast'): self.autocast.close()
-            if not isinstance(e, LatticeError): raise
+        except LatticeError as e:
             if hasattr(self, 'lr_finder'): raise CancelFitException from None
             raise LatticeError(f'{e}; in training the cause is most often a learning rate that is too high') from None
 
@@ -93,7 +99,8 @@ def _seed(*key): return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 class CorruptionCallback(Callback):
     "Turn a batch of clean ids into noisy ids, and clean ids, noisy ids and times"
-    order = -5
+    order,records = -5,('n_fits',)
+    n_fits = 0 # Fits that came to their end
     def __init__(self,
         corruption:Corruption, # The noise
         seed:int=42, # Of noise, data order and dropout
@@ -103,10 +110,12 @@ class CorruptionCallback(Callback):
         store_attr()
 
     def before_train(self):
-        s = _seed(self.seed, 1, self.epoch)
+        s = _seed(self.seed, 1, self.epoch, *[self.n_fits]*(self.n_fits>0))
         self.generator = torch.Generator().manual_seed(s)
         set_seed(s + rank_distrib())                                                  # dropout differs between processes
         getattr(self.learn.dl, 'dl', self.learn.dl).rng = random.Random(s)
+
+    def after_fit(self): self.n_fits += self.learn.fitting and not hasattr(self.learn, 'lr_finder')
 
     def before_backward(self):
         if num_distrib()>1: self.learn.loss = _mean_over_processes(self.loss)           # what is recorded, not what is differentiated
@@ -130,10 +139,13 @@ def _valid_noise(self:CorruptionCallback, x, draw):
     return t,[torch.cat(o) for o in zip(*(self.corruption.sample(x[k:k+1], t[k:k+1], g(i)) for k,i in enumerate(texts)))]
 
 # %% ../nbs/17_learner.ipynb #d94f2b0d
+@patch(as_prop=True)
+def n_draws(self:CorruptionCallback): return 1 if hasattr(self.learn, 'gather_preds') else self.n_valid_draws
+
 @patch
 def before_batch(self:CorruptionCallback):
     x = self.xb[0].as_subclass(Tensor)
-    draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_valid_draws)]
+    draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_draws)]
     t,noisy = torch.cat([t for t,_ in draws]),Noisy(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
     self.learn.xb,self.learn.yb = self.inputs(noisy, t),self.targets(x.repeat(len(draws), 1), noisy, t)
 
@@ -182,7 +194,7 @@ class BoundCallback(Instrument):
     def after_loss(self):
         c,x0 = self.learn.corruption,self.yb[0]
         loss = self.loss_func.per_text(self.pred, *self.yb) + self._end_terms(x0, c.corruption, _seed(c.seed, 3, self.iter))/x0.shape[1]
-        self.texts.append(self.learn.to_detach(loss.view(c.n_valid_draws, -1).T.contiguous()))
+        self.texts.append(self.learn.to_detach(loss.view(c.n_draws, -1).T.contiguous()))
     def _end_terms(self, x0, corruption, seed):
         model = base_model(self.model)
         g = torch.Generator().manual_seed(seed)
@@ -239,7 +251,7 @@ class OscillationCallback(InFit):
 # %% ../nbs/17_learner.ipynb #961f16a6
 class EMACallback(InFit):
     "Validate, save and end with an exponential moving average of the weights"
-    order = SaveModelCallback.order+5
+    order,records,swapped = TrackerCallback.order-5,('swapped',),False
     def __init__(self,
         decay:float=0.999 # Share of the average kept in a step; less in the first steps, or the initial weights would stay in it for long
     ):
@@ -260,12 +272,13 @@ class EMACallback(InFit):
             p.data.copy_(a)
             a.copy_(raw)
         self.swapped = not self.swapped
+    def before_train(self): self.close()
     def before_validate(self): self._swap()
-    def after_epoch(self):
-        if self.swapped: self._swap()
     def after_fit(self):
-        best = any(isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) for cb in self.learn.cbs)
-        if not (self.swapped or best): self._swap()
+        if not self.swapped: self._swap()
+        self.swapped = False                                                          # it stays
+    def close(self):
+        if self.swapped: self._swap()
 
 # %% ../nbs/17_learner.ipynb #8809654d
 class AutocastCallback(Callback):
@@ -287,8 +300,17 @@ class AutocastCallback(Callback):
 @patch
 def to_bf16(self:Learner)->Learner:
     "Compute in bfloat16 where autocast does, on any device"
-    self.remove_cb(AutocastCallback)
-    return self.add_cb(AutocastCallback(torch.bfloat16))
+    return self.to_fp32().add_cb(AutocastCallback(torch.bfloat16))
+
+@patch
+def to_fp32(self:Learner)->Learner:
+    "Compute in float32"
+    return self.remove_cbs([AutocastCallback, MixedPrecision])
+
+@patch
+def to_fp16(self:DiffusionLearner, **kwargs)->Learner:
+    "Compute in float16 where autocast does, with a scaled loss; keywords go to fastai's `to_fp16`"
+    return Learner.to_fp16(self.to_fp32(), **kwargs)
 
 # %% ../nbs/17_learner.ipynb #d8bc7216
 def inversion_nats(
@@ -338,6 +360,7 @@ class ObjectiveCallback(Callback):
     def after_fit(self): self.close()
     def close(self):
         for h in getattr(self, 'hooks', ()): h.remove()
+        base_model(self.model).latent_nll = None
 
 # %% ../nbs/17_learner.ipynb #e09faad0
 @patch(as_prop=True)
@@ -377,6 +400,8 @@ def _unpack_opt(opt, tensors, plain):
 # %% ../nbs/17_learner.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
 
+def _checkpoint_hash(tensors, rest): return tensors_hash(tensors, rest.encode())
+
 def read_checkpoint(
     folder, # Where CheckpointCallback wrote
 )->tuple[dict,dict]: # Tensors, and the rest
@@ -387,6 +412,7 @@ def read_checkpoint(
         with safe_open(path, 'pt') as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path} is damaged or no safetensors file ({e})') from None
     if 'bijdiff_checkpoint' not in meta: raise ValueError(f'{path} was not written by bijdiff')
+    if meta.get('hash')!=_checkpoint_hash(tensors, meta['bijdiff_checkpoint']): raise ValueError(f'{path} is damaged, or of an earlier version: its contents are not those whose hash it has')
     return tensors,json.loads(meta['bijdiff_checkpoint'])
 
 def check_options(
@@ -400,7 +426,7 @@ def check_options(
 # %% ../nbs/17_learner.ipynb #0e347e64
 class CheckpointCallback(InFit):
     "Write a checkpoint after every epoch; go on from it with `resume=True`"
-    order = EMACallback.order+5
+    order = SaveModelCallback.order+10
     def __init__(self,
         folder, # Where the checkpoint goes
         options:dict|None=None, # What must be the same when resuming, of plain values
@@ -410,6 +436,7 @@ class CheckpointCallback(InFit):
 
     def before_fit(self):
         super().before_fit()
+        if self.run and type(self.opt) is not Optimizer: raise ValueError(f"the optimiser is a {type(self.opt).__name__}; expected an Optimizer of fastai, whose state a checkpoint can hold")
         if self.run and self.resume: self._restore(*read_checkpoint(self.folder))
         self.resume = self.resume and not self.run                                      # once
 
@@ -419,7 +446,13 @@ class CheckpointCallback(InFit):
 # %% ../nbs/17_learner.ipynb #bf847fdb
 def _records(learn):
     "Attributes of callbacks that a checkpoint keeps"
-    return dict(recorder=('lrs','iters','losses','values')) | {cb.name:type(cb).records for cb in learn.cbs if hasattr(type(cb), 'records')}
+    return dict(recorder=('lrs','iters','losses','values')) | {cb.name:type(cb).records for cb in learn.cbs if hasattr(type(cb), 'records')} | {cb.name:('best','wait') for cb in learn.cbs if isinstance(cb, TrackerCallback)}
+
+def _network_and_text(learn):
+    "The configuration of the network, and which text it is trained on"
+    ids,config = learn.dls.train.dataset.ids,asdict(base_model(learn.model).config)
+    vocab = json.dumps(learn.dls.tokenizer.to_dict(), sort_keys=True).encode()
+    return config | dict(text=f'{len(ids):,} tokens, sha256 {hashlib.sha256(ids.numpy().tobytes()+vocab).hexdigest()[:12]}')
 
 def _plain(o): return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
 
@@ -434,13 +467,16 @@ def _content(self:CheckpointCallback):
     if hasattr(self.learn, 'ema'): tensors |= {f'ema.{i}':a for i,a in enumerate(self.learn.ema.average)}
     smooth = self.recorder.smooth_loss
     meta = dict(options=self._all_options(), n_epoch=self.n_epoch, done=self.epoch+1, opt=plain, smooth=[float(smooth.val), smooth.count],
-                records={c:{n:getattr(getattr(self.learn, c), n) for n in ns} for c,ns in _records(self.learn).items()})
-    return to_safetensors({k:v.detach().cpu().contiguous() for k,v in tensors.items()}, dict(bijdiff_checkpoint=json.dumps(_plain(meta))))
+                network_and_text=_network_and_text(self.learn),
+                records={c:{n:getattr(getattr(self.learn, c), n) for n in ns if hasattr(getattr(self.learn, c), n)} for c,ns in _records(self.learn).items()})
+    tensors,rest = {k:v.detach().cpu().contiguous() for k,v in tensors.items()},json.dumps(_plain(meta))
+    return to_safetensors(tensors, dict(bijdiff_checkpoint=rest, hash=_checkpoint_hash(tensors, rest)))
 
 @patch
 def _restore(self:CheckpointCallback, tensors, meta):
     "Put everything back"
     check_options({**meta['options'], 'epochs':meta['n_epoch']}, {**self._all_options(), 'epochs':self.n_epoch})
+    check_options(meta['network_and_text'], _plain(_network_and_text(self.learn)))
     part = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
     base_model(self.model).load_state_dict(part('model.'))
     _unpack_opt(self.opt, {k:v.to(self.dls.device) for k,v in tensors.items()}, meta['opt'])
@@ -494,13 +530,24 @@ def _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_li
     return corruption,config
 
 # %% ../nbs/17_learner.ipynb #1b29a550
-def _metrics(learn):
-    "Columns of the table that is printed while training"
-    cols = dict(bound=lambda: learn.bound.bits, se=lambda: learn.bound.se, log_det=lambda: learn.log_det.value,
-                inverse_error=lambda: learn.invertibility.value, tokens_per_s=lambda: learn.throughput.value)
-    return [ValueMetric(f, n) for n,f in cols.items()]
+class Reading(Metric):
+    "What an instrument of the learner shows, as a column of the table"
+    name,learn = None,None
+    def __init__(self,
+        name:str, # Of the column
+        instrument:str, # Name of the callback
+        attr:str='value', # Its attribute
+    ): store_attr()
+    def reset(self): pass
+    def accumulate(self, learn): self.learn = learn
+    @property
+    def value(self): return None if self.learn is None else getattr(getattr(self.learn, self.instrument), self.attr)
 
-@delegates(Learner.__init__)
+def _metrics():
+    "Columns of the table that is printed while training"
+    return [Reading('bound', 'bound', 'bits'), Reading('se', 'bound', 'se'), Reading('log_det', 'log_det'), Reading('inverse_error', 'invertibility'), Reading('tokens_per_s', 'throughput')]
+
+@delegates(Learner.__init__, but='loss_func')
 def diffusion_learner(
     dls:DataLoaders, # From text_dls
     config:DenoiserConfig|None=None, # The network; the default one for the data if None
@@ -530,7 +577,7 @@ def diffusion_learner(
     if lambda_likelihood or lambda_invert: cbs += L(ObjectiveCallback(lambda_likelihood, lambda_invert))
     if config.score_head or corruption.shares['substitute']>0: cbs += L(GradientClip(1.))
     learn = DiffusionLearner(dls, model, DiffusionLoss(corruption, model), opt_func=opt_func, cbs=cbs, **kwargs)
-    learn.metrics = _metrics(learn)
+    learn.metrics = _metrics() + learn.metrics
     return learn
 
 # %% ../nbs/17_learner.ipynb #6df96d32
@@ -538,15 +585,19 @@ _columns = dict(epoch='epoch', train_loss='train loss', bound='bound', se='±', 
 
 def _cell(v): return str(v) if isinstance(v, (str,int)) else f'{v:.4f}' if abs(v)<1e4 and v!=0 else f'{v:g}'
 
-class TableCallback(Callback):
+class TableCallback(InFit):
     "One line per epoch, with headings in words"
-    order = Recorder.order-1
-    def before_fit(self): self.learn.logger,self.rows = self._row,0
+    order,old_logger = Recorder.order-1,None
+    def before_fit(self):
+        super().before_fit()
+        if self.run: self.old_logger,self.learn.logger,self.rows = self.learn.logger,self._row,0
+    def close(self):
+        if self.old_logger: self.learn.logger,self.old_logger = self.old_logger,None
     def _row(self, row):
         cells = dict(zip(self.recorder.metric_names, row))
         if not self.rows: print('  '.join(n.rjust(max(len(n), 7)) for n in _columns.values()), flush=True)
         self.rows += 1
-        print('  '.join(_cell(cells[k]).rjust(max(len(n), 7)) for k,n in _columns.items()), flush=True)
+        print('  '.join(_cell(cells.get(k, '')).rjust(max(len(n), 7)) for k,n in _columns.items()), flush=True)
 
 # %% ../nbs/17_learner.ipynb #b1db1234
 @patch
