@@ -52,9 +52,9 @@ def test_the_error_bar_of_a_total(trained):
     from bijdiff.cli import _document, _load, _seeds, _total
     m,text = _load(str(trained[0])),'The with statement is used to wrap the execution of a block.'
     ids = torch.tensor(m.tokenizer.encode(text))
-    totals = [_total([_document(m, 'file', text, ids, None, 8, s)[0] for s in _seeds(seed, 9)]) for seed in range(60)]
-    spread,said = torch.tensor([t['bits'] for t in totals]).std().item(),sum(t['se']**2 for t in totals)**.5/60**.5
-    assert .75<spread/said<1.33                                                  # the same noise for all nine would give 3
+    totals = [_total([_document(m, 'file', text, ids, None, 8, s)[0] for s in _seeds(seed, 4)]) for seed in range(40)]
+    spread,said = torch.tensor([t['bits'] for t in totals]).std().item(),sum(t['se']**2 for t in totals)**.5/40**.5
+    assert .75<spread/said<1.33                                                  # the same noise for all four would give 2
 
 @pytest.mark.parametrize('encoding', ['ascii','cp1252'])
 def test_terminals_with_few_characters(corpus, tmp_path, encoding):
