@@ -134,6 +134,7 @@ def state(self:BijectiveDenoiser,
 )->Tensor: # State of two equal streams, (B, L, 2*d_model), or of every expert, (B, L, n_experts*2*d_model), on the lattice where there is one; L+1 with a gap head
     "What the backbone starts from"
     check_ids(xt, self.config.vocab_size, 'xt')
+    if self.embed.weight.dtype not in (torch.float32, torch.float64): raise ValueError(f'the weights are {self.embed.weight.dtype}; expected float32 or float64: for half precision keep the weights and use torch.autocast')
     if xt.shape[1]>self.config.seq_len: raise ValueError(f'the text has {xt.shape[1]} tokens; the model takes at most seq_len={self.config.seq_len}')
     if self.gap_readout is not None: xt = F.pad(xt, (1, 0), value=self.config.vocab_size+1)
     e = F.rms_norm(self.embed(xt), (self.config.d_model,))
@@ -403,11 +404,15 @@ def tensors_hash(
 def _json(o): return (json.dumps(o, indent=1, ensure_ascii=True)+'\n').encode()
 def _sha(b): return hashlib.sha256(b).hexdigest()
 
+def _check_tokenizer(tokenizer, config):
+    if tokenizer.vocab_size!=config.vocab_size: raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, but the model has vocab_size={config.vocab_size}; expected the tokenizer that it was trained with')
+
 @patch
 def save_pretrained(self:BijectiveDenoiser,
     folder, # Where to; an older model there is replaced at the end
 )->Path: # The folder
     "Save weights, configuration and tokenizer"
+    if self.tokenizer is not None: _check_tokenizer(self.tokenizer, self.config)
     files = {'config.json': _json(dict(format=FORMAT, version=VERSION, **asdict(self.config)))}
     if self.tokenizer is not None: files['tokenizer.json'] = _json(self.tokenizer.to_dict())
     weights = {k:v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
@@ -444,9 +449,12 @@ def _load(folder, device):
     if meta.get('tensors') not in (None, tensors_hash(weights)): raise ValueError(f'{folder}/model.safetensors is damaged: its weights are not those that were saved')     # files of earlier versions have no such hash
     cfg = _read_part(folder, 'config.json', meta)
     model = BijectiveDenoiser(DenoiserConfig(**{k:v for k,v in cfg.items() if k not in ('format','version')}))
+    if any(v.dtype==torch.float64 for v in weights.values()): model.double()
     try: model.load_state_dict(weights)
     except RuntimeError as e: raise ValueError(f"{folder}/model.safetensors does not fit its config.json ({str(e).splitlines()[-1].strip()})") from None
-    if 'tokenizer.json' in meta: model.tokenizer = tokenizer_from_dict(_read_part(folder, 'tokenizer.json', meta))
+    if 'tokenizer.json' in meta:
+        model.tokenizer = tokenizer_from_dict(_read_part(folder, 'tokenizer.json', meta))
+        _check_tokenizer(model.tokenizer, model.config)
     return model.to(device).eval()
 
 def _from_hub(name):
