@@ -19,7 +19,7 @@ from fastcore.script import anno_parser
 try: from fastcore.script import Param
 except ImportError: Param = lambda help, type, **kw: Annotated[type, help, kw]                  # fastcore 2 has types and help annotated
 from tqdm.auto import tqdm
-from .core import check_whole
+from .core import check_seed, check_whole
 from .corruption import Corruption, get_schedule
 from .data import load_corpus, text_dls, read_text
 from .denoiser import BijectiveDenoiser, inverse_errors, write_atomically
@@ -173,6 +173,7 @@ _fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_
 
 def _check_numbers(o):
     for k in ('seq_len','bs','epochs'): check_whole(k, o[k])
+    check_seed(o['seed'])
     if not 0<o['lr']<math.inf: raise ValueError(f"lr is {o['lr']}; expected a number above 0")
 
 def _learner(o, out, device, bf16, resume):
@@ -266,6 +267,7 @@ def bijdiff_sample(
 ):
     "Write texts with a trained model"
     if n<1: raise ValueError(f'n is {n}; expected at least 1')
+    check_seed(seed)
     if prompt is not None and infill is not None: raise ValueError('prompt and infill are both given; expected one of them')
     m = _load(model)
     args,deletes = (m.tokenizer,m.config.seq_len),m.corruption.deletes
@@ -343,6 +345,7 @@ def bijdiff_score(
 ):
     "Bits of text files: exact for a sampler with a rule, or a bound"
     if rule is None and (steps is not None or picture or (temperature,top_p)!=(1., 1.)): raise ValueError('steps, temperature, top_p or picture are given without a rule; they are for exact likelihoods: add --rule')
+    check_seed(seed)
     rule = get_rule(rule, steps, seed, temperature=temperature, top_p=top_p) if rule else None
     needed = [*L(file), *(Path(model)/o for o in ('config.json','tokenizer.json','model.safetensors'))]
     if json_file: _can_write(json_file, needed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from fastai.basics import DataLoaders, TfmdDL, TensorBase, default_device, num_distrib
 from fastcore.basics import store_attr, patch
-from .core import check_whole
+from .core import check_seed, check_whole
 from .tokens import Tokenizer, get_tokenizer
 from .corruption import Corruption, HalfCosine
 
@@ -188,7 +188,7 @@ def noisy_pairs(
     "Time, noisy text and clean text for some of a batch"
     x = ids[:n].as_subclass(Tensor).cpu()
     t = (torch.arange(len(x))+.5)/len(x)
-    xt = Corruption(tokenizer.vocab_size, schedule=HalfCosine())(x, t, torch.Generator().manual_seed(seed))
+    xt = Corruption(tokenizer.vocab_size, schedule=HalfCosine())(x, t, torch.Generator().manual_seed(check_seed(seed)))
     return [(f'{a:.2f}', tokenizer.decode(b), tokenizer.decode(c)) for a,b,c in zip(t.tolist(), xt, x)]
 
 # %% ../nbs/15_data.ipynb #c542c29d
