@@ -66,6 +66,7 @@ class MixingAttention(Bijection):
 
     def _matrix(self, h, mask):
         "I + a A, (B, H, L, L); rows of padding are those of the identity"
+        check_mask(mask, h)
         B,L,_ = h.shape
         qk = self.qk(self.norm(h)).view(B, L, 2*self.n_heads, self.d_head).transpose(1, 2)
         q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary_angles(L, self.d_head, h.device)).chunk(2, 1)
@@ -198,6 +199,7 @@ class L2Attention(nn.Module):
         x:Tensor, # (B, L, d_model)
         mask:Tensor|None=None, # (B, L), True where there is text
     )->Tensor: # (B, L, d_model), with a Lipschitz constant of at most 1
+        check_mask(mask, x)
         n = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
         return self.unscaled(x, mask)/self.lipschitz_bound(n)[:,None,None]
 

@@ -31,6 +31,7 @@ class LocalMixing(nn.Module):
         x:Tensor, # (B, L, d_model)
         mask:Tensor|None=None, # (B, L), True where there is text; padding counts as 0
     )->Tensor: # (B, L, d_model)
+        if not x.shape[1]: return x                                       # which a convolution does not take
         return F.conv1d(at_text(x, mask).transpose(1, 2), self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
 
 # %% ../nbs/05_block.ipynb #7b71d8c2

@@ -7,7 +7,7 @@ __all__ = ['pick_device', 'pick_bf16', 'BarCallback', 'check_out', 'bijdiff_trai
            'bijdiff_compress', 'bijdiff_decompress']
 
 # %% ../nbs/18_cli.ipynb #20341729
-import inspect, io, json, math, os, sys, tempfile, warnings
+import inspect, io, json, math, os, random, sys, tempfile, warnings
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ from fastcore.script import anno_parser
 try: from fastcore.script import Param
 except ImportError: Param = lambda help, type, **kw: Annotated[type, help, kw]                  # fastcore 2 has types and help annotated
 from tqdm.auto import tqdm
-from .core import check_whole
+from .core import check_seed, check_whole
 from .corruption import Corruption, get_schedule
 from .data import load_corpus, text_dls, read_text
 from .denoiser import BijectiveDenoiser, inverse_errors, write_atomically
@@ -45,11 +45,17 @@ def _arguments(f, argv):
     return given
 
 # %% ../nbs/18_cli.ipynb #2d5e1f0e
+def _show_anything():
+    "Write ? for what the terminal has no character for, and go on"
+    for o in (sys.stdout, sys.stderr):
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace')
+
 def _command(f):
     "Make a function a command as well: started under its name it takes its arguments from the command line, and what a user can mend is one line on stderr and exit status 2"
     @wraps(f)
     def inner(*args, **kwargs):
         if args or kwargs or Path(sys.argv[0]).stem!=f.__name__: return f(*args, **kwargs)
+        _show_anything()
         kwargs = _arguments(f, sys.argv[1:])
         try: f(**kwargs)
         except KeyboardInterrupt:
@@ -67,7 +73,10 @@ def pick_device(
 )->torch.device:
     "A device that can be used"
     if name=='auto': return default_device()
-    try: return torch.zeros(1, device=name).device
+    try:
+        x = torch.zeros(1, device=name)
+        x.item()                                                               # meta and others have tensors, but no numbers in them
+        return x.device
     except Exception as e: raise ValueError(f'device is {name!r}, which cannot be used here ({str(e).splitlines()[0]}); expected auto, cpu, cuda or mps') from None
 
 def _has_bf16(device):
@@ -94,17 +103,22 @@ class BarCallback(Callback):
     def after_train(self): self.line.close()
 
 # %% ../nbs/18_cli.ipynb #df5abecc
+def _try_folder(folder):
+    "Refuse a folder that cannot be written to"
+    try:
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as e: raise OSError(f'{folder} cannot be written to ({e.strerror})') from None
+
 def check_out(
     out, # Folder for the results
     resume:bool, # Whether an interrupted run is to be continued
 ):
-    "Make the folder for the results; one that cannot be written to, or holds an interrupted run that would be lost, is an error"
+    "Refuse a folder for the results that cannot be written to or made, or holds an interrupted run that would be lost"
     out = Path(out)
     unfinished = (out/CHECKPOINT).exists()
     if resume and not unfinished: raise FileNotFoundError(f'{out/CHECKPOINT} does not exist: there is no interrupted run to resume')
     if unfinished and not resume: raise ValueError(f'{out} holds an interrupted run; continue it with --resume, delete {out/CHECKPOINT}, or choose another --out')
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out): pass
+    _try_folder(next(p for p in (out, *out.parents) if p.exists()))
 
 # %% ../nbs/18_cli.ipynb #51ffe03a
 def _rule(title): print(f'\n── {title} '.ljust(76, '─'))
@@ -149,6 +163,7 @@ def _report(learn, out, ids, seed):
     valid = [((i+1)*steps, v[1]) for i,v in enumerate(learn.recorder.values)]
     pictures = {'film_strip.png': _png(plot_film_strip(frames, model.tokenizer))}
     if learn.oscillation.trend: pictures['training.png'] = _png(learn.oscillation.plot(valid=valid))
+    else: (out/'training.png').unlink(missing_ok=True)                               # of a former run
     write_atomically(out, pictures)
     _rule('saved')
     for p in (out, *(out/n for n in sorted(pictures))): print(p)
@@ -158,6 +173,7 @@ _fields = 'd_model n_heads n_layers n_bijective_layers bijective_ratio coupling_
 
 def _check_numbers(o):
     for k in ('seq_len','bs','epochs'): check_whole(k, o[k])
+    check_seed(o['seed'])
     if not 0<o['lr']<math.inf: raise ValueError(f"lr is {o['lr']}; expected a number above 0")
 
 def _learner(o, out, device, bf16, resume):
@@ -219,8 +235,8 @@ def bijdiff_train(
     for k in ('out','resume','device','dtype'): o.pop(k)
     _check_numbers(o)
     device,out = pick_device(device),Path(out).expanduser()
-    learn = _learner(o, out, device, bf16 := pick_bf16(dtype, device), resume)
     check_out(out, resume)
+    learn = _learner(o, out, device, bf16 := pick_bf16(dtype, device), resume)
     model,dls = learn.model,learn.dls
     print(f"{corpus}: {len(dls.train.dataset.ids):,} tokens for training, {len(dls.valid.dataset.ids):,} held out, vocabulary of {dls.tokenizer.vocab_size}\n"
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.backbone.extra_repr()}, on {device} in {'bfloat16' if bf16 else 'float32'}\n"
@@ -251,6 +267,7 @@ def bijdiff_sample(
 ):
     "Write texts with a trained model"
     if n<1: raise ValueError(f'n is {n}; expected at least 1')
+    check_seed(seed)
     if prompt is not None and infill is not None: raise ValueError('prompt and infill are both given; expected one of them')
     m = _load(model)
     args,deletes = (m.tokenizer,m.config.seq_len),m.corruption.deletes
@@ -279,6 +296,10 @@ def _document(m, path, text, ids, rule, n, seed):
         if nats.isinf().any(): print(f'{path}: token {nats.isinf().nonzero()[0,0]} has probability 0 under this rule, and so has the text')
     return dict(file=path, tokens=len(ids), characters=len(text), bits=bits, se=se), chars
 
+def _seeds(seed, n):
+    "One seed a document, so that the errors of their bounds are independent; the first is the one that was given"
+    return [seed, *(random.Random(f'{seed} {i}').randrange(2**32) for i in range(1, n))]
+
 def _total(rows): return dict(file='total', **{k:sum(r[k] for r in rows) for k in ('tokens','characters','bits')}, se=sum(r['se']**2 for r in rows)**.5)
 
 # %% ../nbs/18_cli.ipynb #9fbe6de7
@@ -296,11 +317,15 @@ def _as_json(m, rule, n, rows):
     rows = [dict(r, bits=finite(r['bits']), **{f'bits_per_{k[:-1]}':finite(r['bits']/r[k]) for k in ('tokens','characters')}) for r in rows]
     return json.dumps(dict(what, model=fingerprint(m), seq_len=m.config.seq_len, rows=rows), indent=1, allow_nan=False).encode()
 
-def _can_write(path):
-    "Refuse a place for a file before the work that fills it"
+def _same(a, b): return a.samefile(b) if a.exists() and b.exists() else a.resolve()==b.resolve()
+
+def _can_write(path, taken):
+    "Refuse a place for a file before the work that fills it, if it cannot be written to or another file is there that is still needed"
     path = Path(path).expanduser()
     if not path.parent.is_dir(): raise FileNotFoundError(f'the folder {path.parent} does not exist')
     if path.is_dir(): raise ValueError(f'{path} is a folder; expected the name of a file')
+    if any(_same(path, Path(o).expanduser()) for o in taken): raise ValueError(f'{path} is read or written by this command already; choose another name')
+    _try_folder(path.parent)
 
 def _write_one(path, content): write_atomically(Path(path).expanduser().parent, {Path(path).name:content})
 
@@ -320,11 +345,14 @@ def bijdiff_score(
 ):
     "Bits of text files: exact for a sampler with a rule, or a bound"
     if rule is None and (steps is not None or picture or (temperature,top_p)!=(1., 1.)): raise ValueError('steps, temperature, top_p or picture are given without a rule; they are for exact likelihoods: add --rule')
+    check_seed(seed)
     rule = get_rule(rule, steps, seed, temperature=temperature, top_p=top_p) if rule else None
-    for o in filter(None, (json_file, picture)): _can_write(o)
+    needed = [*L(file), *(Path(model)/o for o in ('config.json','tokenizer.json','model.safetensors'))]
+    if json_file: _can_write(json_file, needed)
+    if picture: _can_write(picture, needed + ([json_file] if json_file else []))
     m = _load(model)
     texts = [_read(m, f) for f in L(file)]
-    rows,chars = zip(*(_document(m, *t, rule, n, seed) for t in texts))
+    rows,chars = zip(*(_document(m, *t, rule, n, s) for t,s in zip(texts, _seeds(seed, len(texts)))))
     rows = [*rows, _total(rows)] if len(rows)>1 else list(rows)
     _table(rows, rule)
     if rule is None: print(f'bound on minus the log-probability, {n} draws of the noise')

@@ -158,7 +158,8 @@ def _convert(f, source, out, force):
     if out.exists() and out.samefile(source): raise ValueError(f'{out} is the file that is read; choose another name')
     if out.exists() and not force: raise FileExistsError(f'{out} exists; choose another name, or overwrite it with --force')
     before = source.read_bytes()
-    content = f(before)
+    try: content = f(before)
+    except ValueError as e: raise ValueError(f'{source}: {e}') from None
     with tempfile.TemporaryDirectory(prefix='.writing-', dir=out.parent) as tmp:
         part = Path(tmp)/'part'
         with open(part, 'wb') as o:

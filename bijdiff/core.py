@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequential', 'dense_logdet', 'BijectionReport',
-           'check_bijection', 'check_whole', 'evaluating', 'BijectionTransform', 'as_transform']
+           'check_bijection', 'is_whole', 'check_whole', 'check_seed', 'evaluating', 'BijectionTransform',
+           'as_transform']
 
 # %% ../nbs/00_core.ipynb #7eeaa3a0
 from contextlib import contextmanager
+from numbers import Integral
 import torch
 from torch import nn, Tensor
 from torch.distributions import constraints
@@ -116,13 +118,26 @@ def check_bijection(
     return rep
 
 # %% ../nbs/00_core.ipynb #c7d826fe
+def is_whole(
+    value, # Anything
+)->bool:
+    "Whether it is a whole number, of Python's own kind or of NumPy's"
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
 def check_whole(
     name:str, # What the argument is called
     value, # What was given
     least:int=1, # The smallest that makes sense
 ):
     "Refuse what is not a whole number of at least `least`"
-    if not isinstance(value, int) or isinstance(value, bool) or value<least: raise ValueError(f'{name} is {value!r}; expected a whole number of at least {least}')
+    if not is_whole(value) or value<least: raise ValueError(f'{name} is {value!r}; expected a whole number of at least {least}')
+
+def check_seed(
+    seed, # What was given
+)->int: # As generators take it
+    "Refuse what is no seed"
+    if not is_whole(seed) or not -2**63<=seed<2**64: raise ValueError(f'seed is {seed!r}; expected a whole number of 64 bits, from -2**63 to 2**64-1')
+    return int(seed)
 
 # %% ../nbs/00_core.ipynb #598e39ca
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schedules', 'Schedule', 'LogLinear', 'Polynomial', 'Cosine', 'HalfCosine', 'CosineSquared', 'Geometric',
            'get_schedule', 'Masses', 'check_T', 'Corruption', 'GIDDCorruption', 'Rates', 'Step', 'check_times', 'mix',
-           'Noisy', 'check_ids', 'pack', 'count_gaps', 'corruption_from_dict', 'low_discrepancy_times']
+           'Noisy', 'check_ids', 'check_lengths', 'pack', 'count_gaps', 'corruption_from_dict', 'low_discrepancy_times']
 
 # %% ../nbs/08_corruption.ipynb #802d663f
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from fastcore.basics import store_attr, basic_repr, patch
+from .core import check_whole, is_whole
 
 # %% ../nbs/08_corruption.ipynb #3c9b7410
 class Schedule:
@@ -24,6 +25,8 @@ class Schedule:
         if not 0<=eps<1: raise ValueError(f'eps is {eps}; expected a number from 0 to below 1')
         self.eps = eps
     __repr__ = basic_repr('eps')
+    def __eq__(self, o): return type(o) is type(self) and vars(o)==vars(self)
+    def __hash__(self): return hash(type(self))
     def alpha(self, t:Tensor)->Tensor: raise NotImplementedError
     def dalpha(self, t:Tensor)->Tensor: raise NotImplementedError
     def t(self, alpha:Tensor)->Tensor: raise NotImplementedError
@@ -143,7 +146,7 @@ def check_T(
     T:int|None, # Number of steps; None for continuous time
 ):
     "Refuse a number of steps that is none"
-    if T is not None and (not isinstance(T, int) or isinstance(T, bool) or T<1): raise ValueError(f'T is {T}; expected a whole number of at least 1 step, or None for continuous time')
+    if T is not None and (not is_whole(T) or T<1): raise ValueError(f'T is {T}; expected a whole number of at least 1 step, or None for continuous time')
 
 # %% ../nbs/08_corruption.ipynb #22bcc9a5
 class Corruption:
@@ -156,9 +159,9 @@ class Corruption:
         schedule:str|Schedule|dict|None=None, # alpha(t) or its name, or one per kind, such as dict(mask='cosine', delete=LogLinear()); Cosine() if None, where training and the bound take HalfCosine()
         T:int|None=None, # Times are multiples of 1/T; continuous if None
     ):
-        if vocab_size<1: raise ValueError(f'vocab_size is {vocab_size}; expected at least 1')
+        check_whole('vocab_size', vocab_size)
         check_T(T)
-        self.vocab_size,self.T,self.shares = vocab_size,T,_shares(mask=mask, substitute=substitute, delete=delete)
+        self.vocab_size,self.T,self.shares = int(vocab_size),T if T is None else int(T),_shares(mask=mask, substitute=substitute, delete=delete)
         self._schedules = _per_kind('cosine' if schedule is None else schedule)
         alone = [k for k,c in self.shares.items() if c==1]
         if alone: self._schedules = _per_kind(self._schedules[alone[0]])
@@ -367,7 +370,20 @@ def check_ids(
 ):
     "Ids that are none are an error"
     if x.ndim!=2: raise ValueError(f'{name} has shape {tuple(x.shape)}; expected (B, L)')
-    if x.numel() and not 0<=x.min()<=x.max()<=highest: raise ValueError(f'{name} has ids from {x.min()} to {x.max()}; expected 0 to {highest}')
+    if not x.numel(): return
+    if x.is_floating_point(): raise ValueError(f'{name} is {x.dtype}; expected whole numbers')
+    if not 0<=x.min()<=x.max()<=highest: raise ValueError(f'{name} has ids from {x.min()} to {x.max()}; expected 0 to {highest}')
+
+# %% ../nbs/08_corruption.ipynb #5f678fd7
+def check_lengths(
+    lengths, # Tokens of each text, (B,); L if None
+    x:Tensor, # Ids, (B, L)
+)->Tensor: # (B,), on the CPU
+    "Lengths of texts, or an error that says what is wrong with them"
+    B,L = x.shape
+    lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths, dtype=torch.long, device='cpu')
+    if lengths.shape!=(B,) or (lengths<0).any() or (lengths>L).any(): raise ValueError(f'lengths is {lengths.tolist()}; expected {B} numbers from 0 to {L}')
+    return lengths
 
 # %% ../nbs/08_corruption.ipynb #0088a7be
 def pack(
@@ -410,7 +426,7 @@ def sample(self:Corruption,
     "Noisy texts at given times, with alignment and gap counts"
     check_ids(x0, self.vocab_size-1)
     L,V,device = x0.shape[1],self.vocab_size,x0.device
-    text = torch.ones_like(x0, dtype=torch.bool) if lengths is None else torch.arange(L, device=device) < lengths.to(device)[:,None]
+    text = torch.arange(L, device=device) < check_lengths(lengths, x0).to(device)[:,None]
     z = _draw(x0, self.masses(check_times(t, len(x0))), V, generator).to(device)
     alive,position = text&(z<=V),torch.arange(L, device=device).expand_as(x0)
     return Noisy(pack(z, alive, V), pack(x0, alive, 0), pack(text, alive, 0).bool(), count_gaps(alive, text), pack(position, alive, 0))
@@ -458,6 +474,7 @@ def corruption_from_dict(
     if bad := [k for k in d if k not in ('mask','substitute','delete','schedule','T','p_uniform','gamma')]: raise ValueError(f"noise has the key {bad[0]!r}; expected what Corruption.to_dict gives")
     if 'p_uniform' in d: return GIDDCorruption(vocab_size, **d)
     s = d.get('schedule', _schedule_to_dict(Cosine()))
+    if not isinstance(s, dict): raise ValueError(f'noise has the schedule {s!r}; expected a dictionary, as Corruption.to_dict gives it')
     schedule = get_schedule(**s) if 'name' in s else {k:get_schedule(**v) for k,v in s.items()}
     return Corruption(vocab_size, **{**d, 'schedule':schedule})
 

@@ -7,13 +7,13 @@ __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'Pieces', 'TokenIds', 'sp
            'show_pairs', 'noisy_pairs']
 
 # %% ../nbs/15_data.ipynb #4a2e3b46
-import warnings
+import os, warnings
 from pathlib import Path
 import torch
 from torch import Tensor
 from fastai.basics import DataLoaders, TfmdDL, TensorBase, default_device, num_distrib
 from fastcore.basics import store_attr, patch
-from .core import check_whole
+from .core import check_seed, check_whole
 from .tokens import Tokenizer, get_tokenizer
 from .corruption import Corruption, HalfCosine
 
@@ -30,7 +30,7 @@ def read_text(
 )->str:
     "The text of a file"
     path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
+    if not os.path.exists(path): raise FileNotFoundError(f'{path} does not exist')          # nor does one with too long a name
     if path.is_dir(): raise ValueError(f'{path} is a folder; expected a text file')
     raw = path.read_bytes()
     if as_bytes: return raw.decode('utf-8', 'surrogateescape')
@@ -45,7 +45,10 @@ def _dataset_text(name, config, split, column):
     try: ds = load_dataset(name, config, split=split)
     except Exception as e: raise ValueError(f'corpus {name!r} is no file, and loading it as a data set failed: {str(e).splitlines()[0]}') from None
     if column not in ds.column_names: raise ValueError(f"column is {column!r}; data set {name} has {', '.join(ds.column_names)}")
-    return '\n\n'.join(ds[column])
+    texts = ds[column]
+    for i,o in enumerate(texts):
+        if not isinstance(o, str): raise ValueError(f'row {i} of column {column!r} of data set {name} is {o!r}; expected a text: choose another column')
+    return '\n\n'.join(texts)
 
 def load_corpus(
     name:str='pydoc', # pydoc, a text file, or a data set's name or folder
@@ -57,7 +60,7 @@ def load_corpus(
     "A corpus by name"
     if name=='pydoc': return pydoc_corpus()
     path = Path(name).expanduser()
-    if path.is_file() or (not path.is_dir() and (path.suffix or str(name).startswith(('/','.','~')))): return read_text(path, as_bytes)
+    if os.path.isfile(path) or (not os.path.isdir(path) and (path.suffix or str(name).startswith(('/','.','~')))): return read_text(path, as_bytes)
     return _dataset_text(str(path), config, split, column)
 
 # %% ../nbs/15_data.ipynb #4622c620
@@ -67,10 +70,11 @@ class Pieces:
         ids:Tensor, # (N,)
         seq_len:int, # Tokens in a piece
         shiftable:bool=False, # Leave room for shifts of 0 to seq_len-1
+        tokenizer:Tokenizer|None=None, # Of the ids
     ):
         store_attr()
         self.shift = 0
-    def new_empty(self): return type(self)(self.ids[:0], self.seq_len, self.shiftable)          # for learn.export
+    def new_empty(self): return type(self)(self.ids[:0], self.seq_len, self.shiftable, self.tokenizer)          # for learn.export
     def __len__(self): return max((len(self.ids)-(self.seq_len-1)*self.shiftable)//self.seq_len, 1)
     def __getitem__(self, i):
         if not 0<=i<len(self): raise IndexError(f'piece {i} of {len(self)}')
@@ -114,11 +118,12 @@ class PiecesDL(TfmdDL):
 # %% ../nbs/15_data.ipynb #60c88d73
 def _is_file(s):
     "Whether a string names a file, or looks as if it should"
-    if len(s)>250 or any(c in s for c in '\n\0'): return False
+    if any(c in s for c in '\n\0') or len(s.encode(errors='replace'))>250: return False
     return Path(s).is_file() or bool(Path(s).suffix and ' ' not in s)
 
 def _as_text(corpus, tokenizer):
     "The text, if it is not a name"
+    if not isinstance(corpus, (str, Path)): raise ValueError(f'corpus is of type {type(corpus).__name__}; expected the text itself as a str, or the name or Path of a text file')
     s = str(corpus)
     name = isinstance(corpus, Path) or s=='pydoc' or _is_file(s)
     text = load_corpus(s, as_bytes=getattr(tokenizer, 'kind', tokenizer)=='byte') if name else s
@@ -155,12 +160,11 @@ def text_dls(
     text = _as_text(corpus, tokenizer)
     train,valid = split_text(text, valid_pct)
     tok = tokenizer if isinstance(tokenizer, Tokenizer) else get_tokenizer(tokenizer, train)
-    sets = [Pieces(_encode(t, tok, seq_len, w, _hint(text)), seq_len, w=='training') for t,w in ((train,'training'),(valid,'held-out'))]
+    sets = [Pieces(_encode(t, tok, seq_len, w, _hint(text)), seq_len, w=='training', tok) for t,w in ((train,'training'),(valid,'held-out'))]
     for t,w in ((train,'training'),(valid,'held-out')): _warn_unknown(t, tok, w)
     dls = DataLoaders(*[PiecesDL(s, bs=bs, shuffle=s.shiftable, drop_last=s.shiftable and len(s)>=bs, num_workers=0, n_inp=1) for s in sets],
                       device=device or default_device())
     dls.tokenizer,dls.seq_len,dls.valid_text = tok,seq_len,valid
-    for dl in dls.loaders: dl.tokenizer = tok
     return dls
 
 # %% ../nbs/15_data.ipynb #eb605663
@@ -184,7 +188,7 @@ def noisy_pairs(
     "Time, noisy text and clean text for some of a batch"
     x = ids[:n].as_subclass(Tensor).cpu()
     t = (torch.arange(len(x))+.5)/len(x)
-    xt = Corruption(tokenizer.vocab_size, schedule=HalfCosine())(x, t, torch.Generator().manual_seed(seed))
+    xt = Corruption(tokenizer.vocab_size, schedule=HalfCosine())(x, t, torch.Generator().manual_seed(check_seed(seed)))
     return [(f'{a:.2f}', tokenizer.decode(b), tokenizer.decode(c)) for a,b,c in zip(t.tolist(), xt, x)]
 
 # %% ../nbs/15_data.ipynb #c542c29d

@@ -8,7 +8,8 @@ __all__ = ['FORMAT', 'VERSION', 'READABLE', 'DenoiserConfig', 'BijectiveDenoiser
            'write_atomically', 'tensors_hash']
 
 # %% ../nbs/11_denoiser.ipynb #460fee14
-import json, math, os, hashlib, tempfile
+import json, math, os, hashlib, shutil, tempfile, time, warnings
+from contextlib import suppress
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import torch
@@ -134,6 +135,7 @@ def state(self:BijectiveDenoiser,
 )->Tensor: # State of two equal streams, (B, L, 2*d_model), or of every expert, (B, L, n_experts*2*d_model), on the lattice where there is one; L+1 with a gap head
     "What the backbone starts from"
     check_ids(xt, self.config.vocab_size, 'xt')
+    if self.embed.weight.dtype not in (torch.float32, torch.float64): raise ValueError(f'the weights are {self.embed.weight.dtype}; expected float32 or float64: for half precision keep the weights and use torch.autocast')
     if xt.shape[1]>self.config.seq_len: raise ValueError(f'the text has {xt.shape[1]} tokens; the model takes at most seq_len={self.config.seq_len}')
     if self.gap_readout is not None: xt = F.pad(xt, (1, 0), value=self.config.vocab_size+1)
     e = F.rms_norm(self.embed(xt), (self.config.d_model,))
@@ -372,6 +374,11 @@ def inverse_errors(
 # %% ../nbs/11_denoiser.ipynb #a7a24c8a
 FORMAT,VERSION,READABLE = 'bijdiff',4,(2, 3, 4)
 
+def _remove_old(folder, hours=1):
+    "Remove what a killed process left, and no other one can be writing"
+    with suppress(FileNotFoundError):
+        if time.time()-folder.stat().st_mtime > 3600*hours: shutil.rmtree(folder, ignore_errors=True)
+
 def write_atomically(
     folder, # Where the files go; made if missing
     files:dict, # Content in bytes by file name, in the order they are moved into place
@@ -379,6 +386,7 @@ def write_atomically(
     "Write files so that each is either complete or not there, and old ones survive a failure"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for o in folder.glob('.saving-*'): _remove_old(o)
     with tempfile.TemporaryDirectory(prefix='.saving-', dir=folder) as tmp:
         for name,content in files.items():
             with open(Path(tmp)/name, 'wb') as f:
@@ -402,17 +410,22 @@ def tensors_hash(
 # %% ../nbs/11_denoiser.ipynb #4c33a7cd
 def _json(o): return (json.dumps(o, indent=1, ensure_ascii=True)+'\n').encode()
 def _sha(b): return hashlib.sha256(b).hexdigest()
+def _copy(name): return f'content of {name}'                                      # its key in the header
+
+def _check_tokenizer(tokenizer, config):
+    if tokenizer.vocab_size!=config.vocab_size: raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, but the model has vocab_size={config.vocab_size}; expected the tokenizer that it was trained with')
 
 @patch
 def save_pretrained(self:BijectiveDenoiser,
     folder, # Where to; an older model there is replaced at the end
 )->Path: # The folder
     "Save weights, configuration and tokenizer"
+    if self.tokenizer is not None: _check_tokenizer(self.tokenizer, self.config)
     files = {'config.json': _json(dict(format=FORMAT, version=VERSION, **asdict(self.config)))}
     if self.tokenizer is not None: files['tokenizer.json'] = _json(self.tokenizer.to_dict())
     weights = {k:v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
-    meta = dict(format=FORMAT, version=str(VERSION), tensors=tensors_hash(weights), **{n:_sha(b) for n,b in files.items()})
-    write_atomically(folder, {**files, 'model.safetensors': to_safetensors(weights, meta)})
+    meta = dict(format=FORMAT, version=str(VERSION), tensors=tensors_hash(weights), **{n:_sha(b) for n,b in files.items()}, **{_copy(n):b.decode() for n,b in files.items()})
+    write_atomically(folder, {'model.safetensors':to_safetensors(weights, meta), **files})
     return Path(folder)
 
 # %% ../nbs/11_denoiser.ipynb #00216446
@@ -424,11 +437,17 @@ def _read_weights(path):
     except SafetensorError as e: raise ValueError(f'{path} is damaged or no safetensors file ({e})') from None
 
 def _read_part(folder, name, meta):
-    "A JSON file of the model, if its hash is the one in the header"
-    path = folder/name
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist, though the model was saved with it')
-    if _sha(content := path.read_bytes())!=meta[name]: raise ValueError(f'{path} is damaged, or belongs to another model than {folder}/model.safetensors')
-    return json.loads(content)
+    "A JSON file of the model: the copy in the header, or a file with the hash in the header, where there is no copy"
+    path,weights = folder/name,folder/'model.safetensors'
+    found = path.read_bytes() if path.exists() else None
+    if _copy(name) in meta:
+        content = meta[_copy(name)].encode()
+        if _sha(content)!=meta[name]: raise ValueError(f'{weights} is damaged: its {name} is not the one that was saved')
+        if found!=content: warnings.warn(f'{path} is missing, was changed, or belongs to another model; it is not used, as {weights} has a copy of what it was saved with')
+        return json.loads(content)
+    if found is None: raise FileNotFoundError(f'{path} does not exist, though the model was saved with it')
+    if _sha(found)!=meta[name]: raise ValueError(f'{path} is damaged, or belongs to another model than {weights}')
+    return json.loads(found)
 
 def _check_format(meta, path):
     if meta.get('format')!=FORMAT: raise ValueError(f'{path} was not written by bijdiff')
@@ -444,9 +463,12 @@ def _load(folder, device):
     if meta.get('tensors') not in (None, tensors_hash(weights)): raise ValueError(f'{folder}/model.safetensors is damaged: its weights are not those that were saved')     # files of earlier versions have no such hash
     cfg = _read_part(folder, 'config.json', meta)
     model = BijectiveDenoiser(DenoiserConfig(**{k:v for k,v in cfg.items() if k not in ('format','version')}))
+    if any(v.dtype==torch.float64 for v in weights.values()): model.double()
     try: model.load_state_dict(weights)
     except RuntimeError as e: raise ValueError(f"{folder}/model.safetensors does not fit its config.json ({str(e).splitlines()[-1].strip()})") from None
-    if 'tokenizer.json' in meta: model.tokenizer = tokenizer_from_dict(_read_part(folder, 'tokenizer.json', meta))
+    if 'tokenizer.json' in meta:
+        model.tokenizer = tokenizer_from_dict(_read_part(folder, 'tokenizer.json', meta))
+        _check_tokenizer(model.tokenizer, model.config)
     return model.to(device).eval()
 
 def _from_hub(name):

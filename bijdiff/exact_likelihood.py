@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 import matplotlib.pyplot as plt
 from fastcore.meta import delegates
-from .core import check_whole, evaluating
-from .corruption import check_ids
+from .core import check_seed, check_whole, evaluating
+from .corruption import check_ids, check_lengths
 from .denoiser import BijectiveDenoiser
 from .likelihood import Bound, pieces
 from .tokens import Tokenizer
@@ -24,16 +24,15 @@ from .unmasking import UnmaskingRule, check_unmasking, conditionals, get_rule, r
 # %% ../nbs/13a_exact_likelihood.ipynb #55bd7e93
 def _texts(model, x, template, lengths):
     "Ids, places to be scored, and lengths, all on the CPU"
-    x = x.long()
     check_ids(x, model.config.vocab_size-1, 'x')
-    x,(B,L) = x.cpu(),x.shape
+    x,(B,L) = x.long().cpu(),x.shape
     if L>model.config.seq_len: raise ValueError(f'the texts have {L} tokens; the model takes at most seq_len={model.config.seq_len}')
-    lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths, dtype=torch.long, device='cpu')
-    if lengths.shape!=(B,) or (lengths<0).any() or (lengths>L).any(): raise ValueError(f'lengths is {lengths.tolist()}; expected {B} numbers from 0 to {L}')
+    lengths = check_lengths(lengths, x)
     free = torch.arange(L) < lengths[:,None]
     if template is None: return x,free,lengths
-    t = torch.as_tensor(template, dtype=torch.long, device='cpu')
+    t = torch.as_tensor(template, device='cpu')
     if t.shape not in ((L,), (B, L)): raise ValueError(f'template has shape {tuple(t.shape)}; expected ({L},) or ({B}, {L}), as x')
+    check_ids(t.expand(B, L), model.mask_id, 'template')
     given = (t!=model.mask_id).expand(B, L) & free
     if (x!=t)[given].any(): raise ValueError(f'x differs from the template at position {(given&(x!=t)).nonzero()[0].tolist()}; expected the same ids wherever the template has no mask')
     return x,free&~given,lengths
@@ -120,9 +119,9 @@ def text_nats(
     "Minus the log-probability of each token of a long text"
     ids = torch.as_tensor(ids)
     if not len(ids): raise ValueError('the text is empty; expected at least one token')
-    check_whole('bs', bs)
-    rule = get_rule(rule, steps, seed, **kwargs)
-    return torch.cat([token_nats(model, x, rule, bs=bs, progress=progress).flatten() for x in pieces(ids, model.config.seq_len, bs)])
+    rule,batches = get_rule(rule, steps, seed, **kwargs),pieces(ids, model.config.seq_len, bs)
+    for x in (batches[0], batches[-1]): rule.places(torch.tensor(x.shape[1:]), x.shape[1])              # positions that do not fit are refused before any work
+    return torch.cat([token_nats(model, x, rule, bs=bs, progress=progress).flatten() for x in batches])
 
 # %% ../nbs/13a_exact_likelihood.ipynb #f6c83885
 def char_bits(
@@ -134,7 +133,8 @@ def char_bits(
     out,start = [],0
     for end in range(1, len(ids)+1):
         text = tokenizer.decode(ids[start:end])
-        if tokenizer.kind!='char' and '�' in text and end-start<4 and end<len(ids): continue        # part of a character
+        part = tokenizer.kind!='char' and '�' in text and tokenizer.encode(text)!=ids[start:end].tolist()              # of a character; one may be a � itself
+        if part and end-start<4 and end<len(ids): continue
         out += [(c, nats[start:end].sum().item()/math.log(2)/len(text)) for c in text]
         start = end
     return out
@@ -174,7 +174,7 @@ def order_nats(
     check_whole('n', n)
     check_whole('bs', bs)
     x,free,lengths = _texts(model, x, None, None)
-    places = torch.rand((n*len(x), x.shape[1]), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).argsort(1)
+    places = torch.rand((n*len(x), x.shape[1]), generator=torch.Generator().manual_seed(check_seed(seed)), dtype=torch.float64).argsort(1)
     with evaluating(model): nats = _all_steps(model, x.repeat(n, 1), free.repeat(n, 1), lengths.repeat(n), UnmaskingRule(steps=steps), bs, progress, places)
     return nats.sum(1).view(n, len(x))
 
@@ -249,9 +249,9 @@ def latent_nats(
     if model.latent is None: raise ValueError('the model has no latent density; expected one made with latent_density=True')
     if n<2: raise ValueError(f'n is {n}; expected at least 2 draws, for an error bar')
     check_ids(x, model.config.vocab_size-1, 'x')
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(check_seed(seed))
     with evaluating(model):
-        h = model.state(x.to(model.device))
+        h = model.state(x.long().to(model.device))
         noise = lambda: model.latent.noise*torch.randn(h.shape, generator=g, dtype=h.dtype).to(h.device)
         draws = torch.stack([model.latent(model.backbone(model._on_lattice(h+noise()), **model.context(h))[0]).sum(1) for _ in range(n)]).cpu().double()
     return Bound(draws.mean(0), draws.std(0)/n**.5)

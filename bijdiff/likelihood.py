@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .core import evaluating
+from .core import check_seed, check_whole, evaluating
 from .corruption import Corruption, Schedule, check_ids, low_discrepancy_times
 from .denoiser import BijectiveDenoiser, outputs, output_integrand, token_logits
 from .objective import as_corruption, reconstruction_term, closing_term, length_term, binomial_log_prior, insertion_jump, real_gaps
@@ -74,7 +74,8 @@ def _process(model, schedule, T):
     "The corruption that a bound is for"
     if model.config.score_head and T is not None: raise ValueError(f'T is {T}; the bound of a network that gives scores is in continuous time: leave T out')
     if model.corruption.masks_only and not model.config.time_conditioning: return Corruption(model.config.vocab_size, schedule='half_cosine' if schedule is None else schedule, T=T)
-    if schedule is not None or T is not None: raise ValueError(f'schedule and T are given, but the network was made for {model.corruption}; leave them out')
+    for k,v in dict(schedule=schedule, T=T).items():
+        if v is not None: raise ValueError(f'{k} is {v}, but the network was made for {model.corruption}: leave it out')
     return model.corruption
 
 # %% ../nbs/13_likelihood.ipynb #2cca362f
@@ -89,7 +90,7 @@ def nelbo_draws(
 )->Tensor: # (n, B), nats per text
     "Independent draws of the bound on minus the log-probability, end terms included"
     check_ids(x, model.config.vocab_size-1, 'x')
-    corrupt,g,x = _process(model, schedule, T),torch.Generator().manual_seed(seed),x.to(model.device)
+    corrupt,g,x = _process(model, schedule, T),torch.Generator().manual_seed(check_seed(seed)),x.long().to(model.device)
     with evaluating(model):
         draws = torch.stack([_one_draw(model, x, corrupt, g) for _ in range(n)])
         return (draws + closing_nats(model, x, corrupt) if corrupt.masks_only else draws).cpu()
@@ -132,6 +133,7 @@ def pieces(
     bs:int=32, # Pieces in a batch
 )->list[Tensor]: # Batches (b, seq_len), and one (1, rest) for what remains
     "Cut a long text into batches of pieces, leaving nothing out"
+    check_whole('bs', bs)
     n = len(ids)//seq_len
     full = list(ids[:n*seq_len].view(n, seq_len).split(bs)) if n else []
     return full + ([ids[None,n*seq_len:]] if len(ids)%seq_len else [])
@@ -150,6 +152,6 @@ def score_ids(
     ids = torch.as_tensor(ids)
     if not len(ids): raise ValueError('the text is empty; expected at least one token')
     if n<2: raise ValueError(f'n is {n}; expected at least 2 draws, for an error bar')
-    batches = pieces(ids, model.config.seq_len, bs)
-    total = sum(nelbo_draws(model, x, n, schedule, T, seed*100003+i).double().sum(1) for i,x in enumerate(progress(batches)))/len(ids)
+    batches,seed = pieces(ids, model.config.seq_len, bs),check_seed(seed)*100003
+    total = sum(nelbo_draws(model, x, n, schedule, T, (seed+i)%2**64).double().sum(1) for i,x in enumerate(progress(batches)))/len(ids)
     return Score(total.mean().item(), total.std().item()/n**0.5, len(ids))

@@ -12,8 +12,8 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.meta import delegates
-from .core import Bijection, sum_log_determinants
-from .coupling import AdditiveCoupling, CouplingNet, at_text, require_lattice
+from .core import Bijection, is_whole, sum_log_determinants
+from .coupling import AdditiveCoupling, CouplingNet, at_text, check_mask, require_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
 from .block import AdaptiveNorm, LocalMixing, BijectiveTransformer
 
@@ -24,7 +24,7 @@ def check_length(
     odd:bool=False, # Whether it must be odd
 ):
     "Refuse what is not a whole number of positions"
-    if not isinstance(value, int) or isinstance(value, bool) or value<1 or (odd and value%2==0):
+    if not is_whole(value) or value<1 or (odd and value%2==0):
         raise ValueError(f"{name} is {value!r}; expected {'an odd' if odd else 'a whole'} number of positions, at least 1")
 
 # %% ../nbs/06_multiscale.ipynb #cec1a289
@@ -204,19 +204,22 @@ class MultiscaleCoupling(Bijection):
     @property
     def lattice_bits(self)->int|None: return self.couplings[0].lattice_bits
 
+    def _on_state(self, run, x, context):
+        require_lattice(x, self.lattice_bits)
+        check_mask(context.get('mask'), x)
+        return run(self.couplings, x, **context), sum_log_determinants([], x)
+
     def forward(self,
         x:Tensor, # State, (B, L, 2*d_model)
         **context, # mask (B, L), True where there is text; cond (B, cond_dim)
     )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,), which is 0
-        require_lattice(x, self.lattice_bits)
-        return couple_all(self.couplings, x, self.reversible, **context), sum_log_determinants([], x)
+        return self._on_state(couple_all, x, dict(context, reversible=self.reversible))
 
     def inverse(self,
         y:Tensor, # State, (B, L, 2*d_model)
         **context, # What forward was given
     )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,)
-        require_lattice(y, self.lattice_bits)
-        return uncouple_all(self.couplings, y, **context), sum_log_determinants([], y)
+        return self._on_state(uncouple_all, y, context)
 
     def extra_repr(self)->str: return f'window={self.window}, segment_length={self.segment_length}, lattice_bits={self.lattice_bits}'
 

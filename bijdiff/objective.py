@@ -30,6 +30,7 @@ def time_weight(
     T:int|None=None, # Number of steps; continuous time if None
 )->Tensor: # (B,)
     "Weight of a masked token's loss at time t"
+    check_T(T)
     schedule = get_schedule(schedule)
     a = schedule.alpha(t)
     masked = (1-a).clamp(min=1e-12)
@@ -37,12 +38,11 @@ def time_weight(
     return torch.where(a<1, rate/masked, 0.)                            # nothing is masked where it is 1
 
 # %% ../nbs/09_objective.ipynb #284e5f9d
-def _check(logits, x0, xt):
+def _check(logits, **ids):
     "Shapes and ids that do not go together are an error"
-    if logits.ndim!=3 or logits.shape[:2]!=x0.shape or xt.shape!=x0.shape:
-        raise ValueError(f'logits have shape {tuple(logits.shape)}, x0 {tuple(x0.shape)} and xt {tuple(xt.shape)}; expected (B, L, V), (B, L) and (B, L)')
-    check_ids(x0, logits.shape[-1]-1)
-    check_ids(xt, logits.shape[-1], 'xt')
+    for name,x in ids.items():
+        if logits.ndim!=3 or logits.shape[:2]!=x.shape: raise ValueError(f'logits have shape {tuple(logits.shape)} and {name} {tuple(x.shape)}; expected (B, L, V) and (B, L)')
+        check_ids(x, logits.shape[-1]-(name=='x0'), name)
 
 # %% ../nbs/09_objective.ipynb #e93d764d
 def masked_nelbo(
@@ -54,8 +54,7 @@ def masked_nelbo(
     T:int|None=None, # Number of steps; continuous time if None
 )->Tensor: # Integrand of the bound per token, nats, (B, L); 0 where nothing is masked
     "The masked diffusion bound at one time, without its end terms"
-    _check(logits, x0, xt)
-    check_T(T)
+    _check(logits, x0=x0, xt=xt)
     masked = xt==logits.shape[-1]
     if (wrong := (xt!=x0) & ~masked).any(): raise ValueError(f'xt differs from x0 at {wrong.nonzero()[0].tolist()} and is no mask there; expected the same id, or {logits.shape[-1]}')
     nll = token_nll(logits, x0)
@@ -100,7 +99,7 @@ def reconstruction_term(
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
 )->Tensor: # Nats per token, (B, L)
     "Cost of the noise still there at time 0"
-    _check(logits, x0, x_at_0)
+    _check(logits, x0=x0, x_at_0=x_at_0)
     masses = as_corruption(noise, logits.shape[-1]).masses(torch.zeros(len(x0), dtype=torch.float64))
     log_q,log_qhat,_ = _divergence(logits, x0, masses)
     at = lambda o: o.gather(-1, x_at_0[...,None])[...,0]
@@ -113,6 +112,7 @@ def closing_term(
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
 )->Tensor: # Nats per token, (B, L)
     "Cost of the jump from alpha(1) to 0 that starts sampling from nothing but noise"
+    _check(logits, x0=x0)
     masses = as_corruption(noise, logits.shape[-1]).masses(torch.ones(len(x0), dtype=torch.float64))
     return _divergence(logits, x0, masses)[2] / masses.alive.to(logits)[:,None]
 
@@ -139,7 +139,7 @@ def hybrid_nelbo(
     corruption:Corruption, # The noise; with T steps if it has a T, which noise that deletes may not
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
     "The bound for masking and substitution at one time, without its end terms"
-    _check(logits, x0, xt)
+    _check(logits, x0=x0, xt=xt)
     t,corruption = check_times(t, len(xt)),as_corruption(corruption, logits.shape[-1])
     if corruption.T and corruption.deletes: raise ValueError(f'T is {corruption.T}; with deletion the bound is in continuous time: leave T out')
     if corruption.T: return _step_nelbo(logits, x0, xt, t, corruption, corruption.T)
@@ -175,7 +175,7 @@ def score_entropy(
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
     "The denoising score entropy at one time, its constant included"
     if noise not in ('absorb','uniform'): raise ValueError(f"noise is {noise!r}; expected 'absorb' or 'uniform'")
-    _check(log_score, x0, xt)
+    _check(log_score, x0=x0, xt=xt)
     t,V,schedule = check_times(t, len(xt)),log_score.shape[-1],get_schedule(schedule)
     log_score = log_score if log_score.dtype==torch.float64 else log_score.float()
     to = lambda o: o.to(log_score)[:,None]
@@ -197,6 +197,7 @@ def log_scores(
     corruption:Corruption, # The noise
 )->Tensor: # Log-ratios to each token and the mask, (B, L, V+1); 0 at xt
     "Scores of a denoiser"
+    _check(logits, xt=xt)
     logits = logits if logits.dtype==torch.float64 else logits.float()
     log_q = log_mix(logits.log_softmax(-1), as_corruption(corruption, logits.shape[-1]).masses(check_times(t, len(xt))))
     return log_q - log_q.gather(-1, xt[...,None])

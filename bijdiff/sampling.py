@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 import matplotlib.pyplot as plt
 from fastcore.basics import store_attr, patch
-from .core import check_whole, evaluating
+from .core import check_seed, check_whole, evaluating
 from .corruption import Corruption, Masses, Schedule, check_ids, get_schedule, mix
 from .denoiser import BijectiveDenoiser, clean_posterior, outputs, token_logits
 from .objective import expected_gaps
@@ -53,7 +53,7 @@ class Run:
         frames:list|None=None, # Collects the ids after every change
     ):
         store_attr('model,corruption,temperature,top_p,frames')
-        self.x,self.free,self.g = x,x==model.mask_id,torch.Generator().manual_seed(seed)
+        self.x,self.free,self.g = x,x==model.mask_id,torch.Generator().manual_seed(check_seed(seed))
         self.passes,self._seen = 0,None
         self.show()
 
@@ -335,12 +335,12 @@ def _start(model, n, template, length):
     if length is not None and length<1: raise ValueError(f'length is {length}; expected at least 1')
     if length is not None and template is not None: raise ValueError(f'length is {length}, beside a template, which has its own; expected one or the other')
     if template is None: template = torch.full((length or model.config.seq_len,), model.mask_id)
-    x = torch.as_tensor(template, dtype=torch.long, device='cpu')
-    x = (x.expand(n, -1) if x.ndim==1 else x).clone()
+    x = torch.as_tensor(template, device='cpu')
+    x = x.expand(n, -1) if x.ndim==1 else x
     if x.ndim!=2 or len(x)!=n: raise ValueError(f'template has shape {tuple(x.shape)}; expected (L,) or (n, L) with n={n}')
     if x.shape[1]>model.config.seq_len: raise ValueError(f'template has {x.shape[1]} tokens; the model takes at most seq_len={model.config.seq_len}')
-    if x.numel() and not 0<=x.min()<=x.max()<=model.mask_id: raise ValueError(f'template has ids from {x.min()} to {x.max()}; expected 0 to {model.mask_id}, the mask')
-    return x
+    check_ids(x, model.mask_id, 'template')
+    return x.long().clone()
 
 # %% ../nbs/12_sampling.ipynb #c4458eaa
 def samplers_for(
@@ -393,10 +393,11 @@ def sample(
     frames:list|None=None, # Collects a copy of the ids after every step that changed something
 )->Tensor|list: # Ids without masks, (n, L), on the CPU; a list of n tensors where lengths differ, as tokens can be inserted
     "Write texts by undoing noise"
-    known = samplers_for(model)
+    known,shares = samplers_for(model),model.corruption.shares
+    if rule is not None and not model.corruption.masks_only: raise ValueError(f"rule is {rule!r}, which is for masking alone; for this model's noise ({shares}) leave it out")
+    if sampler is not None and sampler not in known: raise ValueError(f"sampler is {sampler!r}; for this model's noise ({shares}) expected one of {', '.join(known)}")
     rule,sampler = _sampling_rule(rule, sampler, steps, temperature, top_p, schedule, seed)
     sampler,steps = sampler or known[0],128 if steps is None else steps
-    if sampler not in known: raise ValueError(f"sampler is {sampler!r}; for this model's noise ({model.corruption.shares}) expected one of {', '.join(known)}")
     check_whole('steps', steps)
     if settle<0: raise ValueError(f'settle is {settle}; expected at least 0')
     if settle and sampler!='insertion': raise ValueError(f'settle is {settle}; only models that insert tokens have lengths that settle')
@@ -433,7 +434,7 @@ def self_correct(
     "Replace tokens that the model does not believe, the clearest cases first"
     if model.corruption.deletes: raise ValueError('the model deletes and inserts; self_correct is for masking and substitution')
     check_ids(x, model.config.vocab_size-1, 'x')
-    t,x = time_of_errors(model.corruption, wrong),x.clone().cpu()
+    t,x = time_of_errors(model.corruption, wrong),x.long().clone().cpu()
     for _ in range(passes):
         with evaluating(model): post = clean_posterior(model, x, torch.full((len(x),), t)).cpu()
         best,new = post.max(-1)

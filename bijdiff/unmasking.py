@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .core import check_whole
+from .core import check_whole, is_whole
 from .corruption import Corruption, Schedule, get_schedule
 from .denoiser import BijectiveDenoiser, outputs, token_logits
 
@@ -26,6 +26,7 @@ def token_probs(
     if not temperature>0: raise ValueError(f'temperature is {temperature}; expected a number above 0')
     if not 0<top_p<=1: raise ValueError(f'top_p is {top_p}; expected a number above 0, at most 1')
     p = (logits.double()/temperature).softmax(-1)
+    if not p.isfinite().all(): raise ValueError(f'the probabilities are not finite; the weights of the model are not, or temperature={temperature} is too close to 0')
     if top_p==1: return p
     sorted_p,order = p.sort(dim=-1, descending=True, stable=True)
     dropped = sorted_p.cumsum(-1)-sorted_p >= top_p                   # what stands before reaches top_p already
@@ -49,6 +50,7 @@ def reveal_counts(
     tokens:int=1, # Tokens a step, where the number of steps is not given
 )->list[int]: # One per step, each at least 1, n in all
     "How many masks are revealed in each step, from none to all"
+    check_whole('tokens', tokens)
     if steps is None: return [min(tokens, n-i) for i in range(0, n, tokens)]
     check_whole('steps', steps)
     steps = min(steps, n)
@@ -78,12 +80,12 @@ class UnmaskingRule:
         else:
             object.__setattr__(self, 'rule', tuple(int(i) for i in self.rule))
             if sorted(self.rule)!=list(range(len(self.rule))): raise ValueError(f'rule is {self.rule}; expected each of the positions 0 to {len(self.rule)-1} once')
-        object.__setattr__(self, 'seed', int(self.seed))
-        check_whole('tokens', self.tokens)
-        if self.steps is not None: check_whole('steps', self.steps)
+        if not is_whole(self.seed): raise ValueError(f'seed is {self.seed!r}; expected a whole number')
+        counts = ['tokens','block_length'] + ['steps']*(self.steps is not None)
+        for k in counts: check_whole(k, getattr(self, k))
+        for k in ('seed',*counts): object.__setattr__(self, k, int(getattr(self, k)))            # of Python's own kind, for files
         if self.steps is not None and self.tokens>1: raise ValueError(f'steps is {self.steps} and tokens is {self.tokens}; expected one of them')
         token_probs(torch.zeros(1), self.temperature, self.top_p)
-        check_whole('block_length', self.block_length)
         if self.schedule is not None: object.__setattr__(self, 'schedule', get_schedule(self.schedule))
 
     @property
@@ -175,9 +177,7 @@ def conditionals(
     hidden = ((x==model.mask_id)&text).sum(1).double()/lengths.clamp(min=1)
     padded = None if text.all() else text.to(model.device)
     logits = token_logits(outputs(model, x.to(model.device), model.corruption.schedule.t(1-hidden), padded))
-    p = token_probs(logits[where.to(logits.device)].cpu(), rule.temperature, rule.top_p)
-    if not p.isfinite().all(): raise ValueError(f'the probabilities are not finite; the weights of the model are not, or temperature={rule.temperature} is too close to 0')
-    return p
+    return token_probs(logits[where.to(logits.device)].cpu(), rule.temperature, rule.top_p)
 
 # %% ../nbs/11a_unmasking.ipynb #c59b6778
 def check_unmasking(

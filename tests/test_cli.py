@@ -47,6 +47,31 @@ def test_sample_and_score(trained, corpus, tmp_path):
     status,text,err = finish(command('bijdiff_score', out, part, '--n', 4))
     assert status==0 and 'bits per character' in text and '±' in text, err
 
+def test_the_error_bar_of_a_total(trained):
+    "As wide as the total of equal documents really spreads over seeds"
+    from bijdiff.cli import _document, _load, _seeds, _total
+    m,text = _load(str(trained[0])),'The with statement is used to wrap the execution of a block.'
+    ids = torch.tensor(m.tokenizer.encode(text))
+    totals = [_total([_document(m, 'file', text, ids, None, 8, s)[0] for s in _seeds(seed, 4)]) for seed in range(40)]
+    spread,said = torch.tensor([t['bits'] for t in totals]).std().item(),sum(t['se']**2 for t in totals)**.5/40**.5
+    assert .75<spread/said<1.33                                                  # the same noise for all four would give 2
+
+@pytest.mark.parametrize('encoding', ['ascii','cp1252'])
+def test_terminals_with_few_characters(corpus, tmp_path, encoding):
+    kw = dict(env={**os.environ, 'PYTHONIOENCODING':encoding}, encoding=encoding)
+    status,stdout,err = finish(command('bijdiff_train', '--corpus', corpus, '--out', tmp_path/'m', *small, '--epochs', 1, **kw))
+    assert status==0 and 'three texts' in stdout, err
+    status,text,err = finish(command('bijdiff_sample', tmp_path/'m', '--steps', 8, '--prompt', 'The ', **kw))
+    assert status==0 and text.startswith('The '), err
+
+def test_no_picture_of_a_former_run_is_left(corpus, tmp_path):
+    "A run too short for a trend has no training.png, and leaves none beside its model"
+    out = tmp_path/'m'
+    out.mkdir()
+    (out/'training.png').write_bytes(b'of a former run')
+    status,stdout,err = finish(command('bijdiff_train', '--corpus', corpus, '--out', out, *small, '--epochs', 1, '--bs', 1000))
+    assert status==0 and 'training.png' not in stdout and not (out/'training.png').exists(), err
+
 def test_exact_scores_and_files_that_come_back(trained, corpus, tmp_path):
     out,part = trained[0],tmp_path/'part.txt'
     part.write_text(corpus.read_text(encoding='utf-8')[:1000], encoding='utf-8')
