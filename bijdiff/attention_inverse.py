@@ -13,7 +13,7 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import store_attr, patch
 from scipy.special import lambertw
-from .core import Bijection, sum_log_determinants
+from .core import Bijection, check_seed, sum_log_determinants
 from .coupling import AdditiveCoupling, BijectiveLinear, at_padding, at_text, bounded, check_mask, halves
 from .attention import BidirectionalAttention, attention_weights, visible_keys, rotary_angles, rotate, head_dim
 
@@ -252,7 +252,7 @@ def estimate_logdet(self:FixedPointAttention,
     mask:Tensor|None=None, # (B, L), True where there is text
 )->tuple[Tensor,Tensor,float]: # Estimate (B,), its standard error (B,), and a bound of what the cut-off leaves out, nats
     "log det of the Jacobian by a power series of traces, estimated with random signs"
-    gen,wanted = torch.Generator().manual_seed(self.seed),torch.is_grad_enabled()
+    gen,wanted = torch.Generator().manual_seed(check_seed(self.seed)),torch.is_grad_enabled()
     with torch.enable_grad():
         xg = x if x.requires_grad else x.detach().requires_grad_()
         gx = self.residual(xg, mask)

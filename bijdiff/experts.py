@@ -53,19 +53,20 @@ def leaders(
     return (size/size.mean(1, keepdim=True).clamp(min=1e-12)).argmax(0)
 
 def _plug_in(a, b):
+    "Mutual information of labels 0, 1, ... by their counts"
     p = np.zeros((a.max()+1, b.max()+1))
     np.add.at(p, (a, b), 1/len(a))
     outer,on = p.sum(1, keepdims=True)*p.sum(0, keepdims=True),p>0
     return float((p[on]*np.log2(p[on]/outer[on])).sum())
 
 def mutual_information(
-    a, # Labels 0, 1, ..., (N,)
+    a, # Labels, (N,)
     b, # Other labels of the same things, (N,)
     n_shuffles:int=20, # Shuffles for what chance gives
     seed:int=0, # Of the shuffles
 )->float: # Bits; about 0, of either sign, where there is nothing
     "What one label tells about another, less what it would seem to tell by chance"
-    a,b,g = np.asarray(a),np.asarray(b),np.random.default_rng(seed)
+    (a,b),g = (np.unique(o, return_inverse=True)[1] for o in (a, b)),np.random.default_rng(seed)
     return _plug_in(a, b)-float(np.mean([_plug_in(a, g.permutation(b)) for _ in range(n_shuffles)]))
 
 # %% ../nbs/17a_experts.ipynb #3ad78ee8
@@ -103,18 +104,19 @@ class ExpertCallback(InFit):
         self.params = [list(self.moe.expert(i).parameters()) for i in range(self.moe.n_experts)]
 
     def before_batch(self):
-        self._unhook()
+        self.close()
         self.seen = {}
         if self.step%self.every==0:
             self.hooks = [self.moe.register_forward_pre_hook(self._give_routes, with_kwargs=True), self.moe.register_forward_hook(self._keep, with_kwargs=True)]
 
     def _give_routes(self, m, args, kwargs): return args, kwargs if m.k_active is None else {**kwargs, 'routes':{}}
     def _keep(self, m, args, kwargs, out): self.seen = dict(x=args[0].detach()[:self.n_texts], y=out[0].detach()[:self.n_texts], mask=kwargs.get('mask'), routes=kwargs.get('routes'))
-    def _unhook(self):
+    def close(self):
+        "Take the hooks off the model; whoever ends a fit calls it, whatever ended it"
         for h in self.hooks: h.remove()
         self.hooks = []
-    def after_pred(self): self._unhook()
-    def after_cancel_batch(self): self._unhook()
+    def after_pred(self): self.close()
+    def after_cancel_batch(self): self.close()
 
     def after_backward(self): self.grads.append(torch.stack([torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [ps[0].new_zeros(())]).norm() for ps in self.params]).detach().cpu())
 
@@ -159,6 +161,7 @@ def flags(self:ExpertCallback)->list: # Sentences; none where all is well
 @patch
 def gradient_ratio(self:ExpertCallback)->float: # Smallest over all steps
     "The smallest expert's gradient norm as a share of the largest one's, at the worst step; the first step apart, where nothing has moved"
+    if len(self.grads)<2: raise ValueError(f'ExpertCallback has seen too few steps ({len(self.grads)}); expected at least 2')
     g = torch.stack(self.grads[1:])
     return (g.min(1)[0]/g.max(1)[0].clamp(min=1e-30)).min().item()
 

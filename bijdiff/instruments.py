@@ -14,7 +14,7 @@ import torch, matplotlib.pyplot as plt
 from torch import Tensor, nn
 from fastai.basics import *
 from fastai.callback.all import GradientAccumulation
-from .core import check_whole, evaluating
+from .core import check_seed, check_whole, evaluating
 from .corruption import Noisy
 from .block import layer_by_layer
 from .coupling import lattice_limit
@@ -45,7 +45,7 @@ class ProbeCallback(InFit):
         x = torch.stack([data[i][0] for i in range(min(self.n_texts, len(data)))]).as_subclass(Tensor)
         t = (torch.arange(len(x))+.5)/len(x)
         if corruption.T: t = (t*corruption.T).ceil()/corruption.T
-        noisy = Noisy(*(o if o is None else o.to(self.dls.device) for o in corruption.sample(x, t, torch.Generator().manual_seed(self.seed))))
+        noisy = Noisy(*(o if o is None else o.to(self.dls.device) for o in corruption.sample(x, t, torch.Generator().manual_seed(check_seed(self.seed)))))
         x,t = x.to(self.dls.device),t.to(self.dls.device)
         c = self.learn.corruption
         self.fixed = c.inputs(noisy, t),c.targets(x, noisy, t)
@@ -82,6 +82,7 @@ class BlockNormCallback(InFit):
     ):
         check_whole('every', every)
         store_attr()
+        self.rows = []
 
     def before_fit(self):
         super().before_fit()
@@ -100,6 +101,7 @@ class BlockNormCallback(InFit):
 @patch
 def plot(self:BlockNormCallback):
     "Gradient and relative step of each block"
+    if not self.rows: raise ValueError(f'BlockNormCallback has seen no step yet; fit the learner first, for at least every={self.every} steps')
     fig,axs = plt.subplots(1, 2, figsize=(9, 3))
     steps,blocks = [r['step'] for r in self.rows],list(self.rows[0]['gradient'])
     for ax,key,title in zip(axs, ('gradient','update'), ('gradient', 'step, relative to the weights')):

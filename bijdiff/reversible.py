@@ -184,6 +184,7 @@ def backward(self:_Evaluation, tensors, g, x2_wants):
     x,mask = y1.detach().requires_grad_(),context.get('mask')
     n,g,outside = len(aliases)-len(params[-1]),at_text(g.to(self.dtype), mask),self.replay.outside()
     with self.replay(), torch.enable_grad():
+        params = [p | {k:p[k].clone() for k,_ in s.named_buffers()} for s,p in zip(self.stages, params)]          # what a stage counts it has counted
         a,u = self.mixed(params, x, context)
         if u is None: t,outputs,grads,late = a.detach(),(a,),(g,),None
         else:
