@@ -148,6 +148,7 @@ class SegmentContext(nn.Module):
         u:Tensor, # (B, L, d_model)
         mask:Tensor|None=None, # (B, L), True where there is text
     )->Tensor: # (B, L, d_model)
+        if not u.shape[1]: return u
         L,start = u.shape[1],None if mask is None or self.segment_length is None else text_start(mask)
         S = min(self.segment_length or L, L)
         real = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask
