@@ -120,8 +120,8 @@ def compress(
     if not isinstance(data, (bytes, bytearray)): raise ValueError(f'data is of type {type(data).__name__}; expected bytes')
     if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
     rule,ids,threads = get_rule(rule, steps, seed, **kwargs),_to_ids(model.tokenizer, data),torch.get_num_threads()
-    with _same_arithmetic(model, threads): words = _encode(model, ids, rule, bs, progress)
-    return _pack(dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs, sum=_sum(data).hex(), threads=threads, torch=torch.__version__, device=model.device.type), words)
+    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs, sum=_sum(data).hex(), threads=threads, torch=torch.__version__, device=model.device.type)
+    with _same_arithmetic(model, threads): return _pack(header, _encode(model, ids, rule, bs, progress))
 
 # %% ../nbs/14_codec.ipynb #7ef7440c
 def decompress(

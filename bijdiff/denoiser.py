@@ -60,12 +60,12 @@ class DenoiserConfig:
     noise:dict|None = None # The corruption it is made for, from Corruption.to_dict; masking if None
 
     def __post_init__(self):
-        for k in ('vocab_size','seq_len','d_model','n_heads','n_layers','coupling_depth','segment_length'): check_whole(k, getattr(self, k))
-        check_whole('local_window', self.local_window, 0)
+        for k in ('vocab_size','seq_len','d_model','n_heads','n_layers','coupling_depth','segment_length'): self._whole(k)
+        self._whole('local_window', 0)
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
         for k in ('coupling_hidden_dim','coupler_dim'):
-            if getattr(self, k) is not None: check_whole(k, getattr(self, k))
+            if getattr(self, k) is not None: self._whole(k)
         self._check_mixture(n_bijective)
         if self.lattice_bits is not None and (isinstance(self.lattice_bits, bool) or self.lattice_bits not in range(1, 21)): raise ValueError(f'lattice_bits is {self.lattice_bits}; expected a whole number from 1 to 20, or None')
         if self.local_window and self.local_window%2==0: raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
@@ -78,6 +78,11 @@ class DenoiserConfig:
         if self.gap_head and not (noise.deletes and noise.shares['mask']): raise ValueError(f'gap_head is True, but the noise is {noise.shares}; expected masking together with deletion')
         if self.score_head and noise.T: raise ValueError(f'score_head is True and the noise has T={noise.T} steps; score entropy is in continuous time: leave T out')
         if self.score_head and (noise.deletes or not (noise.masks_only or noise.shares['substitute']==1)): raise ValueError(f'score_head is True, but the noise is {noise.shares}; expected masking alone or substitution alone')
+
+    def _whole(self, k, least=1):
+        "Whole numbers, as Python has them: others cannot be saved"
+        check_whole(k, getattr(self, k), least)
+        setattr(self, k, int(getattr(self, k)))
 
     def _check_mixture(self, n_bijective):
         if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")
