@@ -50,7 +50,7 @@ def experts_seen(learn):
     "What became of the experts"
     if hasattr(learn, 'expert'):
         e = learn.expert
-        g,looks = torch.stack(e.grads[1:]),e.looks
+        g,looks = torch.tensor(e.grads[1:]),e.looks
         return dict(gradient_ratio=e.gradient_ratio(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), last={k:v for k,v in looks[-1].items()}, mean_cka_by_look=[round(statistics.mean(o['cka']), 4) for o in looks[1:]], flags=e.flags())
     if hasattr(learn, 'gate'):
         g,s = torch.stack(learn.gate.grads[1:]),torch.stack(learn.gate.shares[-50:]).mean(0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import store_attr, patch
-from .core import sum_log_determinants, Bijection
+from .core import Bijection, is_whole, sum_log_determinants
 from .coupling import AdditiveCoupling, CouplingNet, at_text, check_mask, require_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
 from .attention import BidirectionalAttention, at_rows, rotary_angles
@@ -156,7 +156,7 @@ def count_bijective(
     if n_layers<1: raise ValueError(f'n_layers is {n_layers}; expected at least 1')
     if not 0<=bijective_ratio<=1: raise ValueError(f'bijective_ratio is {bijective_ratio}; expected a number from 0 to 1')
     if n_bijective_layers is None: return round(bijective_ratio*n_layers)
-    if not 0<=n_bijective_layers<=n_layers: raise ValueError(f'n_bijective_layers is {n_bijective_layers}; expected 0 to n_layers={n_layers}')
+    if not is_whole(n_bijective_layers) or not 0<=n_bijective_layers<=n_layers: raise ValueError(f'n_bijective_layers is {n_bijective_layers!r}; expected a whole number from 0 to n_layers={n_layers}')
     if bijective_ratio not in (1., n_bijective_layers/n_layers):
         raise ValueError(f'n_bijective_layers is {n_bijective_layers} and bijective_ratio is {bijective_ratio}, which disagree; give one of them')
     return n_bijective_layers

@@ -100,7 +100,9 @@ class BarCallback(Callback):
     def after_batch(self):
         self.line.set_postfix(loss=f'{self.loss.item():.3f}', refresh=False)
         self.line.update()
-    def after_train(self): self.line.close()
+    def after_train(self): self.close()
+    def close(self):
+        if hasattr(self, 'line'): self.line.close()
 
 # %% ../nbs/18_cli.ipynb #df5abecc
 def _try_folder(folder):

@@ -13,7 +13,8 @@ import numpy as np, torch
 from constriction import stream
 from fastcore.meta import delegates
 from .core import check_whole, evaluating
-from .denoiser import BijectiveDenoiser, tensors_hash
+from .coupling import LatticeError
+from .denoiser import BijectiveDenoiser, tensors_hash, write_synced
 from .likelihood import pieces
 from .unmasking import UnmaskingRule, check_unmasking, get_rule, rule_from_dict, unmask
 
@@ -103,6 +104,13 @@ def _to_ids(tokenizer, data):
 def _to_bytes(tokenizer, ids): return bytes(ids.tolist()) if tokenizer.kind=='byte' else tokenizer.decode(ids).encode('utf-8')
 
 # %% ../nbs/14_codec.ipynb #3bb83c51
+def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
+    "The rule for the arguments of compress, or what is wrong with them"
+    check_unmasking(model)
+    check_whole('bs', bs)
+    if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
+    return get_rule(rule, steps, seed, **kwargs)
+
 @delegates(UnmaskingRule, but=['rule','steps','seed'])
 def compress(
     model:BijectiveDenoiser, # The denoiser, of masking noise, with its tokenizer
@@ -115,11 +123,8 @@ def compress(
     **kwargs
 )->bytes: # For decompress with the same model
     "Code data in as many bits as its exact likelihood says"
-    check_unmasking(model)
-    check_whole('bs', bs)
     if not isinstance(data, (bytes, bytearray)): raise ValueError(f'data is of type {type(data).__name__}; expected bytes')
-    if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
-    rule,ids,threads = get_rule(rule, steps, seed, **kwargs),_to_ids(model.tokenizer, data),torch.get_num_threads()
+    rule,ids,threads = _coding_rule(model, rule, steps, seed, bs, **kwargs),_to_ids(model.tokenizer, data),torch.get_num_threads()
     header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs, sum=_sum(data).hex(), threads=threads, torch=torch.__version__, device=model.device.type)
     with _same_arithmetic(model, threads): return _pack(header, _encode(model, ids, rule, bs, progress))
 
@@ -159,13 +164,11 @@ def _convert(f, source, out, force):
     if out.exists() and not force: raise FileExistsError(f'{out} exists; choose another name, or overwrite it with --force')
     before = source.read_bytes()
     try: content = f(before)
+    except LatticeError: raise
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
     with tempfile.TemporaryDirectory(prefix='.writing-', dir=out.parent) as tmp:
         part = Path(tmp)/'part'
-        with open(part, 'wb') as o:
-            o.write(content)
-            o.flush()
-            os.fsync(o.fileno())
+        write_synced(part, content)
         _publish(part, out, force)
     return len(before), len(content)
 
@@ -178,6 +181,7 @@ def compress_file(
     **kwargs # Of compress
 )->tuple[int,int]: # Bytes before and after
     "Compress a file"
+    _coding_rule(model, **{k:v for k,v in kwargs.items() if k!='progress'})                 # what is wrong with these is not the file's fault
     return _convert(lambda b: compress(model, b, **kwargs), source, out or f'{source}.bij', force)
 
 def decompress_file(

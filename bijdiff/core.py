@@ -136,7 +136,7 @@ def check_seed(
     seed, # What was given
 )->int: # As generators take it
     "Refuse what is no seed"
-    if not is_whole(seed) or not -2**63<=seed<2**64: raise ValueError(f'seed is {seed!r}; expected a whole number of 64 bits, from -2**63 to 2**64-1')
+    if not is_whole(seed) or not 0<=seed<2**64: raise ValueError(f'seed is {seed!r}; expected a whole number from 0 to 2**64-1')
     return int(seed)
 
 # %% ../nbs/00_core.ipynb #598e39ca

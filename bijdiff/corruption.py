@@ -381,9 +381,10 @@ def check_lengths(
 )->Tensor: # (B,), on the CPU
     "Lengths of texts, or an error that says what is wrong with them"
     B,L = x.shape
-    lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths, dtype=torch.long, device='cpu')
-    if lengths.shape!=(B,) or (lengths<0).any() or (lengths>L).any(): raise ValueError(f'lengths is {lengths.tolist()}; expected {B} numbers from 0 to {L}')
-    return lengths
+    lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths, device='cpu')
+    whole = lengths.dtype!=torch.bool and not lengths.is_floating_point() or not B
+    if not whole or lengths.shape!=(B,) or (lengths<0).any() or (lengths>L).any(): raise ValueError(f'lengths is {lengths.tolist()}; expected {B} whole numbers from 0 to {L}')
+    return lengths.long()
 
 # %% ../nbs/08_corruption.ipynb #0088a7be
 def pack(

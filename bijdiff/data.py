@@ -45,7 +45,7 @@ def _dataset_text(name, config, split, column):
     try: ds = load_dataset(name, config, split=split)
     except Exception as e: raise ValueError(f'corpus {name!r} is no file, and loading it as a data set failed: {str(e).splitlines()[0]}') from None
     if column not in ds.column_names: raise ValueError(f"column is {column!r}; data set {name} has {', '.join(ds.column_names)}")
-    texts = ds[column]
+    texts = list(ds[column])
     for i,o in enumerate(texts):
         if not isinstance(o, str): raise ValueError(f'row {i} of column {column!r} of data set {name} is {o!r}; expected a text: choose another column')
     return '\n\n'.join(texts)

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'READABLE', 'DenoiserConfig', 'BijectiveDenoiser', 'Reading', 'outputs', 'token_logits',
            'clean_posterior', 'output_integrand', 'SEDDGuest', 'MDLMGuest', 'LatentDensity', 'inverse_errors',
-           'write_atomically', 'tensors_hash']
+           'write_synced', 'write_atomically', 'tensors_hash']
 
 # %% ../nbs/11_denoiser.ipynb #460fee14
 import json, math, os, hashlib, shutil, tempfile, time, warnings
 from contextlib import suppress
 from dataclasses import dataclass, asdict
 from pathlib import Path
-import torch
+import numpy as np, torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 from fastcore.basics import patch
-from .core import check_whole, evaluating
+from .core import check_whole, evaluating, is_whole
 from .attention import head_dim
 from .block import BijectiveTransformer, count_bijective
 from .coupling import to_lattice
@@ -60,14 +60,16 @@ class DenoiserConfig:
     noise:dict|None = None # The corruption it is made for, from Corruption.to_dict; masking if None
 
     def __post_init__(self):
-        for k in ('vocab_size','seq_len','d_model','n_heads','n_layers','coupling_depth','segment_length'): self._whole(k)
-        self._whole('local_window', 0)
+        for k,v in vars(self).items():
+            if isinstance(v, np.generic): setattr(self, k, v.item())                      # NumPy's numbers as Python's, which can be saved
+        for k in ('vocab_size','seq_len','d_model','n_heads','n_layers','coupling_depth','segment_length'): check_whole(k, getattr(self, k))
+        check_whole('local_window', self.local_window, 0)
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
         for k in ('coupling_hidden_dim','coupler_dim'):
-            if getattr(self, k) is not None: self._whole(k)
+            if getattr(self, k) is not None: check_whole(k, getattr(self, k))
         self._check_mixture(n_bijective)
-        if self.lattice_bits is not None and (isinstance(self.lattice_bits, bool) or self.lattice_bits not in range(1, 21)): raise ValueError(f'lattice_bits is {self.lattice_bits}; expected a whole number from 1 to 20, or None')
+        if self.lattice_bits is not None and not (is_whole(self.lattice_bits) and 1<=self.lattice_bits<=20): raise ValueError(f'lattice_bits is {self.lattice_bits}; expected a whole number from 1 to 20, or None')
         if self.local_window and self.local_window%2==0: raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
         if not 0<=self.dropout<1: raise ValueError(f'dropout is {self.dropout}; expected a number from 0 to below 1')
         if self.latent_density and n_bijective<self.n_layers:
@@ -78,11 +80,6 @@ class DenoiserConfig:
         if self.gap_head and not (noise.deletes and noise.shares['mask']): raise ValueError(f'gap_head is True, but the noise is {noise.shares}; expected masking together with deletion')
         if self.score_head and noise.T: raise ValueError(f'score_head is True and the noise has T={noise.T} steps; score entropy is in continuous time: leave T out')
         if self.score_head and (noise.deletes or not (noise.masks_only or noise.shares['substitute']==1)): raise ValueError(f'score_head is True, but the noise is {noise.shares}; expected masking alone or substitution alone')
-
-    def _whole(self, k, least=1):
-        "Whole numbers, as Python has them: others cannot be saved"
-        check_whole(k, getattr(self, k), least)
-        setattr(self, k, int(getattr(self, k)))
 
     def _check_mixture(self, n_bijective):
         if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")
@@ -379,10 +376,20 @@ def inverse_errors(
 # %% ../nbs/11_denoiser.ipynb #a7a24c8a
 FORMAT,VERSION,READABLE = 'bijdiff',4,(2, 3, 4)
 
-def _remove_old(folder, hours=1):
+def _remove_old(folder):
     "Remove what a killed process left, and no other one can be writing"
     with suppress(FileNotFoundError):
-        if time.time()-folder.stat().st_mtime > 3600*hours: shutil.rmtree(folder, ignore_errors=True)
+        if time.time()-folder.stat().st_mtime > 3600: shutil.rmtree(folder, ignore_errors=True)
+
+def write_synced(
+    path, # File
+    content:bytes, # What goes in
+):
+    "Write a file, and come back when it is on the disk"
+    with open(path, 'wb') as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
 
 def write_atomically(
     folder, # Where the files go; made if missing
@@ -393,11 +400,7 @@ def write_atomically(
     folder.mkdir(parents=True, exist_ok=True)
     for o in folder.glob('.saving-*'): _remove_old(o)
     with tempfile.TemporaryDirectory(prefix='.saving-', dir=folder) as tmp:
-        for name,content in files.items():
-            with open(Path(tmp)/name, 'wb') as f:
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
+        for name,content in files.items(): write_synced(Path(tmp)/name, content)
         for name in files: os.replace(Path(tmp)/name, folder/name)
 
 # %% ../nbs/11_denoiser.ipynb #56afa577

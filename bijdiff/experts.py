@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import matplotlib.pyplot as plt
 from torch import Tensor
+from fastai.torch_core import tensor
 from fastcore.basics import patch
-from .core import check_whole
+from .core import check_seed, check_whole
 from .moe import BijectiveMoE, expert_streams, route_shares
 from .learner import InFit, base_model
 
@@ -66,7 +67,8 @@ def mutual_information(
     seed:int=0, # Of the shuffles
 )->float: # Bits; about 0, of either sign, where there is nothing
     "What one label tells about another, less what it would seem to tell by chance"
-    (a,b),g = (np.unique(o, return_inverse=True)[1] for o in (a, b)),np.random.default_rng(seed)
+    if not len(a) or len(a)!=len(b): raise ValueError(f'a has {len(a)} labels and b has {len(b)}; expected as many of both, and at least one')
+    (a,b),g = (np.unique(o, return_inverse=True)[1] for o in (a, b)),np.random.default_rng(check_seed(seed))
     return _plug_in(a, b)-float(np.mean([_plug_in(a, g.permutation(b)) for _ in range(n_shuffles)]))
 
 # %% ../nbs/17a_experts.ipynb #3ad78ee8
@@ -85,7 +87,7 @@ def token_kinds(
 # %% ../nbs/17a_experts.ipynb #63acb9e4
 class ExpertCallback(InFit):
     "Watches the experts of a mixture while it trains"
-    run_valid = False
+    run_valid,records = False,('step','looks','grads')
     def __init__(self,
         every:int=25, # Steps from one look at the streams to the next
         n_texts:int=8, # Texts of the batch that are looked at
@@ -112,13 +114,13 @@ class ExpertCallback(InFit):
     def _give_routes(self, m, args, kwargs): return args, kwargs if m.k_active is None else {**kwargs, 'routes':{}}
     def _keep(self, m, args, kwargs, out): self.seen = dict(x=args[0].detach()[:self.n_texts], y=out[0].detach()[:self.n_texts], mask=kwargs.get('mask'), routes=kwargs.get('routes'))
     def close(self):
-        "Take the hooks off the model; whoever ends a fit calls it, whatever ended it"
+        "Take the hooks off the model"
         for h in self.hooks: h.remove()
         self.hooks = []
     def after_pred(self): self.close()
     def after_cancel_batch(self): self.close()
 
-    def after_backward(self): self.grads.append(torch.stack([torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [ps[0].new_zeros(())]).norm() for ps in self.params]).detach().cpu())
+    def after_backward(self): self.grads.append(torch.stack([torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [ps[0].new_zeros(())]).norm() for ps in self.params]).tolist())
 
     def after_batch(self):
         if self.seen: self.looks.append(dict(step=self.step, **self._look(**self.seen)))
@@ -152,7 +154,7 @@ def flags(self:ExpertCallback)->list: # Sentences; none where all is well
     if not self.grads: raise ValueError('ExpertCallback has seen no step yet; fit the learner first')
     n,last = self.moe.n_experts,self.looks[-1] if self.looks else {}
     fair = dict(share=1/n, routed=(self.moe.k_active or n)/n)
-    g = torch.stack(self.grads[-self.every:]).mean(0)
+    g = tensor(self.grads[-self.every:]).mean(0)
     res = [f'expert {i} hardly gets a gradient: {v:.1e} of the largest one' for i,v in enumerate((g/g.max().clamp(min=1e-30)).tolist()) if v<1e-3]
     for k,what in dict(share='adds hardly anything', routed='is hardly ever chosen').items():
         res += [f'expert {i} {what}: {v:.2%}, where a fair share is {fair[k]:.0%}' for i,v in enumerate(last.get(k, [])) if v<.01*fair[k]]
@@ -162,7 +164,7 @@ def flags(self:ExpertCallback)->list: # Sentences; none where all is well
 def gradient_ratio(self:ExpertCallback)->float: # Smallest over all steps
     "The smallest expert's gradient norm as a share of the largest one's, at the worst step; the first step apart, where nothing has moved"
     if len(self.grads)<2: raise ValueError(f'ExpertCallback has seen too few steps ({len(self.grads)}); expected at least 2')
-    g = torch.stack(self.grads[1:])
+    g = tensor(self.grads[1:])
     return (g.min(1)[0]/g.max(1)[0].clamp(min=1e-30)).min().item()
 
 # %% ../nbs/17a_experts.ipynb #655f5157
@@ -173,7 +175,7 @@ def plot(self:ExpertCallback):
     fig,axs = plt.subplots(2, 2, figsize=(9, 5.6))
     (ga,sa),(ca,ta) = axs
     n,steps = self.moe.n_experts,[o['step'] for o in self.looks]
-    for i,g in enumerate(torch.stack(self.grads).T): ga.plot(g, lw=.8, label=f'expert {i}')
+    for i,g in enumerate(tensor(self.grads).T): ga.plot(g, lw=.8, label=f'expert {i}')
     ga.set(title='Gradient norm', yscale='log'); ga.legend(fontsize=7)
     for i in range(n): sa.plot(steps, [o['share'][i] for o in self.looks], 'o-', ms=3, label=f'expert {i}')
     for i in range(n if 'routed' in self.looks[0] else 0): sa.plot(steps, [o['routed'][i] for o in self.looks], '--', c=f'C{i}', lw=.8)

@@ -13,12 +13,11 @@ import numpy as np
 import torch, matplotlib.pyplot as plt
 from torch import Tensor, nn
 from fastai.basics import *
-from fastai.callback.all import GradientAccumulation
 from .core import check_seed, check_whole, evaluating
 from .corruption import Noisy
 from .block import layer_by_layer
 from .coupling import lattice_limit
-from .learner import InFit, OnHeldOut, base_model
+from .learner import InFit, LossScaleCallback, OnHeldOut, base_model
 
 # %% ../nbs/17b_instruments.ipynb #9d9b959e
 def _step(cb):
@@ -45,7 +44,7 @@ class ProbeCallback(InFit):
         x = torch.stack([data[i][0] for i in range(min(self.n_texts, len(data)))]).as_subclass(Tensor)
         t = (torch.arange(len(x))+.5)/len(x)
         if corruption.T: t = (t*corruption.T).ceil()/corruption.T
-        noisy = Noisy(*(o if o is None else o.to(self.dls.device) for o in corruption.sample(x, t, torch.Generator().manual_seed(check_seed(self.seed)))))
+        noisy = Noisy(*(o.to(self.dls.device) for o in corruption.sample(x, t, torch.Generator().manual_seed(check_seed(self.seed)))))
         x,t = x.to(self.dls.device),t.to(self.dls.device)
         c = self.learn.corruption
         self.fixed = c.inputs(noisy, t),c.targets(x, noisy, t)
@@ -76,7 +75,7 @@ def _norm(tensors): return torch.stack([o.norm() for o in tensors]).norm().item(
 
 class BlockNormCallback(InFit):
     "Norm of the gradient of each block before clipping, and of the step relative to the weights"
-    order,run_valid,records = GradientAccumulation.order+1,False,('rows',)
+    order,run_valid,records = LossScaleCallback.order+.5,False,('rows',)                   # before clipping
     def __init__(self,
         every:int=20, # Steps from one look to the next
     ):
@@ -170,5 +169,5 @@ class TensorBoardCallback(RunLogCallback):
         step = row.pop('step') if 'step' in row else (row.pop('epoch')+1)*len(self.dls.train)
         for k,v in row.items():
             if math.isfinite(v): self.writer.add_scalar(k, v, step)
-    def after_fit(self):
+    def close(self):
         if hasattr(self, 'writer'): self.writer.close()

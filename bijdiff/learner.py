@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'base_model', 'DiffusionLoss', 'DiffusionLearner', 'CorruptionCallback', 'Instrument', 'InFit',
            'BoundCallback', 'OnHeldOut', 'LogDetCallback', 'InvertibilityCallback', 'ThroughputCallback',
-           'OscillationCallback', 'EMACallback', 'AutocastCallback', 'inversion_nats', 'ObjectiveCallback',
-           'read_checkpoint', 'check_options', 'CheckpointCallback', 'noise_fields', 'Reading', 'diffusion_learner',
-           'TableCallback']
+           'OscillationCallback', 'EMACallback', 'AutocastCallback', 'LossScaleCallback', 'inversion_nats',
+           'ObjectiveCallback', 'read_checkpoint', 'check_options', 'CheckpointCallback', 'noise_fields',
+           'InstrumentMetric', 'diffusion_learner', 'TableCallback']
 
 # %% ../nbs/17_learner.ipynb #3655c04a
-import hashlib, json, math, random, time
+import json, math, random, time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastai.callback.all import *
 from fastai.distributed import DistributedDL
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
-from .core import check_whole, evaluating
+from .core import check_seed, check_whole, evaluating
 from .corruption import Corruption, Noisy, get_schedule, low_discrepancy_times
 from .coupling import LatticeError
 from .block import layer_by_layer
@@ -298,19 +299,41 @@ class AutocastCallback(Callback):
         self.region = None
 
 @patch
-def to_bf16(self:Learner)->Learner:
+def to_bf16(self:DiffusionLearner)->DiffusionLearner:
     "Compute in bfloat16 where autocast does, on any device"
     return self.to_fp32().add_cb(AutocastCallback(torch.bfloat16))
 
 @patch
-def to_fp32(self:Learner)->Learner:
+def to_fp32(self:DiffusionLearner)->DiffusionLearner:
     "Compute in float32"
-    return self.remove_cbs([AutocastCallback, MixedPrecision])
+    return self.remove_cbs([AutocastCallback, LossScaleCallback])
+
+# %% ../nbs/17_learner.ipynb #50c1a0b5
+class LossScaleCallback(Callback):
+    "Multiply the loss so that small gradients are no zeros in float16, and leave out steps with gradients that overflow"
+    order,records = MixedPrecision.order,('scaling',)
+    def __init__(self, **kwargs): self.kwargs = kwargs
+    def before_fit(self): self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type, **self.kwargs)
+    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+    def before_step(self):
+        self.left_out = True
+        self.scaler.step(self)
+        if self.left_out: raise CancelStepException
+    def after_step(self): self.scaler.update()
+
+    @property
+    def param_groups(self): return self.opt.param_groups                                # the scaler takes it for an optimiser
+    def step(self): self.left_out = False
+    @property
+    def scaling(self): return self.scaler.state_dict()
+    @scaling.setter
+    def scaling(self, s): self.scaler.load_state_dict(s)
 
 @patch
-def to_fp16(self:DiffusionLearner, **kwargs)->Learner:
-    "Compute in float16 where autocast does, with a scaled loss; keywords go to fastai's `to_fp16`"
-    return Learner.to_fp16(self.to_fp32(), **kwargs)
+@delegates(torch.amp.GradScaler.__init__, but='device')
+def to_fp16(self:DiffusionLearner, **kwargs)->DiffusionLearner:
+    "Compute in float16 where autocast does, with a scaled loss, on any device; keywords go to the scaler"
+    return self.to_fp32().add_cbs([AutocastCallback(torch.float16), LossScaleCallback(**kwargs)])
 
 # %% ../nbs/17_learner.ipynb #d8bc7216
 def inversion_nats(
@@ -387,15 +410,15 @@ def plot(self:ObjectiveCallback):
 # %% ../nbs/17_learner.ipynb #010ed423
 def _pack_opt(opt):
     "Optimiser state as tensors and plain numbers"
-    tensors,plain = {},[]
-    for i,s in enumerate(opt.state_dict()['state']):
+    tensors,plain,d = {},[],opt.state_dict()
+    for i,s in enumerate(d['state']):
         tensors.update({f'opt.{i}.{k}':v for k,v in s.items() if isinstance(v, Tensor)})
         plain.append({k:v for k,v in s.items() if not isinstance(v, Tensor)})
-    return tensors,plain
+    return tensors,dict(state=plain, hypers=[dict(h) for h in d['hypers']])
 
 def _unpack_opt(opt, tensors, plain):
-    state = [{**s, **{k.split('.',2)[2]:v for k,v in tensors.items() if k.startswith(f'opt.{i}.')}} for i,s in enumerate(plain)]
-    opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in opt.hypers]))
+    state = [{**s, **{k.split('.',2)[2]:v for k,v in tensors.items() if k.startswith(f'opt.{i}.')}} for i,s in enumerate(plain['state'])]
+    opt.load_state_dict(dict(state=state, hypers=plain['hypers']))
 
 # %% ../nbs/17_learner.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
@@ -437,6 +460,7 @@ class CheckpointCallback(InFit):
     def before_fit(self):
         super().before_fit()
         if self.run and type(self.opt) is not Optimizer: raise ValueError(f"the optimiser is a {type(self.opt).__name__}; expected an Optimizer of fastai, whose state a checkpoint can hold")
+        self.network_and_text = _plain(_network_and_text(self.learn))
         if self.run and self.resume: self._restore(*read_checkpoint(self.folder))
         self.resume = self.resume and not self.run                                      # once
 
@@ -444,15 +468,23 @@ class CheckpointCallback(InFit):
         if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content()})
 
 # %% ../nbs/17_learner.ipynb #bf847fdb
-def _records(learn):
-    "Attributes of callbacks that a checkpoint keeps"
-    return dict(recorder=('lrs','iters','losses','values')) | {cb.name:type(cb).records for cb in learn.cbs if hasattr(type(cb), 'records')} | {cb.name:('best','wait') for cb in learn.cbs if isinstance(cb, TrackerCallback)}
+def _records(cb):
+    "Attributes of a callback that a checkpoint keeps"
+    if isinstance(cb, Recorder): return 'lrs','iters','losses','values'
+    return ('best','wait') if isinstance(cb, TrackerCallback) else getattr(type(cb), 'records', ())
+
+def _numbered(cbs):
+    "Callbacks by name, and by number where there are several of a name"
+    seen = Counter()
+    for cb in cbs:
+        seen[cb.name] += 1
+        yield f'{cb.name} {seen[cb.name]}',cb
 
 def _network_and_text(learn):
     "The configuration of the network, and which text it is trained on"
     ids,config = learn.dls.train.dataset.ids,asdict(base_model(learn.model).config)
     vocab = json.dumps(learn.dls.tokenizer.to_dict(), sort_keys=True).encode()
-    return config | dict(text=f'{len(ids):,} tokens, sha256 {hashlib.sha256(ids.numpy().tobytes()+vocab).hexdigest()[:12]}')
+    return config | dict(text=f'{len(ids):,} tokens, sha256 {tensors_hash(dict(ids=ids), vocab)[:12]}')
 
 def _plain(o): return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
 
@@ -467,8 +499,7 @@ def _content(self:CheckpointCallback):
     if hasattr(self.learn, 'ema'): tensors |= {f'ema.{i}':a for i,a in enumerate(self.learn.ema.average)}
     smooth = self.recorder.smooth_loss
     meta = dict(options=self._all_options(), n_epoch=self.n_epoch, done=self.epoch+1, opt=plain, smooth=[float(smooth.val), smooth.count],
-                network_and_text=_network_and_text(self.learn),
-                records={c:{n:getattr(getattr(self.learn, c), n) for n in ns if hasattr(getattr(self.learn, c), n)} for c,ns in _records(self.learn).items()})
+                network_and_text=self.network_and_text, records={k:{n:getattr(cb, n) for n in _records(cb) if hasattr(cb, n)} for k,cb in _numbered(self.learn.cbs)})
     tensors,rest = {k:v.detach().cpu().contiguous() for k,v in tensors.items()},json.dumps(_plain(meta))
     return to_safetensors(tensors, dict(bijdiff_checkpoint=rest, hash=_checkpoint_hash(tensors, rest)))
 
@@ -476,16 +507,16 @@ def _content(self:CheckpointCallback):
 def _restore(self:CheckpointCallback, tensors, meta):
     "Put everything back"
     check_options({**meta['options'], 'epochs':meta['n_epoch']}, {**self._all_options(), 'epochs':self.n_epoch})
-    check_options(meta['network_and_text'], _plain(_network_and_text(self.learn)))
+    check_options(meta['network_and_text'], self.network_and_text)
     part = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
     base_model(self.model).load_state_dict(part('model.'))
-    _unpack_opt(self.opt, {k:v.to(self.dls.device) for k,v in tensors.items()}, meta['opt'])
+    _unpack_opt(self.opt, {k:v.to(self.dls.device) for k,v in tensors.items() if k.startswith('opt.')}, meta['opt'])
     if ema := part('ema.'):
         for a,(i,v) in zip(self.learn.ema.average, sorted(ema.items(), key=lambda o: int(o[0]))): a.copy_(v)
     val,count = meta['smooth']
     self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = tensor(val),count
-    for c,ns in meta['records'].items():
-        for n,v in ns.items() if hasattr(self.learn, c) else (): setattr(getattr(self.learn, c), n, v)
+    for k,cb in _numbered(self.learn.cbs):
+        for n,v in meta['records'].get(k, {}).items(): setattr(cb, n, v)
     self.learn.first_epoch = meta['done']
 
 # %% ../nbs/17_learner.ipynb #ebc280ac
@@ -530,13 +561,13 @@ def _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_li
     return corruption,config
 
 # %% ../nbs/17_learner.ipynb #1b29a550
-class Reading(Metric):
+class InstrumentMetric(Metric):
     "What an instrument of the learner shows, as a column of the table"
     name,learn = None,None
     def __init__(self,
         name:str, # Of the column
         instrument:str, # Name of the callback
-        attr:str='value', # Its attribute
+        attr:str, # Its attribute
     ): store_attr()
     def reset(self): pass
     def accumulate(self, learn): self.learn = learn
@@ -545,7 +576,8 @@ class Reading(Metric):
 
 def _metrics():
     "Columns of the table that is printed while training"
-    return [Reading('bound', 'bound', 'bits'), Reading('se', 'bound', 'se'), Reading('log_det', 'log_det'), Reading('inverse_error', 'invertibility'), Reading('tokens_per_s', 'throughput')]
+    columns = dict(bound=('bound', 'bits'), se=('bound', 'se'), log_det=('log_det', 'value'), inverse_error=('invertibility', 'value'), tokens_per_s=('throughput', 'value'))
+    return [InstrumentMetric(k, *v) for k,v in columns.items()]
 
 @delegates(Learner.__init__, but='loss_func')
 def diffusion_learner(
@@ -565,7 +597,7 @@ def diffusion_learner(
     **kwargs
 )->DiffusionLearner:
     "A learner for a bijective denoiser of the text in `dls`"
-    if seed<0: raise ValueError(f'seed is {seed}; expected at least 0')
+    seed = check_seed(seed)
     for k,v in dict(lambda_likelihood=lambda_likelihood, lambda_invert=lambda_invert).items():
         if not 0<=v<math.inf: raise ValueError(f'{k} is {v}; expected a number of at least 0')
     corruption,config = _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_likelihood, fields or {})
@@ -590,7 +622,7 @@ class TableCallback(InFit):
     order,old_logger = Recorder.order-1,None
     def before_fit(self):
         super().before_fit()
-        if self.run: self.old_logger,self.learn.logger,self.rows = self.learn.logger,self._row,0
+        if self.run and not rank_distrib(): self.old_logger,self.learn.logger,self.rows = self.learn.logger,self._row,0
     def close(self):
         if self.old_logger: self.learn.logger,self.old_logger = self.old_logger,None
     def _row(self, row):

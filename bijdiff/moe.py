@@ -14,7 +14,7 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from itertools import groupby
 from fastcore.basics import patch, store_attr
-from .core import Bijection, BijectiveSequential, check_whole, sum_log_determinants
+from .core import Bijection, BijectiveSequential, check_whole, is_whole, sum_log_determinants
 from .coupling import AdditiveCoupling, AffineCoupling, CouplingNet, at_text, to_lattice
 from .reversible import TwoStage, couple_all, uncouple_all
 from .attention import head_dim
@@ -27,9 +27,9 @@ def check_experts(
     k_active=None, # How many act per position; all if None
 ):
     "Refuse numbers of experts that make no mixture"
-    if not isinstance(n_experts, int) or isinstance(n_experts, bool) or n_experts<2:
+    if not is_whole(n_experts) or n_experts<2:
         raise ValueError(f'n_experts is {n_experts!r}; expected a whole number of at least 2 (a single expert is a plain BijectiveTransformer: leave n_experts out)')
-    if k_active is not None and (not isinstance(k_active, int) or isinstance(k_active, bool) or not 1<=k_active<=n_experts):
+    if k_active is not None and (not is_whole(k_active) or not 1<=k_active<=n_experts):
         raise ValueError(f'k_active is {k_active!r}; expected a whole number from 1 to n_experts={n_experts}, or None for all of them')
 
 # %% ../nbs/07_moe.ipynb #39534282

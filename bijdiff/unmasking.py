@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .core import check_whole, is_whole
+from .core import check_seed, check_whole, is_whole
 from .corruption import Corruption, Schedule, get_schedule
 from .denoiser import BijectiveDenoiser, outputs, token_logits
 
@@ -78,12 +78,14 @@ class UnmaskingRule:
         if self.rule is None or isinstance(self.rule, str):
             if self.rule not in RULES: raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}, or positions")
         else:
-            object.__setattr__(self, 'rule', tuple(int(i) for i in self.rule))
-            if sorted(self.rule)!=list(range(len(self.rule))): raise ValueError(f'rule is {self.rule}; expected each of the positions 0 to {len(self.rule)-1} once')
-        if not is_whole(self.seed): raise ValueError(f'seed is {self.seed!r}; expected a whole number')
+            places = [i.item() if hasattr(i, 'item') else i for i in self.rule]
+            object.__setattr__(self, 'rule', tuple(places))
+            if not all(map(is_whole, places)) or sorted(places)!=list(range(len(places))): raise ValueError(f'rule is {self.rule}; expected each of the positions 0 to {len(self.rule)-1} once')
+        object.__setattr__(self, 'seed', check_seed(self.seed))
         counts = ['tokens','block_length'] + ['steps']*(self.steps is not None)
-        for k in counts: check_whole(k, getattr(self, k))
-        for k in ('seed',*counts): object.__setattr__(self, k, int(getattr(self, k)))            # of Python's own kind, for files
+        for k in counts:
+            check_whole(k, getattr(self, k))
+            object.__setattr__(self, k, int(getattr(self, k)))                              # of Python's own kind, for files
         if self.steps is not None and self.tokens>1: raise ValueError(f'steps is {self.steps} and tokens is {self.tokens}; expected one of them')
         token_probs(torch.zeros(1), self.temperature, self.top_p)
         if self.schedule is not None: object.__setattr__(self, 'schedule', get_schedule(self.schedule))

@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from bijdiff import codec, unmasking
+from bijdiff import codec, denoiser, unmasking
 from bijdiff.codec import CODEC_VERSION, MAGIC, compress, compress_file, decompress, decompress_file, fingerprint
 from bijdiff.corruption import Corruption, Cosine
 from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
@@ -251,6 +251,8 @@ def test_files_are_not_overwritten(tmp_path, monkeypatch):
     assert f.read_bytes()==DATA and names(tmp_path)==['a', 'a.bij']
     with pytest.raises(FileNotFoundError, match='none does not exist'): compress_file(MODEL, tmp_path/'none')
     with pytest.raises(ValueError, match='is a folder'): compress_file(MODEL, tmp_path)
+    for kw,msg in ((dict(rule='best'), "^rule is 'best'"), (dict(bs=0), '^bs is 0')):                                # not the file's fault
+        with pytest.raises(ValueError, match=msg): compress_file(MODEL, f, tmp_path/'new', **kw)
     assert names(tmp_path)==['a', 'a.bij']
 
 def full(*a, **kw): raise OSError('no space left on device')
@@ -262,7 +264,7 @@ class FullFile:
     def write(self, b):
         self.f.write(b[:len(b)//2])
         full()
-FAILURES = {'damaged file':(lambda mp: None, ValueError), 'in the network':(lambda mp: mp.setattr(codec, 'unmask', interrupted), KeyboardInterrupt), 'in the middle of writing':(lambda mp: mp.setattr(codec, 'open', FullFile, raising=False), OSError), 'at the end of writing':(lambda mp: mp.setattr(codec.os, 'fsync', full), OSError), 'when moving':(lambda mp: [mp.setattr(codec.os, o, full) for o in ('replace', 'link')], OSError)}
+FAILURES = {'damaged file':(lambda mp: None, ValueError), 'in the network':(lambda mp: mp.setattr(codec, 'unmask', interrupted), KeyboardInterrupt), 'in the middle of writing':(lambda mp: mp.setattr(denoiser, 'open', FullFile, raising=False), OSError), 'at the end of writing':(lambda mp: mp.setattr(codec.os, 'fsync', full), OSError), 'when moving':(lambda mp: [mp.setattr(codec.os, o, full) for o in ('replace', 'link')], OSError)}
 @pytest.mark.parametrize('name', FAILURES)
 def test_failures_leave_everything_as_it_was(name, tmp_path, monkeypatch):
     fail,error = FAILURES[name]

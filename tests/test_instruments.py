@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from fastai.basics import SGD, Adam, Callback, CancelFitException, CancelStepException
-from fastai.callback.all import GradientAccumulation, GradientClip
+from fastai.callback.all import GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
 from torch import nn
 from bijdiff import instruments, learner
 from bijdiff.block import layer_by_layer
@@ -14,6 +14,7 @@ from bijdiff.core import Bijection
 from bijdiff.corruption import Corruption, HalfCosine
 from bijdiff.data import pydoc_corpus, text_dls
 from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
+from bijdiff.experts import ExpertCallback
 from bijdiff.instruments import BlockNormCallback, ProbeCallback, RunLogCallback, StreamRangeCallback, TensorBoardCallback, parameters_by_block
 from bijdiff.learner import CheckpointCallback, CorruptionCallback, DiffusionLearner, DiffusionLoss, EMACallback, InvertibilityCallback, LogDetCallback, ObjectiveCallback, diffusion_learner, inversion_nats
 from bijdiff.moe import BijectiveMoE
@@ -224,6 +225,22 @@ def test_records_and_log_after_a_resume(tmp_path):
     got,want = lines(a/'log.jsonl'),lines(b/'log.jsonl')
     assert cut==4 and got[:cut]==want[:cut] and got[cut:]==want[3:]           # the line of the epoch that was cut off comes again
     assert [l['step'] for l in got if 'step' in l]==[2, 4, 6, 6, 8] and [l['epoch'] for l in got if 'epoch' in l]==[0, 1]
+
+def savers(): return [SaveModelCallback(monitor='bound', fname='a'), SaveModelCallback(monitor='valid_loss', fname='b')]
+def plateau(): return [ReduceLROnPlateau(monitor='valid_loss', patience=1, min_delta=10.)]                        # nothing is good enough for it
+STATEFUL = {'two savers':(savers, lambda l: [cb.best for cb in l.cbs if isinstance(cb, SaveModelCallback)], {}), 'reduced rate':(plateau, lambda l: [h['lr'] for h in l.opt.hypers], {}),
+            'scaled loss':(list, lambda l: l.loss_scale.scaling, {}), 'experts':(lambda: [ExpertCallback(3)], lambda l: (l.expert.step, l.expert.grads, l.expert.looks), dict(n_experts=2))}
+@pytest.mark.parametrize('name', STATEFUL)
+def test_callbacks_go_on_after_a_resume(name, tmp_path):
+    cbs,state,fields = STATEFUL[name]
+    def run(d, *more, **kw):
+        l = make(CheckpointCallback(tmp_path/d, **kw), *cbs(), *more, path=tmp_path/d, fields=fields)
+        if name=='scaled loss': l.to_fp16(init_scale=2.**40)
+        return train(l, 4, 1e-3, flat=True)
+    with pytest.raises(KeyboardInterrupt): run('a', Plug(3, 1))
+    resumed,whole = run('a', resume=True),run('b')
+    assert json.dumps(state(resumed))==json.dumps(state(whole))
+    assert all(torch.equal(v, weights(whole)[k]) for k,v in weights(resumed).items())
 
 def test_a_record_that_is_lost_is_seen(monkeypatch, tmp_path):
     monkeypatch.setattr(StreamRangeCallback, 'records', ())
