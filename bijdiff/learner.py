@@ -298,16 +298,6 @@ class AutocastCallback(Callback):
         if self.region: self.region.__exit__(None, None, None)
         self.region = None
 
-@patch
-def to_bf16(self:DiffusionLearner)->DiffusionLearner:
-    "Compute in bfloat16 where autocast does, on any device"
-    return self.to_fp32().add_cb(AutocastCallback(torch.bfloat16))
-
-@patch
-def to_fp32(self:DiffusionLearner)->DiffusionLearner:
-    "Compute in float32"
-    return self.remove_cbs([AutocastCallback, LossScaleCallback])
-
 # %% ../nbs/17_learner.ipynb #50c1a0b5
 class LossScaleCallback(Callback):
     "Multiply the loss so that small gradients are no zeros in float16, and leave out steps with gradients that overflow"
@@ -328,6 +318,17 @@ class LossScaleCallback(Callback):
     def scaling(self): return self.scaler.state_dict()
     @scaling.setter
     def scaling(self, s): self.scaler.load_state_dict(s)
+
+# %% ../nbs/17_learner.ipynb #8663c3c2
+@patch
+def to_bf16(self:DiffusionLearner)->DiffusionLearner:
+    "Compute in bfloat16 where autocast does, on any device"
+    return self.to_fp32().add_cb(AutocastCallback(torch.bfloat16))
+
+@patch
+def to_fp32(self:DiffusionLearner)->DiffusionLearner:
+    "Compute in float32"
+    return self.remove_cbs([AutocastCallback, LossScaleCallback])
 
 @patch
 @delegates(torch.amp.GradScaler.__init__, but='device')

@@ -257,6 +257,10 @@ def test_instruments_are_back_after_an_interrupted_lr_find(tmp_path):
 
 # Norms by block
 
+def test_norms_under_a_scaled_loss_are_those_of_the_gradients():
+    plain,scaled = (train(change(make(BlockNormCallback(1))), 1).block_norm.rows[0]['gradient'] for change in (DiffusionLearner.to_fp32, partial(DiffusionLearner.to_fp16, init_scale=2.**10)))
+    assert any(plain.values()) and all(abs(scaled[k]-v)<=.05*v+1e-4 for k,v in plain.items())
+
 def own_blocks(m):
     "By attribute, not by name"
     b,out = m.backbone,dict(embed=m.embed, entry=m.entry, norm=m.norm, readout=m.readout, latent=m.latent, gap_readout=m.gap_readout)
