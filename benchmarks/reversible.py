@@ -18,8 +18,9 @@ from torch.profiler import profile, record_function, ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 from fastcore.script import call_parse
 import bijdiff
-from bijdiff.block import BijectiveTransformer
-from bijdiff.coupling import halves, to_lattice
+from bijdiff.layers.lattice import to_lattice
+from bijdiff.layers.coupling import halves
+from bijdiff.layers.block import BijectiveTransformer
 
 bits = 12
 presets = dict(

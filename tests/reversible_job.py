@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 import torch.distributed as dist
-from bijdiff.block import BijectiveTransformer
-from bijdiff.coupling import to_lattice
+from bijdiff.layers.lattice import to_lattice
+from bijdiff.layers.block import BijectiveTransformer
 
 class Model(nn.Module):
     "A stack, and a layer that takes no part"

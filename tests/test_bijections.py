@@ -6,12 +6,14 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from bijdiff.block import BijectiveTransformer, BijectiveTransformerBlock
-from bijdiff.core import BijectiveSequential, as_transform
-from bijdiff.coupling import AdditiveCoupling, AffineCoupling, BijectiveLinear, CouplingNet, LatticeError, LinearCoupling, PairRotation, Permutation, ShearedLinear, to_lattice
-from bijdiff.attention_inverse import BijectiveMultiHeadAttention
-from bijdiff.multiscale import MultiscaleTransformer
-from bijdiff.norm import ActNorm, InvertibleLayerNorm
+from bijdiff.layers.bijection import as_transform, BijectiveSequential
+from bijdiff.layers.lattice import LatticeError, to_lattice
+from bijdiff.layers.coupling import AdditiveCoupling, AffineCoupling, CouplingNet
+from bijdiff.layers.linear import BijectiveLinear, LinearCoupling, PairRotation, Permutation, ShearedLinear
+from bijdiff.layers.norm import ActNorm, InvertibleLayerNorm
+from bijdiff.layers.attention_inverse import BijectiveMultiHeadAttention
+from bijdiff.layers.block import BijectiveTransformer, BijectiveTransformerBlock
+from bijdiff.layers.multiscale import MultiscaleTransformer
 
 def wild(m, std=.4, seed=0):
     "Random weights: at the identity initialisation nearly every claim holds"

@@ -3,10 +3,14 @@ import math
 from functools import lru_cache
 from itertools import combinations, product
 import numpy as np, pytest, torch
-from bijdiff import denoiser, likelihood, objective
-from bijdiff.corruption import Corruption, Geometric, GIDDCorruption, HalfCosine, Polynomial, low_discrepancy_times
-from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
-from bijdiff.likelihood import closing_nats, nelbo, nelbo_draws, reconstruction_nats, score_ids
+from bijdiff.diffusion import objective
+from bijdiff.likelihood import bounds
+from bijdiff.model import predictions
+from bijdiff.diffusion.schedules import Geometric, HalfCosine, low_discrepancy_times, Polynomial
+from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.likelihood.bounds import closing_nats, nelbo, nelbo_draws, reconstruction_nats, score_ids
 
 L = 2
 def half_cosine(t): return .05+.95*math.cos(math.pi/2*t)
@@ -171,8 +175,8 @@ GIDD = 'gidd', 'gidd, gamma 1'
 def bent(request, monkeypatch):
     "For noise whose estimate has no finite variance: times dense at 0, and the integrand weighed with that"
     if request.node.callspec.params['name'] not in GIDD: return
-    monkeypatch.setattr(likelihood, 'low_discrepancy_times', lambda *a: low_discrepancy_times(*a)**4)
-    monkeypatch.setattr(likelihood, 'output_integrand', lambda model, out, noisy, t, c: denoiser.output_integrand(model, out, noisy, t, c)*4*t**.75)
+    monkeypatch.setattr(bounds, 'low_discrepancy_times', lambda *a: low_discrepancy_times(*a)**4)
+    monkeypatch.setattr(bounds, 'output_integrand', lambda model, out, noisy, t, c: predictions.output_integrand(model, out, noisy, t, c)*4*t**.75)
 
 @names
 def test_estimates_are_the_bound(name, bent): judge(name)
@@ -229,9 +233,9 @@ def test_seeds_fix_the_draws():
 
 def scaled(f, by=1.08): return lambda *a, **kw: f(*a, **kw)*by
 def without(f): return scaled(f, 0.)
-FAULTS = {'weight of masks':(objective, 'masked_nelbo', scaled, 'mask', 'mask, geometric', 'mask, 4 steps'), 'weight of hybrids':(objective, 'hybrid_nelbo', scaled, 'hybrid, geometric', 'all three, geometric', 'hybrid, 4 steps'), 'weight of scores':(denoiser, 'score_entropy', scaled, 'mask, scores, told the time', 'uniform, scores, geometric'),
-          'weight of insertions':(objective, 'insertion_nelbo', lambda f: scaled(f, 1.1), 'mask, delete, geometric'), 'no reconstruction':(likelihood, 'reconstruction_nats', without, 'mask, geometric', 'hybrid, geometric', 'uniform, scores, geometric', 'all three, geometric'),
-          'no closing':(likelihood, 'closing_term', without, 'mask', 'hybrid, much left', 'all three, much left'), 'no cost of the length':(likelihood, 'length_term', without, 'mask, delete', 'all three'), 'no jump':(likelihood, 'insertion_jump', without, 'mask, delete, geometric'),
+FAULTS = {'weight of masks':(objective, 'masked_nelbo', scaled, 'mask', 'mask, geometric', 'mask, 4 steps'), 'weight of hybrids':(objective, 'hybrid_nelbo', scaled, 'hybrid, geometric', 'all three, geometric', 'hybrid, 4 steps'), 'weight of scores':(predictions, 'score_entropy', scaled, 'mask, scores, told the time', 'uniform, scores, geometric'),
+          'weight of insertions':(objective, 'insertion_nelbo', lambda f: scaled(f, 1.1), 'mask, delete, geometric'), 'no reconstruction':(bounds, 'reconstruction_nats', without, 'mask, geometric', 'hybrid, geometric', 'uniform, scores, geometric', 'all three, geometric'),
+          'no closing':(bounds, 'closing_term', without, 'mask', 'hybrid, much left', 'all three, much left'), 'no cost of the length':(bounds, 'length_term', without, 'mask, delete', 'all three'), 'no jump':(bounds, 'insertion_jump', without, 'mask, delete, geometric'),
           'noise of another time':(Corruption, 'sample', lambda f: lambda self, x, t, g=None: f(self, x, t*.8, g), 'mask, geometric', 'uniform, geometric', 'mask, delete, geometric')}
 @pytest.mark.parametrize('fault', FAULTS)
 def test_judge_refuses(fault, monkeypatch):
@@ -240,8 +244,8 @@ def test_judge_refuses(fault, monkeypatch):
     for name in names:
         with pytest.raises(AssertionError, match='standard errors off'): judge(name)
 
-END_FAULTS = {'starts from masks alone':(Corruption, 'pure_noise', lambda f: lambda self, text, g: torch.full(text.shape, self.mask_id), 'hybrid, much left', 'all three, much left'), 'missing tokens at the end':(likelihood, '_put_back', lambda f: lambda noisy, mask: noisy.xt, 'all three, much left'),
-              'scores taken for logits':(BijectiveDenoiser, 'clean_logits', lambda f: lambda self, out, xt, m: out, 'uniform, scores, geometric'), 'length not paid':(likelihood, 'binomial_log_prior', lambda f: lambda n, c: torch.zeros(n+1).double(), 'mask, delete')}
+END_FAULTS = {'starts from masks alone':(Corruption, 'pure_noise', lambda f: lambda self, text, g: torch.full(text.shape, self.mask_id), 'hybrid, much left', 'all three, much left'), 'missing tokens at the end':(bounds, '_put_back', lambda f: lambda noisy, mask: noisy.xt, 'all three, much left'),
+              'scores taken for logits':(bounds, 'clean_logits', lambda f: lambda model, out, xt, m: out, 'uniform, scores, geometric'), 'length not paid':(bounds, 'binomial_log_prior', lambda f: lambda n, c: torch.zeros(n+1).double(), 'mask, delete')}
 @pytest.mark.parametrize('fault', END_FAULTS)
 def test_judge_of_ends_refuses(fault, monkeypatch):
     where,what,how,*names = END_FAULTS[fault]

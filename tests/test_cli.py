@@ -16,7 +16,7 @@ def finish(p):
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-    from bijdiff.data import pydoc_corpus
+    from bijdiff.data.corpora import pydoc_corpus
     path = tmp_path_factory.mktemp('corpus')/'text.txt'
     path.write_text(pydoc_corpus()[:80_000], encoding='utf-8')
     return path
@@ -145,7 +145,7 @@ def test_killed_and_resumed_is_bitwise_equal(corpus, tmp_path, extra):
 
 def test_full_disk_keeps_the_old_model(trained, corpus, tmp_path):
     "Writing stops at a file size limit, as on a full disk: one line, status 2, and the old model still loads"
-    from bijdiff.denoiser import BijectiveDenoiser
+    from bijdiff.model.denoiser import BijectiveDenoiser
     out = tmp_path/'model'
     BijectiveDenoiser.from_pretrained(trained[0]).save_pretrained(out)
     before = {p.name:p.read_bytes() for p in out.iterdir()}
@@ -166,10 +166,10 @@ def test_bad_options(corpus, tmp_path, args, message):
 
 def test_resumes_after_the_last_epoch(corpus, tmp_path):
     "A run that could not save its model at the end can still do so"
-    from bijdiff.learner import CheckpointCallback
+    from bijdiff.training.checkpoint import CheckpointCallback
     args = ['--corpus', corpus, *small, '--out', tmp_path/'m']
     script = tmp_path/'bijdiff_train.py'                                     # its name makes it the command
-    script.write_text("from bijdiff.denoiser import BijectiveDenoiser as D\ndef full(*a): raise OSError(28, 'No space left on device')\n"
+    script.write_text("from bijdiff.model.denoiser import BijectiveDenoiser as D\ndef full(*a): raise OSError(28, 'No space left on device')\n"
                       "D.save_pretrained = full\nfrom bijdiff.cli import bijdiff_train\nbijdiff_train()")
     res = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
     assert res.returncode==2 and 'No space left on device' in res.stderr, res.stderr

@@ -4,15 +4,20 @@ from functools import lru_cache
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from bijdiff import codec, denoiser, unmasking
-from bijdiff.codec import CODEC_VERSION, MAGIC, compress, compress_file, decompress, decompress_file, fingerprint
-from bijdiff.corruption import Corruption, Cosine
-from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
-from bijdiff.exact_likelihood import log_prob
-from bijdiff.likelihood import pieces
-from bijdiff.sampling import sample
-from bijdiff.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
-from bijdiff.unmasking import RULES, UnmaskingRule
+from bijdiff.likelihood import codec
+from bijdiff.model import saving
+from bijdiff.sampling import rules
+from bijdiff.diffusion.schedules import Cosine
+from bijdiff.diffusion.corruption import Corruption
+from bijdiff.data.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
+from bijdiff.likelihood.codec import CODEC_VERSION, compress, compress_file, decompress, decompress_file
+from bijdiff.likelihood.codec import fingerprint, MAGIC
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.sampling.rules import RULES, UnmaskingRule
+from bijdiff.sampling.generate import sample
+from bijdiff.likelihood.bounds import pieces
+from bijdiff.likelihood.exact import log_prob
 
 def tiny(tokenizer=None, seed=0, std=.3, sure=1., **kw):
     "A small denoiser with random weights, whose logits are multiplied"
@@ -26,7 +31,7 @@ def tiny(tokenizer=None, seed=0, std=.3, sure=1., **kw):
 MODEL,SURE = tiny(),tiny(std=.6, sure=3.)
 ORDER = tuple(torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist())
 EVERY_RULE = [UnmaskingRule(o, 4, seed=3, block_length=5) for o in (*RULES, ORDER)]
-rules = pytest.mark.parametrize('rule', EVERY_RULE, ids=lambda o: str(o.rule)[:13])
+each_rule = pytest.mark.parametrize('rule', EVERY_RULE, ids=lambda o: str(o.rule)[:13])
 def noise(n, seed=0): return random.Random(seed).randbytes(n)
 
 # Round trips
@@ -86,7 +91,7 @@ def judge_size(m, data, rule, bs=3):
     assert abs(bits-want)<.001*want+64, f'{bits} bits, not {want:.0f}'
     assert decompress(m, blob)==data
     return bits
-@rules
+@each_rule
 def test_as_many_bits_as_the_likelihood_says(rule):
     "For what the model expects far fewer than 8 a byte, for what it does not expect far more"
     data = bytes(sample(SURE, 30, rule=rule, seed=1).flatten().tolist())
@@ -181,7 +186,7 @@ def test_other_arithmetic(n, rule, monkeypatch):
     "A decoder that rounds differently gets something else, and says why; a long file also gets bits that the coder would never write"
     blob = compress(SURE, noise(n), rule, 2, bs=512)
     with monkeypatch.context() as mp:
-        mp.setattr(unmasking, 'token_probs', lambda logits, *a, f=unmasking.token_probs: f(logits.bfloat16(), *a))
+        mp.setattr(rules, 'token_probs', lambda logits, *a, f=rules.token_probs: f(logits.bfloat16(), *a))
         refused(blob, 'the file is whole, but what comes out is not what went in.*expected the same software', SURE)
     assert decompress(SURE, blob)==noise(n)
 
@@ -264,7 +269,7 @@ class FullFile:
     def write(self, b):
         self.f.write(b[:len(b)//2])
         full()
-FAILURES = {'damaged file':(lambda mp: None, ValueError), 'in the network':(lambda mp: mp.setattr(codec, 'unmask', interrupted), KeyboardInterrupt), 'in the middle of writing':(lambda mp: mp.setattr(denoiser, 'open', FullFile, raising=False), OSError), 'at the end of writing':(lambda mp: mp.setattr(codec.os, 'fsync', full), OSError), 'when moving':(lambda mp: [mp.setattr(codec.os, o, full) for o in ('replace', 'link')], OSError)}
+FAILURES = {'damaged file':(lambda mp: None, ValueError), 'in the network':(lambda mp: mp.setattr(codec, 'unmask', interrupted), KeyboardInterrupt), 'in the middle of writing':(lambda mp: mp.setattr(saving, 'open', FullFile, raising=False), OSError), 'at the end of writing':(lambda mp: mp.setattr(codec.os, 'fsync', full), OSError), 'when moving':(lambda mp: [mp.setattr(codec.os, o, full) for o in ('replace', 'link')], OSError)}
 @pytest.mark.parametrize('name', FAILURES)
 def test_failures_leave_everything_as_it_was(name, tmp_path, monkeypatch):
     fail,error = FAILURES[name]

@@ -5,8 +5,11 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import solve_ivp
 from scipy.stats import norm
-from bijdiff import corruption
-from bijdiff.corruption import Corruption, Cosine, CosineSquared, Geometric, GIDDCorruption, HalfCosine, LogLinear, Polynomial, corruption_from_dict, count_gaps, low_discrepancy_times, pack, schedules, get_schedule
+from bijdiff.diffusion import corruption
+from bijdiff.diffusion.schedules import Cosine, CosineSquared, Geometric, get_schedule, HalfCosine, LogLinear
+from bijdiff.diffusion.schedules import low_discrepancy_times, Polynomial, schedules
+from bijdiff.diffusion.packing import count_gaps, pack
+from bijdiff.diffusion.corruption import Corruption, corruption_from_dict, GIDDCorruption
 
 V,h = 3,math.pi/2
 # schedule: alpha by hand, from 1 at t=0 (but for the geometric one)

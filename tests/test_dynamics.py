@@ -1,8 +1,9 @@
 """Statistics of loss curves on series whose truth is known: how often intervals hold, noise is called a period, a period is found. Each claim is also put to a broken version of the code."""
 import numpy as np, pytest
 from scipy import signal, stats
-from bijdiff import dynamics as D
-from bijdiff.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend, oscillation, oscillation_windows, plot_runs, plot_spectrum, plot_trend, seed_interval
+from bijdiff.training import dynamics as D
+from bijdiff.training.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend, oscillation
+from bijdiff.training.dynamics import oscillation_windows, plot_runs, plot_spectrum, plot_trend, seed_interval
 
 TRUE = 2.,3.,80.
 def trend(n, a=2., b=3., tau=80.): return a+b*np.exp(-np.arange(n)/tau)

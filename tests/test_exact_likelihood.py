@@ -5,19 +5,23 @@ from itertools import combinations, permutations, product
 import numpy as np, pytest, torch
 from torch.nn.functional import pad
 from chi_square import chi_square
-from bijdiff import exact_likelihood, unmasking
-from bijdiff.corruption import Corruption, Cosine, HalfCosine, Polynomial
-from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig, LatentDensity
-from bijdiff.exact_likelihood import all_orders_nats, latent_nats, log_prob, order_bound, order_estimate, order_nats, token_nats
-from bijdiff.sampling import sample
-from bijdiff.unmasking import RULES, UnmaskingRule
+from bijdiff.likelihood import exact as likelihood
+from bijdiff.sampling import rules
+from bijdiff.diffusion.schedules import Cosine, HalfCosine, Polynomial
+from bijdiff.diffusion.corruption import Corruption
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser, LatentDensity
+from bijdiff.sampling.rules import RULES, UnmaskingRule
+from bijdiff.sampling.generate import sample
+from bijdiff.likelihood.exact import all_orders_nats, latent_nats, log_prob, order_bound, order_estimate
+from bijdiff.likelihood.exact import order_nats, token_nats
 
 V,L,N = 3,4,200_000                                                                        # tokens 0, 1, 2, the mask is 3
 TESTS = 60                                                                                 # chi-square tests in this file, at most
 ORDER = (3, 1, 0, 2)
 EVERY_RULE = (*RULES, ORDER)
 X = torch.tensor(list(product(range(V), repeat=L)))                                        # all texts
-real = {k:getattr(unmasking, k) for k in ('token_probs', 'certainty', 'reveal_ranks', 'reveal_counts', 'conditionals')}
+real = {k:getattr(rules, k) for k in ('token_probs', 'certainty', 'reveal_ranks', 'reveal_counts', 'conditionals')}
 
 class Toy(BijectiveDenoiser):
     "A network whose answers are random numbers, one for each text it can be asked about, and move with time if it is told it"
@@ -149,7 +153,7 @@ def test_tokens_a_pass():
     for rule in EVERY_RULE:
         same(log_prob(m, X, tokens=2, **of_rule(rule)), log_prob(m, X, steps=2, **of_rule(rule)))
         sums_to_one(p := log_prob(m, fitting(given), template=given, tokens=2, **of_rule(rule)))
-        assert (p-log_prob(m, fitting(given), template=given, steps=2, **of_rule(rule))).abs().max()>.01 and unmasking.reveal_counts(3, tokens=2)==[2, 1]
+        assert (p-log_prob(m, fitting(given), template=given, steps=2, **of_rule(rule))).abs().max()>.01 and rules.reveal_counts(3, tokens=2)==[2, 1]
     with pytest.raises(ValueError, match='tokens is 0'): log_prob(m, X, tokens=0)
     with pytest.raises(ValueError, match='steps is 2 and tokens is 3'): log_prob(m, X, steps=2, tokens=3)
 
@@ -222,7 +226,7 @@ def test_the_chi_square_refuses(name, monkeypatch):
     what,fault,rule,steps,kw = IN_THE_SAMPLER[name]
     p = probabilities(rule, steps, **kw)
     judge(written(rule, steps, N//4, **kw), p)
-    monkeypatch.setattr(unmasking, what, fault)
+    monkeypatch.setattr(rules, what, fault)
     with pytest.raises(AssertionError, match='p-value|impossible'): judge(written(rule, steps, N//4, **kw), p)
 
 def test_the_chi_square_refuses_other_rules():
@@ -242,8 +246,8 @@ def forgetful(model, x, where, rule, lengths):
     return real['conditionals'](model, x.masked_fill(seen&(seen.cumsum(1)==1), V), where, rule, lengths)
 def one_step_late(masked, places, sure=None): return real['reveal_ranks'](masked, places, sure).clamp(min=1)
 # in the likelihood alone
-IN_THE_LIKELIHOOD = {**{f'top-p left out, {rule}':(unmasking, 'token_probs', without_top_p, rule, None, dict(top_p=.8)) for rule in ('left_to_right', 'confidence')}, 'one token too many hidden':(exact_likelihood, 'conditionals', forgetful, 'random', None, {}),
-    'one token too few in a step':(exact_likelihood, 'reveal_ranks', one_step_late, 'left_to_right', None, {}), 'other counts':(exact_likelihood, 'reveal_counts', few_first, 'random', 2, {}), 'too warm':(unmasking, 'token_probs', warm, 'entropy', 2, {})}
+IN_THE_LIKELIHOOD = {**{f'top-p left out, {rule}':(rules, 'token_probs', without_top_p, rule, None, dict(top_p=.8)) for rule in ('left_to_right', 'confidence')}, 'one token too many hidden':(likelihood, 'conditionals', forgetful, 'random', None, {}),
+    'one token too few in a step':(likelihood, 'reveal_ranks', one_step_late, 'left_to_right', None, {}), 'other counts':(likelihood, 'reveal_counts', few_first, 'random', 2, {}), 'too warm':(rules, 'token_probs', warm, 'entropy', 2, {})}
 @pytest.mark.parametrize('name', IN_THE_LIKELIHOOD)
 def test_faults_of_the_likelihood_are_refused(name, monkeypatch):
     "Their sum is 1 nevertheless: by the samples, and by the slow implementation"
@@ -269,17 +273,17 @@ def test_the_sum_refuses(monkeypatch):
         return real['conditionals'](model, x, w, rule, lengths)
     with monkeypatch.context() as mp:
         seen = iter(X)
-        mp.setattr(unmasking, 'conditionals', note)
+        mp.setattr(rules, 'conditionals', note)
         total()
         seen = iter(X)
-        mp.setattr(unmasking, 'certainty', lambda p, rule: p.gather(-1, where[0][where[1][0]][:,None])[:,0])
+        mp.setattr(rules, 'certainty', lambda p, rule: p.gather(-1, where[0][where[1][0]][:,None])[:,0])
         with pytest.raises(AssertionError, match='the sum is not 1'): total()
     for what,fault,kw in (('certainty', of_drawn_tokens, {}), ('token_probs', lambda o, temperature, top_p: torch.where(real['token_probs'](o, temperature, top_p)>0, real['token_probs'](o, temperature), 0.), dict(top_p=.8))):
         total(**kw)
         with monkeypatch.context() as mp:
-            mp.setattr(unmasking, what, fault)
+            mp.setattr(rules, what, fault)
             with pytest.raises(AssertionError, match='the sum is not 1'): total(**kw)
-    monkeypatch.setattr(exact_likelihood, 'reveal_counts', lambda *a: real['reveal_counts'](*a)[:-1])
+    monkeypatch.setattr(likelihood, 'reveal_counts', lambda *a: real['reveal_counts'](*a)[:-1])
     with pytest.raises(AssertionError, match='the sum is not 1'): total('random')
 
 # Orders
@@ -396,7 +400,7 @@ def test_mode_and_batches(name, monkeypatch):
     for bs in (1, 7, 64): assert (f(m, x, bs=bs)-want).abs().max()<1e-12
     def broken(*a, **kw): raise KeyboardInterrupt
     m.train()
-    for module in (unmasking, exact_likelihood): monkeypatch.setattr(module, 'conditionals', broken)
+    for module in (rules, likelihood): monkeypatch.setattr(module, 'conditionals', broken)
     with pytest.raises(KeyboardInterrupt): f(m, x)
     assert m.training
 

@@ -1,4 +1,4 @@
-"""What watches a training run, against judges of its own: runs without it, losses and gradients written out by hand, forward hooks, dense Jacobians. Faults are planted to see that the judges see them. What is known to be wrong is marked xfail."""
+"""What watches a training run, against judges of its own: runs without it, losses and gradients written out by hand, forward hooks, dense Jacobians. Faults are planted to see that the judges see them."""
 from types import SimpleNamespace
 import json, math, random, sys, types
 from functools import cache, partial
@@ -8,16 +8,25 @@ import torch.nn.functional as F
 from fastai.basics import SGD, Adam, Callback, CancelFitException, CancelStepException
 from fastai.callback.all import GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
 from torch import nn
-from bijdiff import instruments, learner
-from bijdiff.block import layer_by_layer
-from bijdiff.core import Bijection
-from bijdiff.corruption import Corruption, HalfCosine
-from bijdiff.data import pydoc_corpus, text_dls
-from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
-from bijdiff.experts import ExpertCallback
-from bijdiff.instruments import BlockNormCallback, ProbeCallback, RunLogCallback, StreamRangeCallback, TensorBoardCallback, parameters_by_block
-from bijdiff.learner import CheckpointCallback, CorruptionCallback, DiffusionLearner, DiffusionLoss, EMACallback, InvertibilityCallback, LogDetCallback, ObjectiveCallback, diffusion_learner, inversion_nats
-from bijdiff.moe import BijectiveMoE
+from bijdiff.training import callbacks, instruments
+from bijdiff.layers.bijection import Bijection
+from bijdiff.layers.block import layer_by_layer
+from bijdiff.layers.moe import BijectiveMoE
+from bijdiff.diffusion.schedules import HalfCosine
+from bijdiff.diffusion.corruption import Corruption
+from bijdiff.data.corpora import pydoc_corpus
+from bijdiff.data.loaders import text_dls
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.training.instruments import BlockNormCallback, parameters_by_block, ProbeCallback, RunLogCallback
+from bijdiff.training.instruments import StreamRangeCallback, TensorBoardCallback
+from bijdiff.training.loop import DiffusionLearner, DiffusionLoss
+from bijdiff.training.noising import CorruptionCallback
+from bijdiff.training.callbacks import EMACallback, InvertibilityCallback, LogDetCallback
+from bijdiff.training.terms import inversion_nats, ObjectiveCallback
+from bijdiff.training.checkpoint import CheckpointCallback
+from bijdiff.training.learner import diffusion_learner
+from bijdiff.training.experts import ExpertCallback
 
 torch.set_num_threads(1)
 SMALL,N = dict(d_model=8, n_heads=2, n_layers=2, reversible=False),4                  # N steps an epoch
@@ -342,7 +351,7 @@ def test_step_that_is_called_off_moves_nothing():
 
 def walk(m, h, mask=None, cond=None):
     "States behind each coupling on two streams, without the couplings' own code; gradients pass through the rounding"
-    from bijdiff.attention import rotary_angles
+    from bijdiff.layers.attention import rotary_angles
     half,bits = h.shape[-1]//2,m.config.lattice_bits
     a,b = h[...,:half],h[...,half:]
     for c in m.backbone.couplings():
@@ -433,7 +442,7 @@ def judge_log_det(couple):
     assert l.invertibility.value<1e-4
 def test_log_determinants_by_layer_are_those_of_dense_jacobians(): judge_log_det('every')
 def test_a_wrong_log_determinant_is_seen(monkeypatch):
-    monkeypatch.setattr(learner, 'layer_by_layer', lambda *a, **kw: ((y, -d) for y,d in layer_by_layer(*a, **kw)))
+    monkeypatch.setattr(callbacks, 'layer_by_layer', lambda *a, **kw: ((y, -d) for y,d in layer_by_layer(*a, **kw)))
     with pytest.raises(AssertionError): judge_log_det('final')
 
 # The log

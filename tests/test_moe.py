@@ -6,11 +6,14 @@ from itertools import product
 import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
-from bijdiff import moe
-from bijdiff.block import BijectiveTransformer
-from bijdiff.coupling import AdditiveCoupling, LatticeError, to_lattice
-from bijdiff.moe import BijectiveMoE, CouplerMixer, ExpertEntry, Router, SparseMixer, SparseNet, balance_term, choose_experts, expert_streams, join_streams, route_shares, z_term
-from bijdiff.reversible import TwoStage
+from bijdiff.layers import sparse_moe
+from bijdiff.layers.lattice import LatticeError, to_lattice
+from bijdiff.layers.coupling import AdditiveCoupling
+from bijdiff.layers.reversible import TwoStage
+from bijdiff.layers.block import BijectiveTransformer
+from bijdiff.layers.coupled_experts import CouplerMixer, expert_streams, ExpertEntry, join_streams
+from bijdiff.layers.sparse_moe import balance_term, choose_experts, Router, SparseMixer, SparseNet, z_term
+from bijdiff.layers.moe import BijectiveMoE, route_shares
 from test_bijections import close, judge_density, judge_roundtrip, judge_types, wild
 from test_reversible import alike, differing, trial
 
@@ -362,7 +365,7 @@ def test_a_call_does_not_change_the_choices_of_another(reversible):
 @pytest.mark.parametrize('bits', [None, 12])
 def test_choices_are_made_once(bits, monkeypatch):
     calls = []
-    monkeypatch.setattr(moe, 'choose_experts', lambda z, k: calls.append(k) or choose_experts(z, k))
+    monkeypatch.setattr(sparse_moe, 'choose_experts', lambda z, k: calls.append(k) or choose_experts(z, k))
     m = mixture(layers=3, k_active=2, lattice_bits=bits)
     trial(m, state(m))
     assert calls==[2]*len(routers(m))==[2]*5
@@ -615,12 +618,12 @@ def narrow(mp):
 
 def full(mp):
     "An expert takes no more than half of the positions"
-    rows = moe.chosen_rows
-    mp.setattr(moe, 'chosen_rows', lambda chosen: tuple(t[:,:chosen.shape[1]//2] for t in rows(chosen)))
+    rows = sparse_moe.chosen_rows
+    mp.setattr(sparse_moe, 'chosen_rows', lambda chosen: tuple(t[:,:chosen.shape[1]//2] for t in rows(chosen)))
 
 def talkative(mp):
     "All write into the message, whether they act or not"
-    mp.setattr(moe.SparseCouplerNet, 'forward', lambda s, u, f=moe.SparseCouplerNet.forward: (lambda n: torch.where(u[...,-n:].repeat_interleave((u.shape[-1]-n)//n, -1)>0, f(s, torch.cat([u[...,:-n], u[...,-n:].clamp_min(1e-30)], -1)), 0.))(s.n_experts))
+    mp.setattr(sparse_moe.SparseCouplerNet, 'forward', lambda s, u, f=sparse_moe.SparseCouplerNet.forward: (lambda n: torch.where(u[...,-n:].repeat_interleave((u.shape[-1]-n)//n, -1)>0, f(s, torch.cat([u[...,:-n], u[...,-n:].clamp_min(1e-30)], -1)), 0.))(s.n_experts))
 
 def shared(mp):
     "The caller's dictionary is the one that the backward pass reads"
@@ -641,7 +644,7 @@ class NoTerms:
 
 class AllPositions:
     "Terms that count padding"
-    real = moe._AddGradient
+    real = sparse_moe._AddGradient
     @classmethod
     def apply(cls, z, chosen, *w): return cls.real.apply(z, chosen|~chosen.any(-1, keepdim=True), *w)
 
@@ -668,11 +671,11 @@ FAULTS = {'router reads the active half':(lambda mp: reads_active(mp, Router, la
     'attention has no gate':(ungated, [slow_sparse]), 'perceptrons have no gate':(ungated_net, [slow_sparse]), 'gates without a gradient':(detached, [slow_sparse, gradients_sparse]),
     'an expert has room for half':(full, [slow_sparse]), 'all write the message':(talkative, [slow_sparse]), 'calls share a dictionary':(shared, [calls_apart]),
     'an expert sees only its own':(narrow, [slow_sparse, sees_all]),
-    'one expert too few':(lambda mp: mp.setattr(moe, 'choose_experts', lambda z, k: choose_experts(z, 1)), [routes_kept, slow_sparse]),
-    'the worst are chosen':(lambda mp: mp.setattr(moe, 'choose_experts', lambda z, k: choose_experts(-z, k)), [slow_sparse]),
-    'no terms':(lambda mp: mp.setattr(moe, '_AddGradient', NoTerms), [judge_balance, balance_rebuilt]), 'terms count padding':(lambda mp: mp.setattr(moe, '_AddGradient', AllPositions), [judge_balance]),
-    'no balance':(lambda mp: mp.setattr(moe, 'balance_term', lambda z, c: z.sum()*0), [judge_balance]),
-    'square forgotten':(lambda mp: mp.setattr(moe, 'z_term', lambda z, c: z[c.any(-1)].logsumexp(-1).mean()), [judge_balance])}
+    'one expert too few':(lambda mp: mp.setattr(sparse_moe, 'choose_experts', lambda z, k: choose_experts(z, 1)), [routes_kept, slow_sparse]),
+    'the worst are chosen':(lambda mp: mp.setattr(sparse_moe, 'choose_experts', lambda z, k: choose_experts(-z, k)), [slow_sparse]),
+    'no terms':(lambda mp: mp.setattr(sparse_moe, '_AddGradient', NoTerms), [judge_balance, balance_rebuilt]), 'terms count padding':(lambda mp: mp.setattr(sparse_moe, '_AddGradient', AllPositions), [judge_balance]),
+    'no balance':(lambda mp: mp.setattr(sparse_moe, 'balance_term', lambda z, c: z.sum()*0), [judge_balance]),
+    'square forgotten':(lambda mp: mp.setattr(sparse_moe, 'z_term', lambda z, c: z[c.any(-1)].logsumexp(-1).mean()), [judge_balance])}
 @cache
 def accepts_what_is_honest(judge): judge(); return True
 

@@ -3,9 +3,12 @@ import math
 from itertools import product
 import numpy as np, pytest, torch
 from scipy.linalg import expm
-from bijdiff import objective
-from bijdiff.corruption import Corruption, CosineSquared, GIDDCorruption, LogLinear, Polynomial, Rates, Schedule, get_schedule
-from bijdiff.objective import bound_integrand, closing_term, hybrid_nelbo, insertion_nelbo, log_scores, masked_nelbo, reconstruction_term, score_entropy, uniform_nelbo
+from bijdiff.diffusion import objective
+from bijdiff.diffusion.schedules import CosineSquared, get_schedule, LogLinear, Polynomial, Schedule
+from bijdiff.diffusion.corruption import Corruption, GIDDCorruption, Rates
+from bijdiff.diffusion.objective import bound_integrand, closing_term, hybrid_nelbo, insertion_nelbo
+from bijdiff.diffusion.objective import log_scores, masked_nelbo, reconstruction_term, score_entropy
+from bijdiff.diffusion.objective import uniform_nelbo
 
 V,T0 = 4,(.05, .3, .62, .97)                          # size of the alphabet, the mask is 4; one time per text
 h,e = math.pi/2,.999                                  # eps is 1e-3

@@ -6,9 +6,9 @@ import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from bijdiff.block import BijectiveTransformer
-from bijdiff.coupling import to_lattice
-from bijdiff.reversible import TwoStage
+from bijdiff.layers.lattice import to_lattice
+from bijdiff.layers.reversible import TwoStage
+from bijdiff.layers.block import BijectiveTransformer
 import reversible_job as job
 
 def wild(m, seed=0):

@@ -7,12 +7,19 @@ from scipy.linalg import expm
 from scipy.stats import binom, poisson
 from torch.nn.functional import pad
 from chi_square import chi_square
-from bijdiff import sampling, unmasking
-from bijdiff.corruption import Corruption, Cosine, Geometric, GIDDCorruption, HalfCosine, LogLinear, Step
-from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig, Reading, output_integrand
-from bijdiff.objective import masked_nelbo, score_entropy, uniform_nelbo
-from bijdiff.sampling import Growing, Run, film_strip, sample, samplers_for, self_correct
-from bijdiff.unmasking import RULES, reveal_counts
+from bijdiff.sampling import generate, insertion, rules, samplers
+from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
+from bijdiff.diffusion.corruption import Corruption, GIDDCorruption, Step
+from bijdiff.diffusion.objective import masked_nelbo, score_entropy, uniform_nelbo
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser, Reading
+from bijdiff.model.predictions import output_integrand
+from bijdiff.sampling.rules import reveal_counts, RULES
+from bijdiff.sampling.samplers import Run
+from bijdiff.sampling.insertion import Growing
+from bijdiff.sampling.generate import sample, samplers_for
+from bijdiff.sampling.repair import self_correct
+from bijdiff.pictures import film_strip
 
 V,L,N,STEPS = 3,3,200_000,4                                                                # tokens 0, 1, 2, the mask is 3
 TESTS = 150                                                                                # chi-square tests in this file, at most
@@ -52,7 +59,7 @@ def toy(name): return Toy(V, L, NOISES[name][0], 34, **NOISES[name][2])
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     "What is the same for all texts is computed once"
-    monkeypatch.setattr(unmasking, 'reveal_counts', lru_cache(None)(reveal_counts))
+    monkeypatch.setattr(rules, 'reveal_counts', lru_cache(None)(reveal_counts))
     one = lru_cache(None)(lambda c, s, t, f=Corruption.step: f(c, torch.tensor([s], dtype=torch.float64), torch.tensor([t], dtype=torch.float64)))
     def step(self, s, t): return Step(*(o.expand(len(s)) for o in one(self, s[0].item(), t[0].item()))) if len(s)>1 and (s==s[0]).all() and (t==t[0]).all() else Corruption_step(self, s, t)
     Corruption_step = Corruption.step
@@ -206,28 +213,30 @@ def test_chains_of_masks_are_the_models_conditionals():
 def left_to_right(run):
     while (masked := run.x==V).any():
         first = masked & (masked.cumsum(1)==1)
-        run.write(first, sampling.draw(run.probs(.5, first), run.g))
+        run.write(first, samplers.draw(run.probs(.5, first), run.g))
 def by_drawn_token(probs, rule): return probs.gather(-1, torch.multinomial(probs, 1))[...,0]
-def with_own_evidence(model, f):
-    def g(out, xt, m):
+def with_evidence_twice(f):
+    "Clean tokens of which the symbol itself is evidence, as in a posterior"
+    def g(model, out, xt, m):
         kept,sub = (o[:,None,None] for o in (m.kept, m.substitute))
-        return f(out, xt, m)+torch.where(xt[...,None]==V, 1., kept*(xt[...,None]==torch.arange(V))+sub/V).clamp(min=1e-9).log()
+        return f(model, out, xt, m)+torch.where(xt[...,None]==V, 1., kept*(xt[...,None]==torch.arange(V))+sub/V).clamp(min=1e-9).log()
     return g
 def faster(f): return lambda self, t: type(r := f(self, t))(*(1.2*o for o in r))
-real = {k:getattr(sampling, k) for k in ('token_probs', 'reveal_probs', '_own', '_tweedie', 'draw')}
-warm = (sampling, 'token_probs', lambda o, temperature=1., top_p=1.: real['token_probs'](o, 1.1*temperature, top_p))
-FAULTS = {f'too warm: {name}, {how}':(name, how, warm) for name,how in (('mask', 'ancestral'), ('mask', 'tweedie'), ('mask', 'first_hitting'), ('uniform', 'tweedie'), ('hybrid', 'ancestral'), ('gidd', 'euler'))} | {
-    'revealed as another schedule says':('mask', 'ancestral', (sampling, 'reveal_probs', lambda n, _: real['reveal_probs'](n, HalfCosine()))), 'symbols say nothing in the end':('uniform', 'ancestral', (sampling, '_own', lambda probs, z, masses, V: probs)),
-    'posterior, not leave-one-out: uniform':('uniform', 'ancestral', with_own_evidence), 'posterior, not leave-one-out: hybrid':('hybrid', 'tweedie', with_own_evidence), 'score not taken back':('hybrid', 'tweedie', (sampling, '_tweedie', lambda score, z, step, V: real['_tweedie'](score, z, step._replace(token_to_token=.9*step.token_to_token), V))),
-    'scores too large':('uniform, scores', 'tweedie', (BijectiveDenoiser, 'scores', lambda self, *a, f=BijectiveDenoiser.scores: 1.05*f(self, *a))), 'rates too high':('hybrid', 'euler', (Corruption, 'event_rates', faster(Corruption.event_rates))), 'rates of masks too high':('mask', 'euler', (Corruption, 'event_rates', faster(Corruption.event_rates))),
-    'confidence of the drawn token':('mask', 'confidence', (unmasking, 'certainty', by_drawn_token)), 'rules swapped':('mask', 'entropy', (unmasking, 'certainty', lambda p, rule: p.max(-1).values)), 'from left to right':('mask', 'first_hitting', (sampling, 'first_hitting', left_to_right)),
-    'told another time':('gidd', 'ancestral', (Run, 'ask', lambda self, t, f=Run.ask: f(self, .9*t))), 'draws not independent':('mask', 'ancestral', (sampling, 'draw', lambda p, g: real['draw'](p, g)[torch.arange(p.shape[0])//2*2]))}
+real = {k:getattr(samplers, k) for k in ('token_probs', 'reveal_probs', '_tweedie', 'draw')}
+def warm(module):
+    "Too high a temperature wherever a module draws tokens"
+    return module, 'token_probs', lambda o, temperature=1., top_p=1.: real['token_probs'](o, 1.1*temperature, top_p)
+FAULTS = {f'too warm: {name}, {how}':(name, how, warm(samplers)) for name,how in (('mask', 'ancestral'), ('mask', 'tweedie'), ('mask', 'first_hitting'), ('uniform', 'tweedie'), ('hybrid', 'ancestral'), ('gidd', 'euler'))} | {
+    'revealed as another schedule says':('mask', 'ancestral', (samplers, 'reveal_probs', lambda n, _: real['reveal_probs'](n, HalfCosine()))), 'symbols say nothing in the end':('uniform', 'ancestral', (samplers, 'with_own_evidence', lambda probs, z, masses, V: probs)),
+    'posterior, not leave-one-out: uniform':('uniform', 'ancestral', (samplers, 'clean_logits', with_evidence_twice(samplers.clean_logits))), 'posterior, not leave-one-out: hybrid':('hybrid', 'tweedie', (samplers, 'clean_logits', with_evidence_twice(samplers.clean_logits))), 'score not taken back':('hybrid', 'tweedie', (samplers, '_tweedie', lambda score, z, step, V: real['_tweedie'](score, z, step._replace(token_to_token=.9*step.token_to_token), V))),
+    'scores too large':('uniform, scores', 'tweedie', (samplers, 'output_scores', lambda *a, f=samplers.output_scores: 1.05*f(*a))), 'rates too high':('hybrid', 'euler', (Corruption, 'event_rates', faster(Corruption.event_rates))), 'rates of masks too high':('mask', 'euler', (Corruption, 'event_rates', faster(Corruption.event_rates))),
+    'confidence of the drawn token':('mask', 'confidence', (rules, 'certainty', by_drawn_token)), 'rules swapped':('mask', 'entropy', (rules, 'certainty', lambda p, rule: p.max(-1).values)), 'from left to right':('mask', 'first_hitting', (generate, 'first_hitting', left_to_right)),
+    'told another time':('gidd', 'ancestral', (Run, 'ask', lambda self, t, f=Run.ask: f(self, .9*t))), 'draws not independent':('mask', 'ancestral', (samplers, 'draw', lambda p, g: real['draw'](p, g)[torch.arange(p.shape[0])//2*2]))}
 @pytest.mark.parametrize('name', FAULTS)
 def test_the_chi_square_refuses(name, monkeypatch):
     noise,how,fault = FAULTS[name]
     p = exact(noise, how)
-    if fault is with_own_evidence: monkeypatch.setattr(toy(noise), 'clean_logits', fault(toy(noise), toy(noise).clean_logits))
-    else: monkeypatch.setattr(*fault)
+    monkeypatch.setattr(*fault)
     with pytest.raises(AssertionError, match='p-value|impossible'): judge(written(noise, how, n=N//2), p)
 
 # Insertion and deletion
@@ -367,7 +376,7 @@ def test_insertion_with_the_best_network_writes_the_language():
     assert distance_from_the_language('all three')<.03>distance_from_the_language('mask, delete')
     assert distance_from_the_language('mask, delete', wrong=.2)>.04
 
-GROWTH_FAULTS = {'too many come back':(sampling, '_poisson', lambda mean, run, f=sampling._poisson: f(1.05*mean, run)), 'too warm':warm, 'expects too few':(sampling, 'expected_gaps', lambda *a, f=sampling.expected_gaps: f(*a)-.05),
+GROWTH_FAULTS = {'too many come back':(insertion, '_poisson', lambda mean, run, f=insertion._poisson: f(1.05*mean, run)), 'too warm':warm(insertion), 'expects too few':(insertion, 'expected_gaps', lambda *a, f=insertion.expected_gaps: f(*a)-.05),
                  'starts too long':(Growing, 'delete', lambda self, which, f=Growing.delete: f(self, which&(torch.rand(which.shape)<.95))), 'symbols from another time':(Corruption, 'reverse_posterior', lambda self, p, z, s, t, f=Corruption.reverse_posterior: f(self, p, z, .9*s, t))}
 @pytest.mark.parametrize('name', GROWTH_FAULTS)
 def test_the_chi_square_of_texts_that_grow_refuses(name, monkeypatch):
@@ -396,7 +405,7 @@ def test_settling_leaves_true_noise_as_it_is(name):
         w = Growing(torch.full((n, 40), W), W, 60)
         w.delete(torch.arange(61)>=lengths[:,None])
         assert torch.equal(w.lengths, lengths.long().clamp(max=40))
-        with torch.no_grad(): sampling._settle(Run(model, w.x, model.corruption, seed=passes), w, passes)
+        with torch.no_grad(): insertion._settle(Run(model, w.x, model.corruption, seed=passes), w, passes)
         judge_lengths(w.lengths.numpy(), mean)
 
 @pytest.mark.parametrize('name', BLANKS)
@@ -531,7 +540,7 @@ def count_draws(draw, rows, p=1e-3, seed=0):
     "How often anything but the last is drawn from many probabilities far below the resolution of float32"
     probs,g = torch.cat([torch.full((BIG,), p/BIG, dtype=torch.float64), torch.tensor([1-p], dtype=torch.float64)]).expand(50, -1),torch.Generator().manual_seed(seed)
     return sum((draw(probs, g)<BIG).sum().item() for _ in range(rows//50))
-def test_draws_of_tiny_probabilities(): assert binom.ppf(.05, 8000, 1e-3)<=count_draws(sampling.draw, 8000, seed=1)<=binom.isf(5e-4, 8000, 1e-3)
+def test_draws_of_tiny_probabilities(): assert binom.ppf(.05, 8000, 1e-3)<=count_draws(samplers.draw, 8000, seed=1)<=binom.isf(5e-4, 8000, 1e-3)
 
 # Repair
 WORDS = [[i]*8 for i in range(4)]+[[(i+j)%4 for j in range(8)] for i in range(4)]
@@ -672,7 +681,7 @@ def test_samplers_of_other_code(name, how): judge(guest_counts(name, how), exact
 
 def test_a_guest_who_misreads_is_noticed(monkeypatch):
     "Scores relative to another time, clean tokens relative to others"
-    from bijdiff.denoiser import MDLMGuest, SEDDGuest
+    from bijdiff.model.adapters import MDLMGuest, SEDDGuest
     monkeypatch.setattr(SEDDGuest, 'outputs', lambda self, x, sigma, f=SEDDGuest.outputs: f(self, x, sigma*1.03))
     for name in GUESTS:
         with pytest.raises(AssertionError): judge_guest_losses(name)

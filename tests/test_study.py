@@ -4,9 +4,11 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from bijdiff.data import pydoc_corpus, text_dls
-from bijdiff.denoiser import BijectiveDenoiser, DenoiserConfig
-from bijdiff.reversible import TwoStage
+from bijdiff.layers.reversible import TwoStage
+from bijdiff.data.corpora import pydoc_corpus
+from bijdiff.data.loaders import text_dls
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser
 
 BENCH = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(BENCH))
@@ -380,7 +382,7 @@ def test_scaled_embedding(bits):
 def test_a_training_that_leaves_the_lattice_is_a_result():
     "The others of a study go on; any other error is ours and stops"
     from contextlib import nullcontext
-    from bijdiff.coupling import LatticeError
+    from bijdiff.layers.lattice import LatticeError
     class Learn:
         no_bar,dls = nullcontext,SimpleNamespace(device=torch.device('cpu'))
         def __init__(self, error): self.error = error

@@ -13,12 +13,14 @@ def readme():
     nb.cells = [c for c in nb.cells if not hidden.search(c.source)]
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     body,_ = MarkdownExporter().from_notebook_node(nb)
-    body = re.sub(r'\]\((images/)', r'](nbs/\1', body)                       # pictures, seen from the top folder
-    body = re.sub(r'\]\((?:nbs/)?((?:\d\d\w?_|tutorials/|experiments/)\w+)\.html', r'](nbs/\1.ipynb', body)     # links to notebooks
+    body = re.sub(r'\]\((?=images/)', '](nbs/', body)                    # pictures, seen from the top folder
+    body = re.sub(r'\]\((?=[\w/]+\.ipynb)', '](nbs/', body)              # links to notebooks
     note = '<!-- Made from nbs/index.ipynb by tools/make_readme.py: edit there, not here. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
 if __name__=='__main__':
     path = root/'README.md'
-    if '--check' in sys.argv: sys.exit(0 if path.read_text(encoding='utf-8')==readme() else 'README.md differs from nbs/index.ipynb: run python tools/make_readme.py')
+    if '--check' in sys.argv:
+        same = path.read_text(encoding='utf-8')==readme()
+        sys.exit(0 if same else 'README.md differs from nbs/index.ipynb: run python tools/make_readme.py')
     path.write_text(readme(), encoding='utf-8')

@@ -1,0 +1,113 @@
+"""Train a small network of every kind with fixed seeds and print a hash of its weights, samples and bound.
+
+    python benchmarks/fixed_trainings.py OUT.json            train, and keep the hashes
+    python benchmarks/fixed_trainings.py --against OLD.json  train, and fail where a hash differs from the kept one
+
+Hashes are comparable on one machine with one version of Python and torch: a change of the code that must not change
+any number is tried before and after."""
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ['OMP_NUM_THREADS'] = '1'
+import torch
+from bijdiff.all import *
+
+SIZE = dict(d_model=16, n_heads=2, n_layers=2)
+UNIFORM = dict(mask=0., substitute=1.)
+KINDS = dict(
+    masks=dict(),
+    masks_in_steps=dict(T=8),
+    log_linear=dict(schedule='log_linear'),
+    hybrid=dict(noise=dict(mask=.8, substitute=.2)),
+    uniform=dict(noise=UNIFORM),
+    gidd=dict(noise='gidd'),
+    deletion=dict(noise=dict(mask=.8, delete=.2)),
+    all_noises=dict(noise=dict(mask=.6, substitute=.2, delete=.2)),
+    score_entropy=dict(objective='score_entropy'),
+    uniform_score_entropy=dict(objective='score_entropy', noise=UNIFORM),
+    standard=dict(fields=dict(bijective_ratio=0.)),
+    hybrid_stack=dict(fields=dict(n_bijective_layers=1)),
+    no_lattice=dict(fields=dict(lattice_bits=None)),
+    dropout=dict(fields=dict(dropout=.1)),
+    multiscale=dict(fields=dict(enable_multiscale=True)),
+    mixture=dict(fields=dict(n_experts=2)),
+    coupled_in_every_block=dict(fields=dict(n_experts=2, couple='every', enable_multiscale=True)),
+    sparse_mixture=dict(fields=dict(n_experts=3, k_active=2, router_balance=.01, router_z_loss=.001)),
+    latent_density=dict(lambda_likelihood=.1),
+    byte=dict(tokenizer='byte'),
+    bpe=dict(tokenizer='bpe'),
+    bfloat16=dict(bf16=True),
+    average=dict(ema=True),
+)
+
+def corruption_of(noise, vocab_size):
+    "The corruption of a kind, or None for masking with the schedule of the learner"
+    if noise is None: return None
+    if noise=='gidd': return GIDDCorruption(vocab_size)
+    return Corruption(vocab_size, **noise, schedule=HalfCosine())
+
+def learner_of(kind):
+    "A learner for one of KINDS, before its training"
+    o = dict(KINDS[kind])
+    dls = text_dls(pydoc_corpus()[:40000], o.pop('tokenizer', 'char'), seq_len=32, bs=8, device='cpu')
+    bf16,ema = o.pop('bf16', False),o.pop('ema', False)
+    corruption = corruption_of(o.pop('noise', None), dls.tokenizer.vocab_size)
+    learn = diffusion_learner(dls, corruption=corruption, fields=SIZE | o.pop('fields', {}), **o)
+    if ema: learn.add_cb(EMACallback(.9))
+    return learn.to_bf16() if bf16 else learn
+
+def hash_of_ids(model):
+    "Hash of eight samples: tensors of one length, or of different lengths where tokens are inserted"
+    samples = sample(model, 8, steps=16, seed=3)
+    return tensors_hash({str(i):o.contiguous() for i,o in enumerate(samples)})
+
+def hashes(kind):
+    "What a training of this kind ends with: weights, samples and the bound of a held-out text"
+    learn = learner_of(kind)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 1e-2)
+    model = learn.model.eval()
+    x = torch.stack([learn.dls.valid.dataset[i][0].as_subclass(torch.Tensor) for i in range(2)])
+    bound = nelbo_draws(model, x, 2, seed=5)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = BijectiveDenoiser.from_pretrained(folder)
+    weights = tensors_hash(model.state_dict())
+    assert tensors_hash(again.state_dict())==weights, f'{kind}: a saved model comes back with other weights'
+    res = dict(weights=weights, losses=tensors_hash(dict(l=torch.tensor(learn.oscillation.losses))),
+               samples=hash_of_ids(model), bound=tensors_hash(dict(b=bound)))
+    if not model.corruption.masks_only or model.config.score_head: return res
+    likelihood = log_prob(model, x[:,:12], 'confidence', steps=4)
+    return res | dict(log_prob=tensors_hash(dict(p=likelihood)))
+
+def machine():
+    "What the hashes depend on besides the code"
+    return dict(python=platform.python_version(), torch=torch.__version__, cpu=platform.processor() or platform.machine(),
+                capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('out', nargs='?', help='JSON file for the hashes')
+    parser.add_argument('--against', help='JSON file of an earlier run')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for kind in KINDS:
+        found[kind] = hashes(kind)
+        print(f"{kind:24} weights {found[kind]['weights'][:16]}  samples {found[kind]['samples'][:16]}", flush=True)
+    record = dict(command='python benchmarks/fixed_trainings.py OUT.json', machine=machine(), hashes=found)
+    if args.out: Path(args.out).write_text(json.dumps(record, indent=1)+'\n')
+    if args.against is None: return
+    old = json.loads(Path(args.against).read_text())
+    if old['machine']!=record['machine']:
+        print(f"the kept run had {old['machine']} and this one has {record['machine']}: hashes may differ for that alone")
+    differ = [f'{k}: {n}' for k in KINDS for n in found[k] if found[k][n]!=old['hashes'].get(k, {}).get(n)]
+    if differ: sys.exit('these differ: ' + ', '.join(differ))
+    print(f'all {len(found)} kinds end with the same bits')
+
+if __name__=='__main__': main()
