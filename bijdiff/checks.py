@@ -14,31 +14,31 @@ from torch import Tensor
 def is_whole(
     value, # Anything
 )->bool:
-    "Whether it is a whole number, of Python's own kind or of NumPy's"
+    "Return True for a whole number, of Python's own type or of NumPy's"
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 def check_whole(
-    name:str, # What the argument is called
-    value, # What was given
-    least:int=1, # The smallest that makes sense
+    name:str, # Name of the argument
+    value, # Value of the argument
+    least:int=1, # Smallest value allowed
 ):
-    "Refuse what is not a whole number of at least `least`"
+    "Check that a value is a whole number of at least `least`"
     if not is_whole(value) or value<least: raise ValueError(f'{name} is {value!r}; expected a whole number of at least {least}')
 
 def check_seed(
-    seed, # What was given
-)->int: # As generators take it
-    "Refuse what is no seed"
+    seed, # Value of the argument
+)->int: # The seed, of Python's own type
+    "Check that `seed` is a whole number in [0, 2**64)"
     if not is_whole(seed) or not 0<=seed<2**64: raise ValueError(f'seed is {seed!r}; expected a whole number from 0 to 2**64-1')
     return int(seed)
 
 # %% ../nbs/00_checks.ipynb #102e68ae
 def check_length(
-    name:str, # What it is called
-    value, # What was given
-    odd:bool=False, # Whether it must be odd
+    name:str, # Name of the argument
+    value, # Value of the argument
+    odd:bool=False, # Only odd values are allowed
 ):
-    "Refuse what is not a whole number of positions"
+    "Check that a value is a number of positions"
     if not is_whole(value) or value<1 or (odd and value%2==0):
         raise ValueError(f"{name} is {value!r}; expected {'an odd' if odd else 'a whole'} number of positions, at least 1")
 
@@ -46,16 +46,16 @@ def check_length(
 def check_T(
     T:int|None, # Number of steps; None for continuous time
 ):
-    "Refuse a number of steps that is none"
+    "Check that `T` is a number of steps, or None"
     if T is not None and (not is_whole(T) or T<1): raise ValueError(f'T is {T}; expected a whole number of at least 1 step, or None for continuous time')
 
 # %% ../nbs/00_checks.ipynb #36750e77
 def check_ids(
     x:Tensor, # Ids, (B, L)
-    highest:int, # Largest id
-    name:str='x0', # What it is called in errors
+    highest:int, # Largest id allowed
+    name:str='x0', # Name of the argument
 ):
-    "Ids that are none are an error"
+    "Check the shape, the type and the range of ids"
     if x.ndim!=2: raise ValueError(f'{name} has shape {tuple(x.shape)}; expected (B, L)')
     if not x.numel(): return
     if x.is_floating_point(): raise ValueError(f'{name} is {x.dtype}; expected whole numbers')
@@ -63,10 +63,10 @@ def check_ids(
 
 # %% ../nbs/00_checks.ipynb #5f678fd7
 def check_lengths(
-    lengths, # Tokens of each text, (B,); L if None
+    lengths, # Number of tokens of each sequence, (B,); L for all if None
     x:Tensor, # Ids, (B, L)
 )->Tensor: # (B,), on the CPU
-    "Lengths of texts, or an error that says what is wrong with them"
+    "Check that lengths are whole numbers in [0, L], one a sequence"
     B,L = x.shape
     lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths, device='cpu')
     whole = lengths.dtype!=torch.bool and not lengths.is_floating_point() or not B
@@ -76,9 +76,9 @@ def check_lengths(
 # %% ../nbs/00_checks.ipynb #987827db
 def check_times(
     t:Tensor, # Times, (B,)
-    n:int|None=None, # B, if known
-)->Tensor: # On the CPU, float64
-    "Times, or an error that says what is wrong with them"
+    n:int|None=None, # Batch size B; any if None
+)->Tensor: # Times in float64 on the CPU, (B,)
+    "Check that times are in [0, 1], one a sequence"
     if t.ndim!=1 or (n is not None and len(t)!=n): raise ValueError(f"t has shape {tuple(t.shape)}; expected ({'B' if n is None else n},), one time per text")
     t = t.detach().cpu().double()
     if not ((t>=0)&(t<=1)).all(): raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')

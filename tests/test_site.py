@@ -683,6 +683,27 @@ def test_the_sidebar_names_every_notebook_once(site):
 def test_the_configuration_names_no_filter(site):
     require_none(filter_faults(site), 'faults', '_quarto.yml')
 
+
+def make_the_readme(folder, settings):
+    "Exit status and output of the part of nbdev_docs that makes a README, where the present one is old"
+    (folder/'settings.ini').write_text(settings)
+    (folder/'nbs').mkdir(exist_ok=True)
+    (folder/'nbs'/'index.ipynb').write_bytes((root/'nbs'/'index.ipynb').read_bytes())
+    (folder/'README.md').write_text('ours')
+    os.utime(folder/'README.md', (0, 0))
+    command = 'from nbdev.quarto import nbdev_readme; nbdev_readme.__wrapped__(chk_time=True)'
+    done = subprocess.run([sys.executable, '-c', command], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+def test_nbdev_docs_leaves_the_readme_alone(tmp_path):
+    "README.md is made by tools/make_readme.py; in a fresh clone it may be older than the index"
+    settings = (root/'settings.ini').read_text()
+    status, out = make_the_readme(tmp_path, settings)
+    assert status == 0, f'nbdev tried to make another README; readme_nb must name no notebook: {out}'
+    assert (tmp_path/'README.md').read_text() == 'ours'
+    status, out = make_the_readme(tmp_path, re.sub('^readme_nb.*$', '', settings, flags=re.M))
+    assert status != 0 or (tmp_path/'README.md').read_text() != 'ours'
+
 # Every fault is planted once, in a small project of its own
 
 def markdown(text):

@@ -94,6 +94,7 @@ class BijectionReport(NamedTuple):
     forward_error: float # max |y - forward(inverse(y))|
     logdet_sum: float # max |logdet of forward + logdet of inverse|, nats
     logdet_error: float # max |logdet - log |det| of the dense Jacobian|, nats
+    def __repr__(self)->str: return ', '.join(f'{k} {v:.1e}' for k,v in self._asdict().items())
 
 def _worst(a): return a.detach().abs().max().item() if a.numel() else 0.
 
