@@ -99,11 +99,17 @@ class BarCallback(Callback):
         if hasattr(self, 'line'): self.line.close()
 
 # %% ../nbs/91_console.ipynb #a207d932
-def progress_bar(o): return tqdm(o, leave=False, disable=not sys.stdout.isatty())
+def progress_bar(
+    steps, # What is iterated over
+): # The same, with a bar on a terminal
+    "Show the progress of a loop on a terminal"
+    return tqdm(steps, leave=False, disable=not sys.stdout.isatty())
 
 # %% ../nbs/91_console.ipynb #df5abecc
-def check_folder(folder):
-    "Refuse a folder that cannot be written to"
+def check_folder(
+    folder, # A folder that exists
+):
+    "Check that files can be written to a folder"
     try:
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise OSError(f'{folder} cannot be written to ({e.strerror})') from None
@@ -112,7 +118,7 @@ def check_out(
     out, # Folder for the results
     resume:bool, # Whether an interrupted run is to be continued
 ):
-    "Refuse a folder for the results that cannot be written to or made, or holds an interrupted run that would be lost"
+    "Check a folder for results: it can be written to or made, and no interrupted run in it would be lost"
     out = Path(out)
     unfinished = (out/CHECKPOINT).exists()
     if resume and not unfinished: raise FileNotFoundError(f'{out/CHECKPOINT} does not exist: there is no interrupted run to resume')
@@ -122,19 +128,29 @@ def check_out(
 # %% ../nbs/91_console.ipynb #9fbe6de7
 def _same(a, b): return a.samefile(b) if a.exists() and b.exists() else a.resolve()==b.resolve()
 
-def check_target(path, taken):
-    "Refuse a place for a file before the work that fills it, if it cannot be written to or another file is there that is still needed"
+def check_target(
+    path, # File that is to be written
+    taken, # Files that the command reads or writes already
+):
+    "Check that a file can be written, before the work that fills it"
     path = Path(path).expanduser()
     if not path.parent.is_dir(): raise FileNotFoundError(f'the folder {path.parent} does not exist')
     if path.is_dir(): raise ValueError(f'{path} is a folder; expected the name of a file')
     if any(_same(path, Path(o).expanduser()) for o in taken): raise ValueError(f'{path} is read or written by this command already; choose another name')
     check_folder(path.parent)
 
-def write_one(path, content): write_atomically(Path(path).expanduser().parent, {Path(path).name:content})
+def write_one(
+    path, # File
+    content:bytes, # Its content
+):
+    "Write one file completely, or leave what is there"
+    write_atomically(Path(path).expanduser().parent, {Path(path).name:content})
 
 # %% ../nbs/91_console.ipynb #51ffe03a
-def png_bytes(fig):
-    "A figure as bytes"
+def png_bytes(
+    fig, # Figure of matplotlib; it is closed
+)->bytes:
+    "Return a figure as the content of a PNG file"
     f = io.BytesIO()
     fig.savefig(f, format='png', dpi=150, bbox_inches='tight')
     plt.close(fig)

@@ -61,8 +61,11 @@ def _is_file(s):
     if any(c in s for c in '\n\0') or len(s.encode(errors='replace'))>250: return False
     return Path(s).is_file() or bool(Path(s).suffix and ' ' not in s)
 
-def as_text(corpus, tokenizer):
-    "The text, if it is not a name"
+def as_text(
+    corpus:str|Path, # The text itself, 'pydoc', or the path of a text file
+    tokenizer, # A tokenizer or its kind; files are read as bytes for byte
+)->str:
+    "Return a text that is given as itself or by a name"
     if not isinstance(corpus, (str, Path)): raise ValueError(f'corpus is of type {type(corpus).__name__}; expected the text itself as a str, or the name or Path of a text file')
     s = str(corpus)
     name = isinstance(corpus, Path) or s=='pydoc' or _is_file(s)

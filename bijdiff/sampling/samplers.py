@@ -136,13 +136,20 @@ def first_hitting(
         run.write(reveal, draw(run.probs(run.corruption.schedule.t(1-hidden), reveal), run.g))
 
 # %% ../../nbs/sampling/51_samplers.ipynb #6d4d0624
-def start_from_noise(run):
-    "Draw noise where the text is free"
+def start_from_noise(
+    run:Run, # The sampler's state, changed in place
+):
+    "Replace every symbol that may change by noise of time 1"
     run.x = torch.where(run.free, run.corruption.pure_noise(run.free, run.g), run.x)
     run.show()
 
-def with_own_evidence(probs, z, masses, V):
-    "Probabilities of the clean tokens, with what the symbols themselves say, (..., V)"
+def with_own_evidence(
+    probs:Tensor, # Probabilities of the clean tokens that leave out the symbol itself, (..., V)
+    z:Tensor, # The symbols, ids 0..V, (...)
+    masses:Masses, # State probabilities at one time, the same for all
+    V:int, # Number of clean tokens
+)->Tensor: # Posterior of the clean tokens, (..., V)
+    "Condition the clean tokens on their own symbols, by Bayes' rule"
     kept,_,sub,_ = (o[0].item() for o in masses)
     same = torch.nn.functional.one_hot(z, V+1)[...,:-1]
     post = probs*torch.where((z==V)[...,None], 1., kept*same+sub/V)

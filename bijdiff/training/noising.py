@@ -25,7 +25,11 @@ def _mean_over_processes(x):
     torch.distributed.all_reduce(x)
     return x/num_distrib()
 
-def noise_seed(*key): return int(np.random.SeedSequence(key).generate_state(1)[0])
+def noise_seed(
+    *key:int, # Whole numbers of at least 0, such as seed, epoch and number of the text
+)->int: # Seed of a generator
+    "Mix several numbers into one seed"
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 class CorruptionCallback(Callback):
     "Turn a batch of clean ids into noisy ids, and clean ids, noisy ids and times"
