@@ -79,7 +79,7 @@ def check_times(
     n:int|None=None, # Batch size B; any if None
 )->Tensor: # Times in float64 on the CPU, (B,)
     "Check that times are in [0, 1], one a sequence"
-    if t.ndim!=1 or (n is not None and len(t)!=n): raise ValueError(f"t has shape {tuple(t.shape)}; expected ({'B' if n is None else n},), one time per text")
+    if t.ndim!=1 or (n is not None and len(t)!=n): raise ValueError(f"t has shape {tuple(t.shape)}; expected ({'B' if n is None else n},), one time per sequence")
     t = t.detach().cpu().double()
     if not ((t>=0)&(t<=1)).all(): raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')
     return t

@@ -27,7 +27,7 @@ from .training.callbacks import TableCallback
 from .training.checkpoint import CHECKPOINT, CheckpointCallback
 from .training.learner import diffusion_learner
 from .console import BarCallback, check_out, check_target, command, Param, pick_bf16, pick_device
-from .console import png_bytes, progress_bar, write_one
+from .console import png_bytes, terminal_bar, write_file
 
 # %% ../nbs/92_cli.ipynb #2152bdfd
 def _rule(title): print(f'\n── {title} '.ljust(76, '─'))
@@ -188,10 +188,10 @@ def _read(m, path):
 def _document(m, path, text, ids, rule, n, seed):
     "Bits of one text: exact, or a bound with its error bar; and those of its characters, if they are exact"
     if rule is None:
-        s = score_ids(m, ids, n, seed=seed, progress=progress_bar)
+        s = score_ids(m, ids, n, seed=seed, progress=terminal_bar)
         (bits,se),chars = (v*s.n_tokens for v in s.bits()),None
     else:
-        nats = text_nats(m, ids, rule, progress=progress_bar)
+        nats = text_nats(m, ids, rule, progress=terminal_bar)
         bits,se,chars = nats.sum().item()/math.log(2),0.,char_bits(m.tokenizer, ids, nats)
         if nats.isinf().any(): print(f'{path}: token {nats.isinf().nonzero()[0,0]} has probability 0 under this rule, and so has the text')
     return dict(file=path, tokens=len(ids), characters=len(text), bits=bits, se=se), chars
@@ -245,8 +245,8 @@ def bijdiff_score(
     _table(rows, rule)
     if rule is None: print(f'bound on minus the log-probability, {n} draws of the noise')
     else: print(f"exact minus log-probability, of the sampler with {', '.join(f'{k}={v}' for k,v in dict(rule=rule.rule, **{k:v for k,v in rule.to_dict().items() if k!='rule'}).items())}")
-    if json_file: write_one(json_file, _as_json(m, rule, n, rows))
-    if picture: write_one(picture, png_bytes(plot_bits(chars[0])))
+    if json_file: write_file(json_file, _as_json(m, rule, n, rows))
+    if picture: write_file(picture, png_bytes(plot_bits(chars[0])))
 
 # %% ../nbs/92_cli.ipynb #6f606e86
 @command
@@ -259,7 +259,7 @@ def bijdiff_compress(
     force:bool=False, # Overwrite an existing file
 ):
     "Compress a file with a model, to as many bits as its exact likelihood says"
-    before,after = compress_file(_load(model), file, out, force, rule=rule, steps=steps, progress=progress_bar)
+    before,after = compress_file(_load(model), file, out, force, rule=rule, steps=steps, progress=terminal_bar)
     print(f'{before:,} bytes -> {after:,} bytes' + (f', {8*after/before:.3f} bits per byte' if before else ''))
 
 @command
@@ -270,5 +270,5 @@ def bijdiff_decompress(
     force:bool=False, # Overwrite an existing file
 ):
     "Bring back a file that bijdiff_compress has compressed"
-    before,after = decompress_file(_load(model), file, out, force, progress=progress_bar)
+    before,after = decompress_file(_load(model), file, out, force, progress=terminal_bar)
     print(f'{before:,} bytes -> {after:,} bytes')

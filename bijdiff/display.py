@@ -17,7 +17,7 @@ def column_widths(
     return widths
 
 def show_pairs(
-    rows, # Tuples of texts
+    rows, # Rows, each a tuple of texts
     names, # Heading of each column
     width:int=88, # Characters of a line, at most
 ):

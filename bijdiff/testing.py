@@ -10,34 +10,34 @@ __all__ = ['random_weights', 'tiny_denoiser', 'roundtrip_error', 'peak_mib', 'ru
 import io, sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from unittest import mock
 import torch
 from torch import nn, Tensor
 from .diffusion.corruption import Corruption
 from .data.corpora import pydoc_corpus
 from .model.config import DenoiserConfig
 from .model.denoiser import BijectiveDenoiser
-from unittest import mock
 
 # %% ../nbs/90_testing.ipynb #70563de8
 def random_weights(
     m:nn.Module, # Any module, changed in place
     std:float=.3, # Standard deviation of every parameter
 )->nn.Module: # The module
-    "Draw all parameters from a normal distribution, in place of the identity initialisation"
+    "Draw every parameter from a normal distribution with mean 0"
     for p in m.parameters():
         nn.init.normal_(p, std=std)
     return m
 
 # %% ../nbs/90_testing.ipynb #ccf749dd
 def tiny_denoiser(
-    vocab_size:int, # V
-    seq_len:int, # Longest text
-    seed:int=0, # Of the weights
+    vocab_size:int, # Vocabulary size V
+    seq_len:int, # Longest sequence, in tokens
+    seed:int=0, # Seed of the weights
     std:float=.5, # Standard deviation of the weights
-    noise:Corruption|None=None, # The noise it is made for; masking if None
+    noise:Corruption|None=None, # Noise of the denoiser; masking if None
     **kwargs # Further fields of DenoiserConfig
 )->BijectiveDenoiser: # In float64 and in evaluation mode
-    "A denoiser of two blocks, 8 wide, with random weights"
+    "Return a denoiser of two blocks of width 8 with random weights"
     torch.manual_seed(seed)
     if noise is not None:
         own = dict(time_conditioning=not noise.masks_only, gap_head=noise.deletes, noise=noise.to_dict())
@@ -52,14 +52,14 @@ def roundtrip_error(
     x:Tensor, # State, (B, ...)
     **context, # Keywords for both directions
 )->float:
-    "The largest difference between a state and what comes back"
+    "Return the largest difference between a state and its reconstruction"
     y,_ = f(x, **context)
     return (f.inverse(y, **context)[0]-x).abs().max().item()
 
 def peak_mib(
     step, # Function without arguments
 )->float: # MiB
-    "The most memory that tensors held at once during `step`, on the CPU"
+    "Return the most memory that tensors allocated during `step` held at once, on the CPU"
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as prof: step()
     events = [e for e in prof.profiler.kineto_results.events() if e.name()=='[memory]']
@@ -69,19 +69,19 @@ def peak_mib(
 # %% ../nbs/90_testing.ipynb #c9fad386
 def run_command(
     f, # A command of the package
-    line:str, # Its arguments
+    line:str, # Arguments, separated by spaces
 )->tuple[int,str,str]: # Exit status, stdout and stderr
     "Run a command as if it had been started from a command line"
     out,err,status = io.StringIO(),io.StringIO(),0
     argv = [f'/somewhere/{f.__name__}', *line.split()]
     with mock.patch.object(sys, 'argv', argv), redirect_stdout(out), redirect_stderr(err):
         try: f()
-        except SystemExit as e: status = e.code
+        except SystemExit as e: status = e.code or 0
     return status, out.getvalue(), err.getvalue()
 
 # %% ../nbs/90_testing.ipynb #ad79825f
-def example_dls():
-    "Batches of 16 x 64 characters, from thirty thousand of the text that comes with Python"
+def example_dls(): # DataLoaders
+    "Batches of 16 x 64 characters, from the first 30,000 of `pydoc_corpus`"
     from bijdiff.data.loaders import text_dls
     return text_dls(pydoc_corpus()[:30_000], seq_len=64, bs=16)
 
@@ -91,8 +91,8 @@ def small_learner(
 ):
     "A learner with a network of two blocks, masking noise, and only the callbacks that are given"
     from fastai.basics import Adam,set_seed
-    from bijdiff.training.loop import DiffusionLearner,DiffusionLoss
-    from bijdiff.training.noising import CorruptionCallback
+    from bijdiff.training.noising import CorruptionCallback,DiffusionLoss
+    from bijdiff.training.loop import DiffusionLearner
     dls = dls or example_dls()
     corruption = Corruption(dls.tokenizer.vocab_size, schedule='half_cosine')
     set_seed(0)

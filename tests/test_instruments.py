@@ -18,15 +18,15 @@ from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.loaders import text_dls
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.training.instruments import BlockNormCallback, parameters_by_block, ProbeCallback, RunLogCallback
-from bijdiff.training.instruments import StreamRangeCallback, TensorBoardCallback
-from bijdiff.training.loop import DiffusionLearner, DiffusionLoss
-from bijdiff.training.noising import CorruptionCallback
+from bijdiff.training.noising import CorruptionCallback, DiffusionLoss
 from bijdiff.training.callbacks import EMACallback, InvertibilityCallback, LogDetCallback
+from bijdiff.training.loop import DiffusionLearner
 from bijdiff.training.terms import inversion_nats, ObjectiveCallback
 from bijdiff.training.checkpoint import CheckpointCallback
 from bijdiff.training.learner import diffusion_learner
 from bijdiff.training.experts import ExpertCallback
+from bijdiff.training.instruments import BlockNormCallback, parameters_by_block, ProbeCallback, RunLogCallback
+from bijdiff.training.instruments import StreamRangeCallback, TensorBoardCallback
 
 torch.set_num_threads(1)
 SMALL,N = dict(d_model=8, n_heads=2, n_layers=2, reversible=False),4                  # N steps an epoch

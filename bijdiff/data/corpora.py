@@ -63,7 +63,7 @@ def _is_file(s):
 
 def as_text(
     corpus:str|Path, # The text itself, 'pydoc', or the path of a text file
-    tokenizer, # A tokenizer or its kind; files are read as bytes for byte
+    tokenizer, # A tokenizer or its kind; for byte, files are read as bytes
 )->str:
     "Return a text that is given as itself or by a name"
     if not isinstance(corpus, (str, Path)): raise ValueError(f'corpus is of type {type(corpus).__name__}; expected the text itself as a str, or the name or Path of a text file')

@@ -23,19 +23,19 @@ class Noisy(NamedTuple):
 
 # %% ../../nbs/diffusion/21_packing.ipynb #0088a7be
 def pack(
-    x:Tensor, # (B, L)
-    alive:Tensor, # (B, L), bool
-    fill:int, # What stands behind the end
-)->Tensor: # (B, L)
-    "Move what is alive to the left, in order"
+    x:Tensor, # Ids, (B, L)
+    alive:Tensor, # True for surviving tokens, (B, L)
+    fill:int, # Id that fills the rest of a row
+)->Tensor: # Ids, (B, L)
+    "Move surviving tokens to the left, in order"
     order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)
     return torch.where(alive.gather(1, order), x.gather(1, order), fill)
 
 # %% ../../nbs/diffusion/21_packing.ipynb #8eeaa016
 def count_gaps(
-    alive:Tensor, # (B, L), bool
-    text:Tensor, # (B, L), bool; False behind the end of the clean text
-)->Tensor: # (B, L+1)
-    "How many are missing before each one that is alive, and after the last"
+    alive:Tensor, # True for surviving tokens, (B, L)
+    text:Tensor, # True for tokens of the clean sequence, False for padding, (B, L)
+)->Tensor: # Numbers of missing tokens, (B, L+1)
+    "Count the missing tokens before each surviving one, and after the last"
     gap = alive.cumsum(1)-alive.long()
     return torch.zeros(alive.shape[0], alive.shape[1]+1, dtype=torch.long, device=alive.device).scatter_add_(1, gap, (text&~alive).long())

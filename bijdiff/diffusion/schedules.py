@@ -17,7 +17,7 @@ from ..checks import check_T
 def short_repr(
     fields:str, # Names of attributes, separated by commas
 ): # For the __repr__ of a class
-    "The name of a class without that of its module, and some attributes"
+    "Return a `__repr__` that shows the name of the class and the given attributes"
     def f(self):
         shown = ', '.join(f'{k}={getattr(self, k)!r}' for k in fields.split(','))
         return f'{type(self).__name__}({shown})'
@@ -120,8 +120,8 @@ def get_schedule(
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #b5c71210
 def schedule_to_dict(
-    s:Schedule, # One of the six
-)->dict: # Its name and its numbers
+    s:Schedule, # Schedule of one of the six kinds
+)->dict: # Name and numbers of the schedule
     "A schedule in plain values, for `get_schedule(**values)`"
     name = next((k for k,v in schedules.items() if v is type(s)), None)
     if name is None: raise ValueError(f"schedule is {s}; a model can only be saved with one of {', '.join(schedules)}")

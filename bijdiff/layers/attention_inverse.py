@@ -169,7 +169,7 @@ def inverse(self:CachedAttention,
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #52dc6b36
 class FixedPointAttention(Bijection):
-    "`y = x + c g(x)` with g attention of Lipschitz constant at most 1; inverted by iteration"
+    "`y = x + c F(x)/bound` with F attention by distances; inverted by iteration"
     c = 0.9 # Lipschitz constant of the residual
     def __init__(self,
         d_model:int, # Width of the state

@@ -16,7 +16,7 @@ from .attention import visible_keys
 def lambert_w(
     s:Tensor, # Any numbers of at least 0
 )->Tensor: # Same shape
-    "The principal branch of Lambert's W, with w*exp(w) = s, by Newton's method"
+    "Compute Lambert's W of numbers of at least 0, with w*exp(w) = s, by Newton's method"
     w = s.log1p()                                                         # never below the solution, so that all steps go down
     for _ in range(30): w = w-(w-s*(-w).exp())/(w+1)
     return w
@@ -35,9 +35,9 @@ class L2Attention(nn.Module):
         self.O = nn.Parameter(torch.randn(d_model, d_model)*d_model**-0.5)
 
     def lipschitz_bound(self,
-        L:Tensor, # Positions with text, (B,)
+        L:Tensor, # Number of positions with text, (B,)
     )->Tensor: # (B,)
-        "What the Euclidean Lipschitz constant of the unscaled map is at most"
+        "Upper bound of the Euclidean Lipschitz constant of the unscaled map"
         norm = lambda m: torch.linalg.matrix_norm(m, 2)
         L = L.clamp_min(1)
         phi = lambert_w((L.cpu().double()-1)/math.e).to(self.W)

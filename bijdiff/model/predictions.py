@@ -33,10 +33,10 @@ def token_logits(
 
 # %% ../../nbs/model/43_predictions.ipynb #2a5bc01d
 def output_scores(
-    model:BijectiveDenoiser, # Gave the outputs
-    out:Tensor, # What the network gave, (B, L, V)
+    model:BijectiveDenoiser, # Denoiser that gave the outputs
+    out:Tensor, # Its token outputs, logits or log-scores, (B, L, V)
     xt:Tensor, # Noisy ids, (B, L)
-    masses:Masses, # At the time of each text, each (B,)
+    masses:Masses, # State probabilities at the time of each text, each (B,)
 )->Tensor: # Log-ratios to each token and the mask, (B, L, V+1); 0 at xt
     "Scores from the outputs of the network"
     out = out if out.dtype==torch.float64 else out.float()
@@ -47,10 +47,10 @@ def output_scores(
 
 # %% ../../nbs/model/43_predictions.ipynb #eabad941
 def clean_logits(
-    model:BijectiveDenoiser, # Gave the outputs
-    out:Tensor, # What the network gave, (B, L, V)
+    model:BijectiveDenoiser, # Denoiser that gave the outputs
+    out:Tensor, # Its token outputs, logits or log-scores, (B, L, V)
     xt:Tensor, # Noisy ids, (B, L)
-    masses:Masses, # At the time of each text, each (B,)
+    masses:Masses, # State probabilities at the time of each text, each (B,)
 )->Tensor: # Logits of the clean token, (B, L, V)
     "The distribution of the clean token; for scores under substitution what they say of it, with parts below 0 set to 0"
     if not model.config.score_head or model.corruption.masks_only: return out
@@ -80,7 +80,7 @@ def clean_posterior(
 
 # %% ../../nbs/model/43_predictions.ipynb #c93a9385
 def output_integrand(
-    model:BijectiveDenoiser, # Gave the outputs
+    model:BijectiveDenoiser, # Denoiser that gave the outputs
     out, # Its outputs for the noisy texts, with or without gap logits
     noisy:Noisy, # From Corruption.sample
     t:Tensor, # Times, (B,)

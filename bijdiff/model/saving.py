@@ -97,7 +97,7 @@ def _check_format(meta, path):
 
 # %% ../../nbs/model/41_saving.ipynb #f06824f9
 def _load(cls, folder, device):
-    "A network of a class from a folder"
+    "Read a network of class `cls` from a folder"
     weights,meta = _read_weights(folder/'model.safetensors')
     _check_format(meta, folder/'model.safetensors')
     if 'config.json' not in meta: raise ValueError(f'{folder}/model.safetensors has no hash of its config.json: it is damaged')
@@ -138,8 +138,9 @@ class Pretrained:
     def from_pretrained(cls,
         folder, # A folder written by save_pretrained, or the name of a repository on the Hugging Face Hub
         device='cpu', # Where the model goes
-    ): # A network of this class, in evaluation mode
-        "Load a saved model; whatever is wrong with it is said by name"
+    )->'Pretrained': # A network of this class, in evaluation mode
+        "Load a saved model; raise an error that names a damaged, foreign or missing file"
+        if cls.config_class is None: raise TypeError(f'{cls.__name__}.config_class is None; expected the dataclass of its configuration')
         if not Path(folder).exists() and str(folder).count('/')==1 and not str(folder).startswith(('.','/','~')):
             folder = _from_hub(str(folder))
         return _load(cls, Path(folder), device)

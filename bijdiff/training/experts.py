@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_seed, check_whole
 from ..layers.coupled_experts import expert_streams
 from ..layers.moe import BijectiveMoE, route_shares
-from .loop import base_model
+from .noising import base_model
 from .callbacks import InFit
 
 # %% ../../nbs/training/78_experts.ipynb #6ff3845a

@@ -19,7 +19,7 @@ from ..layers.lattice import lattice_limit
 from ..layers.block import layer_by_layer
 from ..diffusion.packing import Noisy
 from ..model.denoiser import evaluating
-from .loop import base_model
+from .noising import base_model
 from .callbacks import InFit, OnHeldOut
 from .precision import LossScaleCallback
 

@@ -16,16 +16,14 @@ from torch import Tensor
 from ..checks import check_seed
 from ..diffusion.schedules import get_schedule
 from ..diffusion.corruption import Corruption
-from ..display import show_pairs
 from ..model.config import DenoiserConfig
-from ..model.denoiser import BijectiveDenoiser, evaluating
-from ..model.predictions import clean_posterior
-from .loop import base_model, DiffusionLearner, DiffusionLoss
+from ..model.denoiser import BijectiveDenoiser
+from .noising import base_model, DiffusionLoss
+from .loop import DiffusionLearner
 from .noising import CorruptionCallback
 from .callbacks import BoundCallback, InvertibilityCallback, LogDetCallback
 from .callbacks import OscillationCallback, ThroughputCallback
 from .terms import ObjectiveCallback
-from . import precision # gives DiffusionLearner its to_bf16, to_fp16 and to_fp32
 
 # %% ../../nbs/training/77_learner.ipynb #ebc280ac
 def noise_fields(
@@ -119,24 +117,3 @@ def diffusion_learner(
     learn = DiffusionLearner(dls, model, DiffusionLoss(corruption, model), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.metrics = _metrics() + learn.metrics
     return learn
-
-# %% ../../nbs/training/77_learner.ipynb #b1db1234
-@patch
-@torch.no_grad()
-def show_results(self:DiffusionLearner,
-    ds_idx:int=1, # Of the DataLoaders
-    dl=None, # Or other data
-    max_n:int=6, # Rows
-    **kwargs
-):
-    "Noisy text, what the model makes of it in one step, and the clean text"
-    x = (dl or self.dls[ds_idx]).one_batch()[0][:max_n].as_subclass(Tensor)
-    t = (torch.arange(len(x))+.5)/len(x)
-    corruption,model = self.corruption.corruption,base_model(self.model)
-    noisy = corruption.sample(x, t, torch.Generator().manual_seed(0))
-    xt = noisy.xt
-    with evaluating(model): probs = clean_posterior(model, xt, t, noisy.text if corruption.deletes else None, corruption)
-    best = probs.argmax(-1).to(x.device)
-    if corruption.deletes: xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
-    decode = self.dls.tokenizer.decode
-    show_pairs([(f'{a:.2f}', *map(decode, o)) for a,*o in zip(t.tolist(), xt, best, x)], ('t', 'noisy', 'denoised', 'clean'))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fastai.basics import *
 from torch import Tensor
-from .loop import base_model
+from .noising import base_model
 from .noising import CorruptionCallback
 
 # %% ../../nbs/training/75_terms.ipynb #d8bc7216
