@@ -109,8 +109,8 @@ def bijdiff_train(
     n_layers:int=6, # Transformer blocks
     n_bijective_layers:int=None, # Bijective blocks among them, the first ones; all if not given
     bijective_ratio:float=1., # Or their share, from 0 to 1
-    coupling_hidden_dim:int=None, # Width inside the perceptrons; 4*d_model if not given
-    coupling_depth:int=2, # Linear layers of a perceptron
+    coupling_hidden_dim:int=None, # Width inside the MLPs; 4*d_model if not given
+    coupling_depth:int=2, # Linear layers of an MLP
     enable_multiscale:bool=False, # Local, segment and global couplings before every bijective block
     segment_length:int=16, # Positions of a segment, where they are enabled
     n_experts:int=None, # Experts of a mixture, at least 2; a single stack if not given
@@ -124,9 +124,9 @@ def bijdiff_train(
     substitute:float=0., # Share that replaces tokens by random ones
     delete:float=0., # Share that deletes tokens, so that the model learns to insert
     objective:str='bound', # bound, or score_entropy for a network that gives scores as in SEDD
-    schedule:str='half_cosine', # Of the noise: log_linear, cosine, half_cosine, cosine_squared, polynomial or geometric
+    schedule:str='half_cosine', # Schedule of the noise: log_linear, cosine, half_cosine, cosine_squared, polynomial or geometric
     T:int=None, # Noise in so many steps; continuous time if not given
-    seed:int=42, # Of everything random
+    seed:int=42, # Seed of weights, noise and data order
     out:str='bijdiff_model', # Folder for the model and the pictures
     resume:bool=False, # Go on with the interrupted run in that folder
     device:str='auto', # auto, cpu, cuda or mps
@@ -161,11 +161,11 @@ def bijdiff_sample(
     steps:int=None, # Steps from noise to text: 128 if not given, and one token a pass by a rule
     sampler:str=None, # ancestral, tweedie, euler, first_hitting or insertion; what fits the model's noise if not given
     rule:str=None, # In place of a sampler, an unmasking rule: left_to_right, random, spread, block, confidence or entropy
-    prompt:str=None, # How the text begins
+    prompt:str=None, # Beginning of the text
     infill:str=None, # A text with blanks, ____, that are to be filled
-    temperature:float=1., # Of the tokens; below 1 favours likely tokens, above 1 gives more variety
+    temperature:float=1., # Temperature of the tokens; below 1 favours likely tokens, above 1 gives more variety
     top_p:float=1., # Draw from the most probable tokens that together have this probability
-    seed:int=0, # Of all that is drawn
+    seed:int=0, # Seed of all random numbers
 ):
     "Write texts with a trained model"
     if n<1: raise ValueError(f'n is {n}; expected at least 1')
@@ -224,10 +224,10 @@ def bijdiff_score(
     file:Param('Texts to be scored, each a document', str, nargs='+'),
     rule:str=None, # left_to_right, random, spread, block, confidence or entropy: exact likelihood under that rule; a bound if not given
     steps:int=None, # Network passes of the rule, at most; one token a pass if not given
-    temperature:float=1., # Of the rule
-    top_p:float=1., # Of the rule
+    temperature:float=1., # Temperature of the rule, above 0
+    top_p:float=1., # The rule draws from the most probable tokens that together have this probability
     n:int=16, # Draws of the noise for a bound; more make the error bar smaller
-    seed:int=0, # Of the noise, or of the random order
+    seed:int=0, # Seed of the noise, or of the random order
     json_file:str=None, # Where the numbers go as JSON
     picture:str=None, # Where a picture (PNG) of the first document goes, each character coloured by its bits; with a rule
 ):

@@ -104,7 +104,7 @@ class BarCallback(Callback):
 # %% ../nbs/91_console.ipynb #a207d932
 def terminal_bar(
     steps, # Iterable of steps
-): # The same steps, with a bar on a terminal
+): # The given steps, with a bar on a terminal
     "Show the progress of a loop on a terminal"
     return tqdm(steps, leave=False, disable=not sys.stdout.isatty())
 
@@ -144,7 +144,7 @@ def check_target(
 
 def write_file(
     path, # File
-    content:bytes, # Its content
+    content:bytes, # Content of the file
 ):
     "Write one file completely, or leave what is there"
     write_atomically(Path(path).expanduser().parent, {Path(path).name:content})

@@ -20,7 +20,7 @@ def _pick(frames, n):
 
 def film_strip(
     frames:list, # From sample, each (n, L)
-    tokenizer:Tokenizer, # Of the model
+    tokenizer:Tokenizer, # Tokenizer of the model
     n:int=6, # Frames shown
     which:int=0, # Which of the texts
 )->str: # One frame a line, line breaks shown as ⏎
@@ -38,7 +38,7 @@ def _draw_frame(ax, new, old, tokenizer, width):
 
 def plot_film_strip(
     frames:list, # From sample, each (n, L)
-    tokenizer:Tokenizer, # Of the model, with one character per token
+    tokenizer:Tokenizer, # Tokenizer of the model, with one character per token
     n:int=6, # Frames shown
     which:int=0, # Which of the texts
     width:int=64, # Characters a line

@@ -25,7 +25,7 @@ class Pieces:
         ids:Tensor, # (N,)
         seq_len:int, # Tokens in a piece
         shiftable:bool=False, # Leave room for shifts of 0 to seq_len-1
-        tokenizer:Tokenizer|None=None, # Of the ids
+        tokenizer:Tokenizer|None=None, # Tokenizer of the ids
     ):
         store_attr()
         self.shift = 0
@@ -101,9 +101,9 @@ def text_dls(
 # %% ../../nbs/data/32_loaders.ipynb #0264f604
 def noisy_pairs(
     ids:Tensor, # Clean ids, (B, L)
-    tokenizer:Tokenizer, # Of the ids
-    n:int=6, # How many
-    seed:int=0, # Of the noise
+    tokenizer:Tokenizer, # Tokenizer of the ids
+    n:int=6, # Number of texts
+    seed:int=0, # Seed of the noise
 ):
     "Time, noisy text and clean text for some of a batch"
     x = ids[:n].as_subclass(Tensor).cpu()

@@ -91,7 +91,7 @@ class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding"
     kind = 'bpe'
     def __init__(self,
-        json:str # What the tokenizers library writes
+        json:str # Tokenizer as JSON, written by the tokenizers library
     ):
         store_attr()
         self.bpe = tokenizers.Tokenizer.from_str(json)

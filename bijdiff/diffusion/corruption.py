@@ -20,10 +20,10 @@ from .packing import count_gaps, Noisy, pack
 # %% ../../nbs/diffusion/22_corruption.ipynb #8c1dfca0
 class Masses(NamedTuple):
     "Probabilities of the four states of a token; they sum to 1. Or the derivatives of these"
-    kept:Tensor # As t
-    mask:Tensor # As t
-    substitute:Tensor # As t
-    delete:Tensor # As t
+    kept:Tensor # Probability that the token is unchanged, shape of t
+    mask:Tensor # Probability that the token is masked, shape of t
+    substitute:Tensor # Probability that the token is replaced by a random one, shape of t
+    delete:Tensor # Probability that the token is deleted, shape of t
     @property
     def alive(self)->Tensor: return self.kept+self.mask+self.substitute
 
@@ -89,7 +89,7 @@ class GIDDCorruption(Corruption):
     def __init__(self,
         vocab_size:int, # V: clean tokens are 0..V-1, the mask is V
         p_uniform:float=.1, # Substituted tokens at t=1/2, in (0, 1)
-        gamma:float=1., # How sharply substitution peaks in the middle, in (0, 2]; beyond, rates would be negative
+        gamma:float=1., # Sharpness of the peak of substitution in the middle, in (0, 2]; beyond, rates would be negative
         T:int|None=None, # Times are multiples of 1/T; continuous if None
     ):
         if not 0<p_uniform<1: raise ValueError(f'p_uniform is {p_uniform}; expected a number between 0 and 1')
@@ -212,7 +212,7 @@ def transition(self:Corruption,
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #51bb0c04
 def mix(
-    probs:Tensor, # Of the clean token, (B, L, V)
+    probs:Tensor, # Probabilities of the clean token, (B, L, V)
     masses:Masses, # Each (B,)
 )->Tensor: # (B, L, V+1): tokens and mask; sums to the mass of those alive
     "Marginals over the symbols that are alive, for a distribution in place of the clean token"
@@ -255,7 +255,7 @@ def sample(self:Corruption,
     x0:Tensor, # Clean ids, (B, L)
     t:Tensor, # Times in [0, 1], (B,)
     generator:torch.Generator|None=None, # Source of randomness
-    lengths:Tensor|None=None, # Of the texts, (B,), if they differ; what stands behind is ignored
+    lengths:Tensor|None=None, # Lengths of the texts, (B,), if they differ; positions after the end are ignored
 )->Noisy:
     "Noisy texts at given times, with alignment and gap counts"
     check_ids(x0, self.vocab_size-1)

@@ -51,7 +51,7 @@ def _check(logits, **ids):
 def masked_nelbo(
     logits:Tensor, # Over the clean alphabet, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
-    xt:Tensor, # The same ids, or masks (id V), (B, L)
+    xt:Tensor, # Noisy ids: clean ids, or masks (id V), (B, L)
     t:Tensor, # Times, (B,)
     schedule:str|Schedule, # alpha(t), or its name
     T:int|None=None, # Number of steps; continuous time if None
@@ -76,7 +76,7 @@ def as_corruption(
 
 # %% ../../nbs/diffusion/23_objective.ipynb #ca7ea2e3
 def log_mix(
-    log_probs:Tensor, # Of the clean token, (B, L, V)
+    log_probs:Tensor, # Log-probabilities of the clean token, (B, L, V)
     masses, # Masses at the time of each text, each (B,)
 )->Tensor: # (B, L, V+1): tokens and mask
     "Logarithm of the marginals over the symbols that are alive, for a distribution in place of the clean token"
@@ -135,7 +135,7 @@ def _step_nelbo(logits, x0, xt, t, corruption, T):
 
 # %% ../../nbs/diffusion/23_objective.ipynb #eef28154
 def hybrid_nelbo(
-    logits:Tensor, # Of the clean token, best when they leave out what the token itself says, (B, L, V)
+    logits:Tensor, # Logits of the clean token, best when they leave out what the token itself says, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
     xt:Tensor, # Noisy ids 0..V, (B, L)
     t:Tensor, # Times, (B,)
@@ -157,7 +157,7 @@ def hybrid_nelbo(
 
 # %% ../../nbs/diffusion/23_objective.ipynb #fb470d57
 def uniform_nelbo(
-    logits:Tensor, # Of the clean token, (B, L, V)
+    logits:Tensor, # Logits of the clean token, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
     xt:Tensor, # Noisy ids 0..V-1, (B, L)
     t:Tensor, # Times, (B,)
@@ -173,7 +173,7 @@ def score_entropy(
     x0:Tensor, # Clean ids, (B, L)
     xt:Tensor, # Noisy ids, (B, L)
     t:Tensor, # Times, (B,)
-    schedule:str|Schedule, # Its total noise is sigma; or its name
+    schedule:str|Schedule, # Schedule whose total noise is sigma, or its name
     noise:str='absorb', # absorb or uniform
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
     "The denoising score entropy at one time, its constant included"
@@ -194,7 +194,7 @@ def score_entropy(
 
 # %% ../../nbs/diffusion/23_objective.ipynb #8b98f564
 def log_scores(
-    logits:Tensor, # Of the clean token, (B, L, V)
+    logits:Tensor, # Logits of the clean token, (B, L, V)
     xt:Tensor, # Noisy ids 0..V, (B, L)
     t:Tensor, # Times, (B,)
     corruption:Corruption, # The noise
@@ -207,7 +207,7 @@ def log_scores(
 
 # %% ../../nbs/diffusion/23_objective.ipynb #e572d6df
 def expected_gaps(
-    gap_logits:Tensor, # Of the network, (B, L+1)
+    gap_logits:Tensor, # Gap logits of the network, (B, L+1)
     t:Tensor, # Times, (B,)
     corruption:Corruption, # The noise
 )->Tensor: # Logarithm of the expected number missing in each gap, (B, L+1)
@@ -218,7 +218,7 @@ def expected_gaps(
     return gap_logits + (m.delete/m.alive).clamp(min=1e-30).log().to(gap_logits)[:,None]
 
 def insertion_nelbo(
-    gap_logits:Tensor, # Of the network, (B, L+1)
+    gap_logits:Tensor, # Gap logits of the network, (B, L+1)
     gaps:Tensor, # Tokens missing in each gap, (B, L+1)
     real:Tensor, # True at the gaps of the text, (B, L+1)
     t:Tensor, # Times, (B,)
@@ -249,7 +249,7 @@ def binomial_log_prior(
 
 # %% ../../nbs/diffusion/23_objective.ipynb #24d0e9ef
 def length_term(
-    lengths:Tensor, # Of the clean texts, (B,)
+    lengths:Tensor, # Lengths of the clean texts, (B,)
     corruption:Corruption, # The noise
     log_prior:Tensor, # Log-probability of each number of symbols at time 1, (N+1,), N at least the largest length
 )->Tensor: # Nats per text, (B,), float64
@@ -276,7 +276,7 @@ def insertion_jump(
 
 # %% ../../nbs/diffusion/23_objective.ipynb #e343cb51
 def bound_integrand(
-    logits:Tensor, # Of the clean tokens, (B, L, V)
+    logits:Tensor, # Logits of the clean tokens, (B, L, V)
     noisy:Noisy, # From Corruption.sample
     t:Tensor, # Times, (B,)
     corruption:Corruption, # The noise

@@ -109,7 +109,7 @@ schedules = dict(log_linear=LogLinear, cosine=Cosine, half_cosine=HalfCosine, co
 
 def get_schedule(
     name:str|Schedule, # log_linear, cosine, half_cosine, cosine_squared, polynomial or geometric; a Schedule stays what it is
-    **numbers # Of its constructor; the defaults where not given
+    **numbers # Numbers for the constructor of the schedule; the defaults where not given
 )->Schedule:
     "A schedule, by name or as such"
     if isinstance(name, Schedule):
@@ -129,7 +129,7 @@ def schedule_to_dict(
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #267271ec
 def low_discrepancy_times(
-    n:int, # How many
+    n:int, # Number of times
     T:int|None=None, # Round up to multiples of 1/T
     generator:torch.Generator|None=None, # Source of randomness
 )->Tensor: # (n,), float64, each uniform on [0, 1), or on {1/T, ..., 1}

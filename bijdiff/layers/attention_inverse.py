@@ -146,7 +146,7 @@ def solve_values(
 @patch
 def inverse(self:CachedAttention,
     y:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # What forward was given
+    mask:Tensor|None=None, # Mask of the forward call, (B, L)
     weights:Tensor|None=None, # Attention of the forward pass, (B, H, L, L); of the last one if None
     **context, # Ignored
 )->Reconstruction: # With `error`, an estimate for the state; `image_error`, the difference between y and the image of what was rebuilt, (B,) both; and `condition`, (B, H)
@@ -179,7 +179,7 @@ class FixedPointAttention(Bijection):
         max_iter:int=200, # Iterations at most
         n_probes:int=8, # Random vectors of the estimate
         n_terms:int=20, # Terms of its series
-        seed:int=0, # Of the random vectors
+        seed:int=0, # Seed of the random vectors
     ):
         super().__init__()
         if logdet not in ('dense','series'): raise ValueError(f"logdet is {logdet!r}; expected 'dense' or 'series'")
@@ -236,7 +236,7 @@ def estimate_logdet(self:FixedPointAttention,
 @torch.no_grad()
 def inverse(self:FixedPointAttention,
     y:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # What forward was given
+    mask:Tensor|None=None, # Mask of the forward call, (B, L)
     **context, # Ignored
 )->Reconstruction: # With `error`: a bound of the Euclidean distance to the solution (rounding apart), (B,); and `iterations`
     tol = 100*torch.finfo(y.dtype).eps*y.flatten(1).norm(dim=1) if self.tol is None else self.tol
@@ -285,7 +285,7 @@ class BijectiveMultiHeadAttention(Bijection):
 
     def inverse(self,
         y:Tensor, # State, (B, L, state_dim)
-        mask:Tensor|None=None, # What forward was given
+        mask:Tensor|None=None, # Mask of the forward call, (B, L)
         **kwargs, # For kind 'cached': weights
     )->tuple[Tensor,Tensor]: # State, and log-determinant (B,); for 'cached' and 'fixed_point' a Reconstruction, with its error
         return self.layer.inverse(y, **self._check(y, mask), **kwargs)

@@ -21,7 +21,7 @@ class Bijection(nn.Module):
 
     def forward(self,
         x:Tensor, # State, (B, ...)
-        **context, # What the map is conditioned on, the same for both directions
+        **context, # Values the map is conditioned on, the same for both directions
     )->tuple[Tensor,Tensor]: # State (B, ...) and log-determinant (B,) in nats
         raise NotImplementedError(f'{type(self).__name__} defines no forward')
 

@@ -61,7 +61,7 @@ class AdaptiveNorm(nn.Module):
 
 # %% ../../nbs/layers/10_block.ipynb #e6852559
 class BlockMixer(nn.Module):
-    "Local mixing and attention: gives their update, and what the perceptron is to see"
+    "Local mixing and attention: gives their update, and what the MLP is to see"
     def __init__(self,
         d_model:int, # Width
         n_heads:int, # Attention heads
@@ -77,13 +77,13 @@ class BlockMixer(nn.Module):
         self.mlp_norm = AdaptiveNorm(d_model, cond_dim)
 
     def forward(self,
-        h:Tensor, # What attention reads, (B, L, d_model)
+        h:Tensor, # Input of attention, (B, L, d_model)
         mask:Tensor|None=None, # (B, L), True where there is text
         cond:Tensor|None=None, # (B, cond_dim)
         rotary:tuple|None=None, # Rotary angles that layers share
-        read:Tensor|None=None, # What the perceptron reads; h if None
+        read:Tensor|None=None, # State that the MLP reads, before the updates of mixing and attention; h if None
         rows:Tensor|None=None, # Numbers of the positions that get an update, (B, R); all of them if None
-    )->tuple[Tensor,Tensor]: # Update by attention, and input of the perceptron, (B, L, d_model) or (B, R, d_model) each
+    )->tuple[Tensor,Tensor]: # Update by attention, and input of the MLP, (B, L, d_model) or (B, R, d_model) each
         n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
         a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
         r = (h if read is None else read)+n
@@ -97,11 +97,11 @@ class BijectiveTransformerBlock(AdditiveCoupling):
     def __init__(self,
         d_model:int, # Width of one of the two streams
         n_heads:int, # Attention heads
-        attention:str='bijective', # 'bijective' reads the passive stream, 'standard' the sum of both
-        ffn:str='bijective', # The same choice for the multilayer perceptron
+        attention:str='bijective', # Attention: 'bijective' reads the passive stream, 'standard' the sum of both
+        ffn:str='bijective', # MLP: 'bijective' reads the passive stream, 'standard' the sum of both
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
-        coupling_hidden_dim:int|None=None, # Width inside the perceptron; 4*d_model if None
-        coupling_depth:int=2, # Linear layers of the perceptron
+        coupling_hidden_dim:int|None=None, # Width inside the MLP; 4*d_model if None
+        coupling_depth:int=2, # Linear layers of the MLP
         local_window:int=7, # Positions of local mixing, odd; 0 for none
         dropout:float=0., # Probability of dropping a feature in training
         cond_dim:int|None=None, # Features of a conditioning vector; None for none
@@ -203,13 +203,13 @@ class BijectiveTransformer(Bijection):
         d_model:int, # Width of one stream; states are (B, L, 2*d_model)
         n_heads:int, # Attention heads
         n_bijective_layers:int|None=None, # Bijective blocks, the first ones; all if None
-        bijective_ratio:float=1., # Or their share of the layers, in [0, 1]
+        bijective_ratio:float=1., # Fraction of the layers that are bijective, in place of n_bijective_layers, in [0, 1]
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
         reversible:bool=True, # Rebuild the activations of bijective blocks in the backward pass, or store them
         dropout:float=0., # Probability of dropping a feature in training
-        time_conditioning:bool=False, # Whether blocks are told the time
+        time_conditioning:bool=False, # Whether blocks are time-conditioned
         attention:str='standard', # Attention of the layers behind the bijective ones: 'standard' or, where ffn is not, 'bijective'
-        ffn:str='standard', # Their perceptron, likewise
+        ffn:str='standard', # MLP of these layers: 'standard' or, where attention is not, 'bijective'
         **block, # Further keywords of BijectiveTransformerBlock
     ):
         super().__init__()
@@ -227,7 +227,7 @@ class BijectiveTransformer(Bijection):
     @property
     def is_bijective(self)->bool: return all(b.is_bijective for b in self.blocks)
 
-    def couplings(self)->nn.ModuleList: # Of AdditiveCoupling
+    def couplings(self)->nn.ModuleList: # Couplings, AdditiveCoupling each
         "The run of couplings that makes up the bijective layers"
         return self.blocks[:self.n_bijective_layers]
 
@@ -250,8 +250,8 @@ class BijectiveTransformer(Bijection):
 
     def inverse(self,
         y:Tensor, # State, (B, L, 2*d_model)
-        mask:Tensor|None=None, # What forward was given
-        t:Tensor|None=None, # What forward was given
+        mask:Tensor|None=None, # Mask of the forward call, (B, L)
+        t:Tensor|None=None, # Times of the forward call, (B,)
     )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,)
         "All blocks backwards"
         if not self.is_bijective:

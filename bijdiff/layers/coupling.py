@@ -14,7 +14,7 @@ from .lattice import lattice_add, lattice_step, require_lattice
 
 # %% ../../nbs/layers/03_coupling.ipynb #9293a432
 class CouplingNet(nn.Sequential):
-    "The multilayer perceptron inside a coupling, zero at initialisation"
+    "The MLP inside a coupling, zero at initialisation"
     def __init__(self,
         dim:int, # Features in
         coupling_hidden_dim:int|None=None, # Features between its layers; 4*dim if None
@@ -46,7 +46,7 @@ def halves(x:Tensor # State, (..., 2*d)
     return x.chunk(2, -1)
 
 def check_mask(
-    mask, # What was given as mask
+    mask, # Value to check, or None
     x:Tensor, # State, (B, L, D)
 ):
     "Refuse what is no mask of this state"

@@ -70,7 +70,7 @@ def require_precise(
 
 def lattice_step(
     x:Tensor, # State on the grid, float32 or float64
-    t:Tensor, # What is added; rounded here
+    t:Tensor, # Update to add, shape of x; rounded here
     bits:int|None, # k, or None for plain addition
 )->tuple[Tensor,Tensor|None]: # x + R(t), and the sizes for check_sizes, None without a lattice
     "Add on the lattice without looking at the sizes yet"
@@ -83,7 +83,7 @@ def lattice_step(
 
 def lattice_undo(
     y:Tensor, # Result of a step
-    t:Tensor, # What was added by it
+    t:Tensor, # Update that the step has added, shape of y
     bits:int|None, # k, or None for plain addition
 )->Tensor: # y - R(t); sizes were looked at on the way there
     "Take away what a step has added"
@@ -92,7 +92,7 @@ def lattice_undo(
 
 def lattice_add(
     x:Tensor, # State on the grid (see require_lattice), float32 or float64
-    t:Tensor, # What is added; rounded here
+    t:Tensor, # Update to add, shape of x; rounded here
     bits:int|None, # k, or None for plain addition
 )->Tensor: # x + R(t)
     "Add on the lattice, exactly; plain addition in the state's precision where `bits` is None"

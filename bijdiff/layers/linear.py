@@ -164,10 +164,10 @@ class BijectiveLinear(Bijection):
         dim:int, # Features in and out, at least 2
         n_couplings:int=4, # Shears between the two halves
         coupling:str='additive', # 'additive' has determinant 1, 'affine' scales too
-        mixing:str='none', # What changes the cut between pairs of shears: 'permutation', 'rotation' or 'none'
+        mixing:str='none', # Map that changes the cut between pairs of shears: 'permutation', 'rotation' or 'none'
         bias:bool=True, # Whether to add a learned vector
         lattice_bits:int|None=None, # Grid of the states; additive couplings only
-        seed:int=0, # Of the mixings
+        seed:int=0, # Seed of the mixings
     ):
         super().__init__()
         if dim<2: raise ValueError(f'dim is {dim}; expected at least 2, so that there are two parts to couple')
@@ -201,7 +201,7 @@ class BijectiveLinear(Bijection):
 
     def inverse(self,
         y:Tensor, # State, (..., dim)
-        mask:Tensor|None=None, # What forward was given
+        mask:Tensor|None=None, # Mask of the forward call, (B, L)
         **context, # Ignored
     )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant of the inverse (B,), nats
         require_lattice(y, self.lattice_bits)

@@ -69,7 +69,7 @@ class BijectiveMoE(Bijection):
     @property
     def state_dim(self)->int: return 2*self.n_experts*self.d_model
 
-    def couplings(self)->nn.ModuleList: # Of AdditiveCoupling and AffineCoupling
+    def couplings(self)->nn.ModuleList: # Couplings, AdditiveCoupling or AffineCoupling each
         "The layers in order"
         return self.layers
 
@@ -144,8 +144,8 @@ def forward(self:BijectiveMoE,
 @patch
 def inverse(self:BijectiveMoE,
     y:Tensor, # State, (B, L, n_experts*2*d_model)
-    mask:Tensor|None=None, # What forward was given
-    t:Tensor|None=None, # What forward was given
+    mask:Tensor|None=None, # Mask of the forward call, (B, L)
+    t:Tensor|None=None, # Times of the forward call, (B,)
     routes:dict|None=None, # The choices of forward; made again if None
 )->tuple[Tensor,Tensor]: # State (B, L, n_experts*2*d_model) and log-determinant (B,)
     "All couplings backwards; on the lattice exact for the batch that forward was given, computed by the same software with as many threads"

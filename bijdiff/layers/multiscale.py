@@ -34,16 +34,16 @@ class ScaleMixer(nn.Module):
         h:Tensor, # The passive half, (B, L, d_model)
         mask:Tensor|None=None, # (B, L), True where there is text
         cond:Tensor|None=None, # (B, cond_dim)
-        **other, # What blocks of the same stack need; ignored
-    )->tuple[Tensor,Tensor]: # Zero, and the input of the perceptron, (B, L, d_model) each
+        **other, # Context for blocks of the same stack; ignored
+    )->tuple[Tensor,Tensor]: # Zero, and the input of the MLP, (B, L, d_model) each
         u = at_text(self.norm(h, cond), mask)
         return u.new_zeros(()).expand_as(u), u + self.context(u, mask)
 
 # %% ../../nbs/layers/11_multiscale.ipynb #e7d77f90
 def scale_width(
     d_model:int, # Width of one stream
-    coupling_hidden_dim:int|None, # What was asked for
-)->int: # Width inside the perceptrons of a scale
+    coupling_hidden_dim:int|None, # Width that was asked for; None for the default
+)->int: # Width inside the MLPs of a scale
     "A quarter of the stream where nothing is asked for"
     if coupling_hidden_dim is None: return max(d_model//4, 1)
     if coupling_hidden_dim<1: raise ValueError(f'coupling_hidden_dim is {coupling_hidden_dim}; expected at least 1')
@@ -52,9 +52,9 @@ def scale_width(
 class ScaleUpdate(TwoStage):
     "What one scale adds to the active half, zero at initialisation"
     def __init__(self,
-        context:nn.Module, # What the scale sees
+        context:nn.Module, # Module that computes the context of the scale
         d_model:int, # Width of one stream
-        coupling_hidden_dim:int|None=None, # Width inside the perceptron; a quarter of d_model if None
+        coupling_hidden_dim:int|None=None, # Width inside the MLP; a quarter of d_model if None
         dropout:float=0., # Probability of dropping a hidden feature in training
         cond_dim:int|None=None, # Features of a conditioning vector; None for none
     ):
@@ -130,7 +130,7 @@ class SegmentContext(nn.Module):
         d_model:int, # Width
         n_heads:int, # Heads of the summary
         segment_length:int|None, # Positions of a segment; the whole text if None
-        hidden:int, # Width inside the perceptron that summaries go through
+        hidden:int, # Width inside the MLP that summaries go through
     ):
         super().__init__()
         self.segment_length,self.pool = segment_length,WeightedPool(d_model, n_heads)
@@ -155,7 +155,7 @@ class SegmentUpdate(ScaleUpdate):
         d_model:int, # Width of one stream
         n_heads:int, # Heads of the summary
         segment_length:int=16, # Positions of a segment
-        coupling_hidden_dim:int|None=None, # Width inside the perceptrons; a quarter of d_model if None
+        coupling_hidden_dim:int|None=None, # Width inside the MLPs; a quarter of d_model if None
         **kwargs, # Further keywords of ScaleUpdate
     ):
         check_length('segment_length', segment_length)
@@ -168,7 +168,7 @@ class GlobalUpdate(ScaleUpdate):
     def __init__(self,
         d_model:int, # Width of one stream
         n_heads:int, # Heads of the summary
-        coupling_hidden_dim:int|None=None, # Width inside the perceptrons; a quarter of d_model if None
+        coupling_hidden_dim:int|None=None, # Width inside the MLPs; a quarter of d_model if None
         **kwargs, # Further keywords of ScaleUpdate
     ):
         hidden = scale_width(d_model, coupling_hidden_dim)
@@ -183,7 +183,7 @@ class MultiscaleCoupling(Bijection):
         window:int=7, # Positions of the local window, odd
         segment_length:int=16, # Positions of a segment
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
-        coupling_hidden_dim:int|None=None, # Width inside each perceptron; d_model//4 if None
+        coupling_hidden_dim:int|None=None, # Width inside each MLP; d_model//4 if None
         dropout:float=0., # Probability of dropping a hidden feature in training
         cond_dim:int|None=None, # Features of a conditioning vector; None for none
         reversible:bool=True, # Rebuild activations in the backward pass, or store them
@@ -210,7 +210,7 @@ class MultiscaleCoupling(Bijection):
 
     def inverse(self,
         y:Tensor, # State, (B, L, 2*d_model)
-        **context, # What forward was given
+        **context, # Context of the forward call: mask and cond
     )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,)
         return self._on_state(uncouple_all, y, context)
 
@@ -226,7 +226,7 @@ class MultiscaleTransformer(BijectiveTransformer):
         n_heads:int, # Heads of attention and of the summaries
         segment_length:int=16, # Positions of a segment
         window:int=7, # Positions of the local coupling, odd
-        multiscale_hidden_dim:int|None=None, # Width inside its perceptrons; d_model//4 if None
+        multiscale_hidden_dim:int|None=None, # Width inside its MLPs; d_model//4 if None
         dropout:float=0., # Probability of dropping a feature in training
         **kwargs, # Further keywords of BijectiveTransformer and its blocks
     ):
@@ -234,6 +234,6 @@ class MultiscaleTransformer(BijectiveTransformer):
         self.multiscale = nn.ModuleList(MultiscaleCoupling(d_model, n_heads, window, segment_length, self.lattice_bits, multiscale_hidden_dim, dropout,
             None if self.time is None else self.time.net[-1].out_features, self.reversible) for _ in range(self.n_bijective_layers))
 
-    def couplings(self)->list: # Of AdditiveCoupling
+    def couplings(self)->list: # Couplings, AdditiveCoupling each
         "The run of couplings that makes up the bijective layers; both directions, `set_lattice` and `compile` go by it"
         return [c for scales,block in zip(self.multiscale, self.blocks) for c in (*scales.couplings, block)]

@@ -27,7 +27,7 @@ class TwoStage(nn.Module):
         super().__init__()
         store_attr()
 
-    def portions(self, u:Tensor)->tuple: # Of (n, d)
+    def portions(self, u:Tensor)->tuple: # Chunks of positions, (n, d) each
         "The positions of `u`, cut into portions"
         rows = u.flatten(0, -2)
         return rows.split(max(-(-len(rows)//self.n_portions), self.min_rows))
@@ -290,7 +290,7 @@ def couple_all(
 
 def uncouple_all(
     couplings, # The couplings of `couple_all`
-    y:Tensor, # State, (..., 2*d), likewise
+    y:Tensor, # Result of couple_all, (..., 2*d)
     **context, # The context that `couple_all` was given
 )->Tensor: # State, (..., 2*d)
     "The inverse of `couple_all`"

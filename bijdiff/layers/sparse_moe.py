@@ -17,7 +17,7 @@ from .coupled_experts import check_experts, CouplerMixer, ExpertMixer, ExpertNet
 # %% ../../nbs/layers/13_sparse_moe.ipynb #42f1e556
 def choose_experts(
     z:Tensor, # Logits of the experts, (..., n)
-    k:int, # How many act
+    k:int, # Number of experts that act
 )->Tensor: # True for the chosen ones, (..., n)
     "The k largest; the first of equals"
     best = z.detach().argsort(dim=-1, descending=True, stable=True)[...,:k]
@@ -113,7 +113,7 @@ class SparseMixer(ExpertMixer):
     "Mixers of which each updates the positions that chose it"
     def __init__(self,
         mixers, # One BlockMixer per expert
-        router:Router, # Who chooses
+        router:Router, # Router that chooses the experts
     ):
         super().__init__(mixers)
         self.router = router
@@ -127,7 +127,7 @@ class SparseMixer(ExpertMixer):
         mask:Tensor|None=None, # (B, L), True where there is text
         routes:dict|None=None, # Choices to keep to, or where to leave them
         **context, # For every mixer
-    )->tuple[Tensor,Tensor]: # Updates (B, L, n*d), and inputs of the perceptrons with the gates behind them, (B, L, n*d+n)
+    )->tuple[Tensor,Tensor]: # Updates (B, L, n*d), and inputs of the MLPs with the gates behind them, (B, L, n*d+n)
         chosen,gates = self.router(h, mask, routes)
         a,u = zip(*(self._act(m, p, c, mask, context) for m,p,c in zip(self.experts, self.streams(h), chosen.unbind(-1))))
         return torch.cat([t*g[...,None] for t,g in zip(a, gates.unbind(-1))], -1), torch.cat([*u, gates], -1)
@@ -142,7 +142,7 @@ def _at(rows, t, n):
     return t.new_zeros(n, t.shape[-1]).index_copy(0, rows, t)
 
 class SparseNet(ExpertNet):
-    "Perceptrons of which each sees the rows where it acts"
+    "MLPs of which each sees the rows where it acts"
     def forward(self,
         u:Tensor, # Inputs and gates, (rows, n*d+n)
     )->Tensor: # (rows, n*d)
@@ -152,8 +152,8 @@ class SparseNet(ExpertNet):
 class SparseCouplerMixer(CouplerMixer):
     "Normalised streams, with the gates of the coupler's own router behind them"
     def __init__(self,
-        router:Router, # Who chooses
-        *args, # Of CouplerMixer
+        router:Router, # Router that chooses the experts
+        *args, # Arguments of CouplerMixer
     ):
         super().__init__(*args)
         self.router = router
@@ -163,7 +163,7 @@ class SparseCouplerMixer(CouplerMixer):
         return zero, torch.cat([u, self.router(h, mask, routes)[1]], -1)
 
 class SparseCouplerNet(nn.Module):
-    "The coupler's perceptron, of which each row uses the parts of the experts that act there"
+    "The coupler's MLP, of which each row uses the parts of the experts that act there"
     def __init__(self,
         net:CouplingNet, # With two linear layers
         n_experts:int, # n
@@ -181,7 +181,7 @@ class SparseCouplerNet(nn.Module):
         return torch.cat([_at(on, F.linear(message[on], W, b)*g[on], len(u)) for W,b,(_,g,on) in zip(last.weight.chunk(n), last.bias.chunk(n), parts)], -1)
 
 def sparse_coupler_update(
-    router:Router, # Who chooses
+    router:Router, # Router that chooses the experts
     n_experts:int, # n
     d_model:int, # Width of one stream
     hidden:int|None=None, # Width of the message; d_model if None

@@ -23,7 +23,7 @@ def closing_nats(
     model:BijectiveDenoiser, # The denoiser
     x:Tensor, # Clean ids, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
-    g:torch.Generator|None=None, # Of the noise at time 1, where it is random
+    g:torch.Generator|None=None, # Source of the noise at time 1, where it is random
 )->Tensor: # (B,), nats per text
     "The closing term of the bound, and the cost of the length where tokens are deleted; one draw of it where noise is random"
     one,corrupt = torch.ones(len(x)),as_corruption(noise, model.config.vocab_size)
@@ -49,7 +49,7 @@ def reconstruction_nats(
     model:BijectiveDenoiser, # The denoiser
     x:Tensor, # Clean ids, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
-    g:torch.Generator, # Of the noise at time 0
+    g:torch.Generator, # Source of the noise at time 0
 )->Tensor: # (B,), nats per text
     "One draw of the reconstruction term of the bound, 0 for schedules without noise at time 0"
     zero,corrupt = torch.zeros(len(x)),as_corruption(noise, model.config.vocab_size)
@@ -89,7 +89,7 @@ def nelbo_draws(
     n:int=16, # Draws
     schedule:str|Schedule|None=None, # For masking, any; HalfCosine() if None. For other noise the model's own
     T:int|None=None, # Number of steps; continuous time if None
-    seed:int=0, # Of times and noise
+    seed:int=0, # Seed of times and noise
 )->Tensor: # (n, B), nats per text
     "Independent draws of the bound on minus the log-probability, end terms included"
     check_ids(x, model.config.vocab_size-1, 'x')
@@ -110,7 +110,7 @@ def nelbo(
     n:int=16, # Draws, at least 2
     schedule:str|Schedule|None=None, # For masking, any; HalfCosine() if None: in continuous time it changes little but the error. For other noise the model's own
     T:int|None=None, # Number of steps; continuous time if None
-    seed:int=0, # Of times and masks
+    seed:int=0, # Seed of times and masks
 )->Bound:
     "Bound on minus the log-probability of each text, with its standard error over the draws"
     if n<2: raise ValueError(f'n is {n}; expected at least 2 draws, for an error bar')
@@ -120,8 +120,8 @@ def nelbo(
 # %% ../../nbs/likelihood/60_bounds.ipynb #ae2c8373
 class Score(NamedTuple):
     "The bound on a long text"
-    nats: float # Per token, mean over the draws
-    se: float # Its standard error
+    nats: float # Nats per token, mean over the draws
+    se: float # Standard error of the mean, nats per token
     n_tokens: int
     def bits(self,
         n:int|None=None # Units the total is shared among, such as characters; tokens if None
@@ -148,7 +148,7 @@ def score_ids(
     schedule:str|Schedule|None=None, # HalfCosine() if None
     T:int|None=None, # Number of steps; continuous time if None
     bs:int=32, # Pieces in a batch
-    seed:int=0, # Of times and masks
+    seed:int=0, # Seed of times and masks
     progress=lambda o: o, # Wraps the batches, for a progress bar
 )->Score:
     "Bound per token of a long text"

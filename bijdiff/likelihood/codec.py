@@ -120,7 +120,7 @@ def compress(
     data:bytes, # Anything; for other tokenizers than byte, UTF-8
     rule:str|UnmaskingRule='spread', # left_to_right, random, spread, block, confidence or entropy; or an UnmaskingRule with everything in it
     steps:int|None=None, # Network passes for each batch of blocks, at most; 16 if None and the rule is a name
-    seed:int=0, # Of the random order
+    seed:int=0, # Seed of the random order
     bs:int=64, # Blocks coded side by side
     progress=lambda o: o, # Wraps the passes over each batch of blocks, for progress bars
     **kwargs
@@ -181,7 +181,7 @@ def compress_file(
     source, # A file
     out=None, # The compressed file; the name of the file with .bij at its end if None
     force:bool=False, # Whether an existing file may be replaced
-    **kwargs # Of compress
+    **kwargs # Keywords of compress
 )->tuple[int,int]: # Bytes before and after
     "Compress a file"
     _coding_rule(model, **{k:v for k,v in kwargs.items() if k!='progress'})                 # what is wrong with these is not the file's fault
@@ -192,7 +192,7 @@ def decompress_file(
     source, # A compressed file
     out=None, # The file; the name of the compressed one without .bij if None
     force:bool=False, # Whether an existing file may be replaced
-    **kwargs # Of decompress
+    **kwargs # Keywords of decompress
 )->tuple[int,int]: # Bytes before and after
     "Bring a compressed file back"
     if out is None and not str(source).endswith('.bij'): raise ValueError(f'{source} does not end in .bij; say with out where the content goes')

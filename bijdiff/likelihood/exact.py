@@ -76,7 +76,7 @@ def token_nats(
     x:Tensor, # Clean ids, (B, L)
     rule:str|UnmaskingRule|tuple='left_to_right', # left_to_right, random, spread, block, confidence or entropy; positions; or an UnmaskingRule with everything in it
     steps:int|None=None, # Network passes, at most; one token a pass if None
-    seed:int=0, # Of the random order
+    seed:int=0, # Seed of the random order
     template=None, # Ids with masks where the text is scored, (L,) or (B, L); all is scored if None
     lengths=None, # Tokens of each text, (B,); L if None
     bs:int=64, # Texts the network is asked about at once
@@ -97,7 +97,7 @@ def log_prob(
     x:Tensor, # Clean ids, (B, L)
     rule:str|UnmaskingRule|tuple='left_to_right', # left_to_right, random, spread, block, confidence or entropy; positions; or an UnmaskingRule with everything in it
     steps:int|None=None, # Network passes, at most; one token a pass if None
-    seed:int=0, # Of the random order
+    seed:int=0, # Seed of the random order
     **kwargs
 )->Tensor: # (B,), nats, float64
     "Exact log-probability with which `sample` writes each text by the same rule"
@@ -108,9 +108,9 @@ def log_prob(
 def text_nats(
     model:BijectiveDenoiser, # The denoiser, of masking noise
     ids:Tensor, # A text of any length, (N,)
-    rule:str|UnmaskingRule='left_to_right', # As for log_prob
+    rule:str|UnmaskingRule='left_to_right', # left_to_right, random, spread, block, confidence or entropy; or an UnmaskingRule
     steps:int|None=None, # Network passes for each piece, at most; one token a pass if None
-    seed:int=0, # Of the random order
+    seed:int=0, # Seed of the random order
     bs:int=64, # Pieces the network is asked about at once
     progress=lambda o: o, # Wraps the passes over each batch of pieces, for progress bars
     **kwargs
@@ -124,9 +124,9 @@ def text_nats(
 
 # %% ../../nbs/likelihood/61_exact.ipynb #f6c83885
 def char_bits(
-    tokenizer:Tokenizer, # Of the model
+    tokenizer:Tokenizer, # Tokenizer of the model
     ids:Tensor, # Ids, (N,)
-    nats:Tensor, # Of each, (N,)
+    nats:Tensor, # Minus the log-probability of each id, nats, (N,)
 )->list: # Pairs of a character and its bits
     "Bits of each character"
     out,start = [],0
@@ -145,7 +145,7 @@ def order_nats(
     x:Tensor, # Clean ids, (B, L)
     n:int=16, # Random orders of each text
     steps:int|None=None, # Network passes for each, at most; one token a pass if None
-    seed:int=0, # Of the orders
+    seed:int=0, # Seed of the orders
     bs:int=64, # Texts the network is asked about at once
     progress=lambda o: o, # Wraps the batches, for a progress bar
 )->Tensor: # (n, B), nats per text
@@ -223,7 +223,7 @@ def latent_nats(
     model:BijectiveDenoiser, # Trained with latent_density=True
     x:Tensor, # Clean ids, (B, L)
     n:int=16, # Draws of the noise on the states, at least 2
-    seed:int=0, # Of the noise
+    seed:int=0, # Seed of the noise
 )->Bound: # Mean over the noise and its standard error, nats per text; no bound on anything about the text
     "Minus the log-density of noisy states: not a likelihood of the text"
     if model.latent is None: raise ValueError('the model has no latent density; expected one made with latent_density=True')

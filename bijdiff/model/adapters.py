@@ -66,14 +66,14 @@ class MDLMGuest(_Guest):
 
 @patch
 def as_sedd(self:BijectiveDenoiser,
-    schedule:Schedule|None=None, # Of the other code, for the time a network is told; the model's own if None
+    schedule:Schedule|None=None, # Schedule of the other code, which gives the network its time; the model's own if None
 )->SEDDGuest: # A module that shares the weights
     "This model for code written for SEDD"
     return SEDDGuest(self, schedule)
 
 @patch
 def as_mdlm(self:BijectiveDenoiser,
-    schedule:Schedule|None=None, # Of the other code, for the time a network is told; the model's own if None
+    schedule:Schedule|None=None, # Schedule of the other code, which gives the network its time; the model's own if None
 )->MDLMGuest: # A module that shares the weights
     "This model for code written for MDLM"
     return MDLMGuest(self, schedule)

@@ -28,8 +28,8 @@ class DenoiserConfig:
     n_bijective_layers:int|None = None # Bijective blocks, the first ones; all if None
     bijective_ratio:float = 1. # Or their share of the layers, in [0, 1]
     lattice_bits:int|None = 12 # Grid of the states, in powers of 1/2; None for plain floating point
-    coupling_hidden_dim:int|None = None # Width inside the perceptron; 4*d_model if None
-    coupling_depth:int = 2 # Linear layers of the perceptron
+    coupling_hidden_dim:int|None = None # Width inside the MLP; 4*d_model if None
+    coupling_depth:int = 2 # Linear layers of the MLP
     local_window:int = 7 # Positions of local mixing, odd; 0 for none
     dropout:float = 0. # Probability of dropping a feature in training
     reversible:bool = True # Rebuild the activations of bijective blocks in the backward pass, or store them
@@ -42,9 +42,9 @@ class DenoiserConfig:
     router_balance:float = 0. # Weight of the balance term of routers
     router_z_loss:float = 0. # Weight of their z-term
     latent_density:bool = False # Train a density on the states beside the denoiser
-    time_conditioning:bool = False # Whether the network is told the time; of use where noise is not masking alone
-    gap_head:bool = False # Whether it also says how many tokens are missing in each gap; needed for deletion
-    score_head:bool = False # Whether its outputs are log-scores, as in SEDD, and not logits of the clean token
+    time_conditioning:bool = False # Whether the network is time-conditioned; useful where noise is not masking alone
+    gap_head:bool = False # Whether the network also predicts how many tokens are missing in each gap; needed for deletion
+    score_head:bool = False # Whether the outputs of the network are log-scores, as in SEDD, and not logits of the clean token
     noise:dict|None = None # The corruption it is made for, from Corruption.to_dict; masking if None
 
     def __post_init__(self):

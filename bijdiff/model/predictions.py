@@ -21,12 +21,12 @@ def outputs(
     xt:Tensor, # Noisy ids, (B, L)
     t:Tensor, # Times, (B,)
     text:Tensor|None=None, # True up to the end of each text, (B, L); None for no padding
-): # What model returns
+): # Outputs of the model: logits (B, L, V), or with a gap head these and gap logits (B, L+1)
     "Ask a denoiser, with the time where it wants to know"
     return model(xt, t.to(model.embed.weight.device, model.embed.weight.dtype) if model.config.time_conditioning else None, text)
 
 def token_logits(
-    out, # What model returns
+    out, # Outputs of the model, with or without gap logits
 )->Tensor: # (B, L, V)
     "The part of the outputs about the tokens"
     return out[0] if isinstance(out, tuple) else out
@@ -34,7 +34,7 @@ def token_logits(
 # %% ../../nbs/model/43_predictions.ipynb #2a5bc01d
 def output_scores(
     model:BijectiveDenoiser, # Denoiser that gave the outputs
-    out:Tensor, # Its token outputs, logits or log-scores, (B, L, V)
+    out:Tensor, # Token outputs of the denoiser, logits or log-scores, (B, L, V)
     xt:Tensor, # Noisy ids, (B, L)
     masses:Masses, # State probabilities at the time of each text, each (B,)
 )->Tensor: # Log-ratios to each token and the mask, (B, L, V+1); 0 at xt
@@ -48,7 +48,7 @@ def output_scores(
 # %% ../../nbs/model/43_predictions.ipynb #eabad941
 def clean_logits(
     model:BijectiveDenoiser, # Denoiser that gave the outputs
-    out:Tensor, # Its token outputs, logits or log-scores, (B, L, V)
+    out:Tensor, # Token outputs of the denoiser, logits or log-scores, (B, L, V)
     xt:Tensor, # Noisy ids, (B, L)
     masses:Masses, # State probabilities at the time of each text, each (B,)
 )->Tensor: # Logits of the clean token, (B, L, V)
@@ -81,7 +81,7 @@ def clean_posterior(
 # %% ../../nbs/model/43_predictions.ipynb #c93a9385
 def output_integrand(
     model:BijectiveDenoiser, # Denoiser that gave the outputs
-    out, # Its outputs for the noisy texts, with or without gap logits
+    out, # Outputs of the denoiser for the noisy texts, with or without gap logits
     noisy:Noisy, # From Corruption.sample
     t:Tensor, # Times, (B,)
     corruption:Corruption, # The noise

@@ -23,7 +23,7 @@ def _remove_old(folder):
 
 def write_synced(
     path, # File
-    content:bytes, # What goes in
+    content:bytes, # Content of the file
 ):
     "Write a file, and come back when it is on the disk"
     with open(path, 'wb') as f:
@@ -46,7 +46,7 @@ def write_atomically(
 # %% ../../nbs/model/41_saving.ipynb #56afa577
 def tensors_hash(
     tensors:dict, # Tensors by name, on any device
-    first:bytes=b'', # What is hashed before them
+    first:bytes=b'', # Bytes hashed before the tensors
 )->str: # 64 hexadecimal digits
     "sha256 of names, types, shapes and contents of tensors, in the order of their names"
     h = hashlib.sha256(first)

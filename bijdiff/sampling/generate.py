@@ -69,17 +69,17 @@ def _sampling_rule(rule, sampler, steps, temperature, top_p, schedule, seed):
 @torch.no_grad()
 def sample(
     model:BijectiveDenoiser, # The denoiser
-    n:int=1, # How many texts
+    n:int=1, # Number of texts
     steps:int|None=None, # Reveals are spread over so many steps; at most so many network passes (one more for insertion). If None 128, and one token a step by a rule; first_hitting takes one per token anyway
     template=None, # Ids with masks to be filled, (L,) or (n, L); masks only if None
     length:int|None=None, # Tokens, where there is no template; seq_len of the model if None
     sampler:str|None=None, # ancestral, tweedie, euler, first_hitting, insertion, or the name of a rule; what fits the noise if None
     rule:str|UnmaskingRule|tuple|None=None, # In place of a sampler: an unmasking rule, its name (left_to_right, random, spread, block, confidence, entropy), or positions
-    temperature:float=1., # Above 0
-    top_p:float=1., # In (0, 1]
+    temperature:float=1., # Temperature of the tokens, above 0
+    top_p:float=1., # Probability of the likeliest tokens that are kept, in (0, 1]
     schedule:str|Schedule|None=None, # When how much is revealed, for masking; if None Cosine(), and evenly by a rule
     settle:int=0, # Passes in which blanks of a template find their length first, where tokens can be inserted
-    seed:int=0, # Of all that is drawn, and of the order of the rule called random
+    seed:int=0, # Seed of all random numbers, also of the random order of a rule
     frames:list|None=None, # Collects a copy of the ids after every step that changed something
 )->Tensor|list: # Ids without masks, (n, L), on the CPU; a list of n tensors where lengths differ, as tokens can be inserted
     "Write texts by undoing noise"
@@ -109,16 +109,16 @@ def _room(known, seq_len, what):
     return room
 
 def prompt_template(
-    tokenizer:Tokenizer, # Of the model
+    tokenizer:Tokenizer, # Tokenizer of the model
     seq_len:int, # Length of the whole text, tokens
-    prompt:str='', # How it begins
+    prompt:str='', # Beginning of the text
 )->list[int]: # Ids with masks, seq_len of them
     "A beginning, and masks up to `seq_len`"
     ids = tokenizer.encode(prompt)
     return ids + [tokenizer.vocab_size]*_room([ids], seq_len, 'the prompt')
 
 def infill_template(
-    tokenizer:Tokenizer, # Of the model
+    tokenizer:Tokenizer, # Tokenizer of the model
     seq_len:int, # Length of the whole text, tokens
     text:str, # With blanks of three or more underscores
     blank:int|None=None, # Masks of each blank; as many as fill the text up to seq_len if None

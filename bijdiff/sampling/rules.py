@@ -69,10 +69,10 @@ class UnmaskingRule:
     "Which masks are revealed in which step"
     rule:str|tuple = 'left_to_right' # left_to_right, random, spread, block, confidence or entropy; or all positions in the order in which they are revealed
     steps:int|None = None # Network passes, at most; if None as many as it takes
-    seed:int = 0 # Of the random order
+    seed:int = 0 # Seed of the random order
     tokens:int = 1 # Tokens a pass, where steps is None
-    temperature:float = 1. # Of the tokens, above 0
-    top_p:float = 1. # Of the tokens, in (0, 1]
+    temperature:float = 1. # Temperature of the tokens, above 0
+    top_p:float = 1. # Probability of the likeliest tokens that are kept, in (0, 1]
     block_length:int = 32 # Positions of a block
     schedule:str|Schedule|None = None # When how many are revealed; evenly if None
 
@@ -108,8 +108,8 @@ def rule_options(
 
 def get_rule(
     rule:str|UnmaskingRule|tuple='left_to_right', # A rule, its name, or positions
-    steps:int|None=None, # Of a rule that is not given as such
-    seed:int=0, # Of a rule that is not given as such
+    steps:int|None=None, # Steps of a rule given by name or positions
+    seed:int=0, # Seed of a rule given by name or positions
     **kwargs # Keywords of rule_options
 )->UnmaskingRule:
     "An unmasking rule"
@@ -119,7 +119,7 @@ def get_rule(
 
 # %% ../../nbs/sampling/50_rules.ipynb #a5b2b542
 @patch
-def to_dict(self:UnmaskingRule)->dict: # What is not the default, for rule_from_dict
+def to_dict(self:UnmaskingRule)->dict: # Values that differ from the defaults, for rule_from_dict
     "The rule in plain values"
     d = {k:v for k,v in vars(self).items() if v!=getattr(UnmaskingRule, k)}
     if self.schedule is not None: d['schedule'] = Corruption(1, schedule=self.schedule).to_dict()['schedule']
@@ -135,7 +135,7 @@ def rule_from_dict(
 # %% ../../nbs/sampling/50_rules.ipynb #79196c0c
 def public_order(
     L:int, # Positions
-    seed:int=0, # Of the order
+    seed:int=0, # Seed of the order
 )->list[int]: # Positions, first to last
     "One random order of the positions for everybody"
     return sorted(range(L), key=lambda i: hashlib.sha256(f'{seed} {L} {i}'.encode()).digest())
@@ -171,7 +171,7 @@ def places(self:UnmaskingRule,
 def reveal_ranks(
     masked:Tensor, # (n, L), bool
     places:Tensor, # Places in line, (n, L)
-    sure:Tensor|None=None, # How sure the network is, (n, L); leftmost first if None
+    sure:Tensor|None=None, # Confidence of the network, (n, L); leftmost first if None
 )->Tensor: # (n, L), 0 for the mask that comes first; what is no mask comes last
     "In which order the masks are revealed"
     first = torch.arange(masked.shape[1]).expand(masked.shape) if sure is None else sure.argsort(dim=1, descending=True, stable=True)
@@ -183,7 +183,7 @@ def conditionals(
     model:BijectiveDenoiser, # The denoiser
     x:Tensor, # Ids, masks where something is hidden, (n, L), on the CPU
     where:Tensor, # Places, (n, L), bool
-    rule:UnmaskingRule, # Its temperature and top_p
+    rule:UnmaskingRule, # Rule whose temperature and top_p are used
     lengths:Tensor, # Tokens of each text, (n,)
 )->Tensor: # (number of places, V), float64, on the CPU
     "What the network says about some places"

@@ -43,9 +43,9 @@ class Run:
         model:BijectiveDenoiser, # The denoiser
         x:Tensor, # Ids, masks where something is to be written, (n, L)
         corruption:Corruption, # The noise that is undone
-        temperature:float=1., # Of the tokens
-        top_p:float=1., # Of the tokens
-        seed:int=0, # Of all draws
+        temperature:float=1., # Temperature of the tokens, above 0
+        top_p:float=1., # Probability of the likeliest tokens that are kept, in (0, 1]
+        seed:int=0, # Seed of all random numbers
         frames:list|None=None, # Collects the ids after every change
     ):
         store_attr('model,corruption,temperature,top_p,frames')
@@ -73,7 +73,7 @@ def _times(t, n): return torch.as_tensor(t, dtype=torch.float64).expand(n)
 @patch
 def ask(self:Run,
     t, # Time, or times, (n,)
-): # What the model returns
+): # Outputs of the model, with or without gap logits
     "What the network says about the ids, at a time"
     now = (_times(t, len(self.x))*self.model.config.time_conditioning, self.x)
     if self._seen is None or not all(map(torch.equal, self._seen, now)):

@@ -64,7 +64,7 @@ class CheckpointCallback(InFit):
     order = SaveModelCallback.order+10
     def __init__(self,
         folder, # Where the checkpoint goes
-        options:dict|None=None, # What must be the same when resuming, of plain values
+        options:dict|None=None, # Settings, plain values, that must be the same when resuming
         resume:bool=False, # Go on from the checkpoint that is there
     ):
         self.folder,self.options,self.resume = Path(folder),options or {},resume

@@ -66,7 +66,7 @@ def mutual_information(
     a, # Labels, (N,)
     b, # Other labels of the same things, (N,)
     n_shuffles:int=20, # Shuffles for what chance gives
-    seed:int=0, # Of the shuffles
+    seed:int=0, # Seed of the shuffles
 )->float: # Bits; about 0, of either sign, where there is nothing
     "What one label tells about another, less what it would seem to tell by chance"
     if not len(a) or len(a)!=len(b): raise ValueError(f'a has {len(a)} labels and b has {len(b)}; expected as many of both, and at least one')

@@ -34,7 +34,7 @@ class ProbeCallback(InFit):
     def __init__(self,
         every:int=10, # Steps from one look to the next
         n_texts:int=8, # Texts of the batch
-        seed:int=0, # Of the noise
+        seed:int=0, # Seed of the noise
     ):
         check_whole('every', every)
         check_whole('n_texts', n_texts)
@@ -68,7 +68,7 @@ class ProbeCallback(InFit):
 def parameters_by_block(
     model:nn.Module, # A denoiser
 )->dict: # Lists of parameters
-    "Parameters of the embedding, of each layer, of the read-out, ..."
+    "Parameters of the embedding, of each layer, of the output head, ..."
     groups = {}
     for name,p in model.named_parameters():
         of_layer = re.match(r'backbone\.(?:blocks|layers|multiscale)\.(\d+)\.', name)

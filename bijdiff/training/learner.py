@@ -71,9 +71,9 @@ class InstrumentMetric(Metric):
     "What an instrument of the learner shows, as a column of the table"
     name,learn = None,None
     def __init__(self,
-        name:str, # Of the column
+        name:str, # Name of the column
         instrument:str, # Name of the callback
-        attr:str, # Its attribute
+        attr:str, # Attribute of the callback
     ): store_attr()
     def reset(self): pass
     def accumulate(self, learn): self.learn = learn
@@ -89,13 +89,13 @@ def _metrics():
 def diffusion_learner(
     dls:DataLoaders, # From text_dls
     config:DenoiserConfig|None=None, # The network; the default one for the data if None
-    schedule:str|None=None, # Of masking noise: log_linear, cosine, half_cosine (if None), cosine_squared, polynomial, geometric
+    schedule:str|None=None, # Schedule of masking noise: log_linear, cosine, half_cosine (if None), cosine_squared, polynomial, geometric
     T:int|None=None, # Noise in T steps; continuous time if None
     corruption:Corruption|None=None, # Any noise, in place of schedule and T
     objective:str|None=None, # bound (if None), or score_entropy for a network whose outputs are scores
     lambda_likelihood:float=0., # Weight of the latent density of the states
     lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately; a model of ours has none, and then the term is 0
-    seed:int=42, # Of weights, noise, data order and dropout
+    seed:int=42, # Seed of weights, noise, data order and dropout
     n_valid_draws:int=4, # Corruptions of each held-out text
     opt_func=partial(Adam, eps=1e-8), # Optimiser
     cbs=None, # Further callbacks

@@ -71,7 +71,7 @@ def to_fp16(self:DiffusionLearner, **kwargs)->DiffusionLearner:
 @patch
 @torch.no_grad()
 def show_results(self:DiffusionLearner,
-    ds_idx:int=1, # Of the DataLoaders
+    ds_idx:int=1, # Index of the data loader: 0 for training, 1 for validation
     dl=None, # Or other data
     max_n:int=6, # Rows
     **kwargs

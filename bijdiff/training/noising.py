@@ -62,7 +62,7 @@ class CorruptionCallback(Callback):
     n_fits = 0 # Fits that came to their end
     def __init__(self,
         corruption:Corruption, # The noise
-        seed:int=42, # Of noise, data order and dropout
+        seed:int=42, # Seed of noise, data order and dropout
         n_valid_draws:int=4, # Corruptions of each held-out text
     ):
         check_whole('n_valid_draws', n_valid_draws)

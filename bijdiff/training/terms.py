@@ -18,7 +18,7 @@ from .noising import CorruptionCallback
 def inversion_nats(
     f, # A `Bijection` whose inverse is an approximation
     x:Tensor, # State, (B, ..., d)
-    *args, **context, # What f is told beside it
+    *args, **context, # Further arguments of f
 )->Tensor: # (), nats per token
     "Half the squared error of the inverse, mean over tokens"
     back = f.inverse(f(x, *args, **context)[0], *args, **context)[0]
@@ -71,7 +71,7 @@ def weights(self:ObjectiveCallback)->dict:
     return dict(denoise=1., likelihood=self.lambda_likelihood, invert=self.lambda_invert)
 
 @patch
-def shares(self:ObjectiveCallback)->dict: # Of numbers that add up to 1
+def shares(self:ObjectiveCallback)->dict: # Fractions by term, which add up to 1
     "Share of each weighted term in the sum of their sizes, mean over the steps so far"
     sizes = np.array([[abs(self.weights[k]*v) for k,v in p.items()] for p in self.parts])
     return dict(zip(self.parts[0], (sizes/sizes.sum(1, keepdims=True)).mean(0).tolist()))
