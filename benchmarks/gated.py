@@ -1,12 +1,12 @@
-"""The comparator of benchmarks/moe.py: a standard transformer whose perceptrons are mixtures with a gate (top k of n, softmax, Shazeer et al. 2017, section 2;
+"""The comparator of benchmarks/moe.py: a standard transformer whose MLPs are mixtures with a gate (top k of n, softmax, Shazeer et al. 2017, section 2;
 balance loss of Fedus et al. 2022, section 2.2). Dropless. Not part of the package."""
 import torch
 from torch import nn, Tensor
 from fastai.basics import Callback
 from bijdiff.all import *
 
-class GatedPerceptrons(nn.Module):
-    "n perceptrons, of which the k that a gate prefers see a position; their results are added up with the gate's probabilities"
+class GatedMLPs(nn.Module):
+    "n MLPs, of which the k that a gate prefers see a position; their results are added up with the gate's probabilities"
     def __init__(self, d_model:int, n_experts:int, k:int):
         super().__init__()
         self.k,self.gate = k,nn.Linear(d_model, n_experts, bias=False)
@@ -38,13 +38,13 @@ class GatedPerceptrons(nn.Module):
         return len(p)*(self.shares()*p).sum()
 
 def make_gated(model:BijectiveDenoiser, n_experts:int, k:int):
-    "Put mixtures in place of the perceptrons of a standard transformer"
-    for b in model.backbone.blocks: b.f.pointwise = GatedPerceptrons(model.config.d_model, n_experts, k)
+    "Put mixtures in place of the MLPs of a standard transformer"
+    for b in model.backbone.blocks: b.f.pointwise = GatedMLPs(model.config.d_model, n_experts, k)
 
 class GateCallback(Callback):
     "Adds the balance loss to the gradient, and keeps the gradient norms and shares of the experts"
     def __init__(self, balance:float): self.balance,self.grads,self.shares = balance,[],[]
-    def before_fit(self): self.mixtures = [m for m in self.model.modules() if isinstance(m, GatedPerceptrons)]
+    def before_fit(self): self.mixtures = [m for m in self.model.modules() if isinstance(m, GatedMLPs)]
     def before_batch(self):
         for m in self.mixtures: m.forget()
     def after_loss(self):

@@ -60,7 +60,7 @@ def experts_seen(learn):
 def run(path, name, lr, seed, steps):
     "One training, as a line of the results"
     torch.set_num_threads(1)
-    TwoStage.min_rows = 2048                                              # the perceptron of a batch in one portion: faster for networks as small as these
+    TwoStage.min_rows = 2048                                              # the MLP of a batch in one portion: faster for networks as small as these
     L,bs,epochs = 64,32,2
     text = Path(path).read_text()[:int(steps/epochs*L*bs/.9)+1]
     dls = text_dls(text, seq_len=L, bs=bs)

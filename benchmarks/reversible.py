@@ -40,8 +40,8 @@ class Attention(nn.Module):
         q,k,v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-def perceptron(d):
-    "Pre-norm multilayer perceptron"
+def mlp(d):
+    "Pre-norm MLP"
     return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4*d), nn.GELU(), nn.Linear(4*d, d))
 
 class Streams(nn.Module):
@@ -98,8 +98,8 @@ def bijective(s, depth, wrap=lambda stack: stack, reversible=False):
     return wrap(stack),list(stack.parameters())
 
 def two_streams(s, depth, wrap=Streams):
-    "Pairs of attention and perceptron in a package's arrangement"
-    pairs = nn.ModuleList(nn.ModuleList([Attention(s.d_model, s.n_heads), perceptron(s.d_model)]) for _ in range(depth))
+    "Pairs of attention and MLP in a package's arrangement"
+    pairs = nn.ModuleList(nn.ModuleList([Attention(s.d_model, s.n_heads), mlp(s.d_model)]) for _ in range(depth))
     return wrap(randomise(pairs).to(s.device)),list(pairs.parameters())
 
 class Row(NamedTuple):

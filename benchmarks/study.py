@@ -109,7 +109,7 @@ class Scaled(torch.nn.Module):
 def run(study, path, name, lr, seed):
     "One training, as a line of the results"
     torch.set_num_threads(1)
-    TwoStage.min_rows = 2048 if default_device().type=='cpu' else 8192    # the perceptron of a batch in few portions, or one: faster for networks as small as these
+    TwoStage.min_rows = 2048 if default_device().type=='cpu' else 8192    # the MLP of a batch in few portions, or one: faster for networks as small as these
     g = read_grid(study)
     c = g['configs'][name]
     fields = {**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first','embed_scale')}}

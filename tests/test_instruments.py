@@ -617,7 +617,7 @@ class First(nn.Module):
 def behind_embedding(m): m.entry = First(LearnedInverse(16))
 def in_block(m): mixer = m.backbone.blocks[0].f.mixer; mixer.mlp_norm = First(LearnedInverse(8), mixer.mlp_norm)
 def told_the_time(m): mixer = m.backbone.blocks[0].f.mixer; mixer.mlp_norm = First(LearnedInverse(8, 8), mixer.mlp_norm)
-def in_perceptron(m): m.backbone.blocks[0].f.pointwise.insert(1, First(LearnedInverse(32)))
+def in_mlp(m): m.backbone.blocks[0].f.pointwise.insert(1, First(LearnedInverse(32)))
 def component(l): return next(m for m in l.model.modules() if isinstance(m, LearnedInverse))
 def bad(*cbs, where=behind_embedding, reversible=False, lam=.1, std=None, fields={}, **kw):
     l = make(*cbs, ObjectiveCallback(lambda_invert=lam), fields=dict(lattice_bits=None, reversible=reversible)|fields, **kw)
@@ -672,7 +672,7 @@ def test_inverse_term_of_reversible_layers_is_the_same(where):
     a,b = (terms(train(bad(where=where, reversible=r), 1, .03)) for r in (True, False))
     assert a==pytest.approx(b, rel=1e-3) and len(set(a))==N and a[-1]<a[0]
 
-@pytest.mark.parametrize('where,reversible', [(behind_embedding, False), (in_block, True), (in_perceptron, False)])
+@pytest.mark.parametrize('where,reversible', [(behind_embedding, False), (in_block, True), (in_mlp, False)])
 def test_inverse_term_under_autocast(where, reversible):
     low,full = (train(l, 1) for l in (bad(where=where, reversible=reversible).to_bf16(), bad(where=where, reversible=reversible)))
     assert np.isfinite(terms(low)).all() and terms(low)==pytest.approx(terms(full), rel=.15) and low.oscillation.losses!=full.oscillation.losses

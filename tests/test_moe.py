@@ -35,7 +35,7 @@ def equal(a, b, what): assert a.shape==b.shape and torch.equal(a, b), what
 
 def normed(h, f): return (h-h.mean(-1, keepdim=True))/(h.var(-1, unbiased=False, keepdim=True)+f.eps).sqrt()*f.weight + f.bias
 def gelu(v): return v*(1+torch.erf(v/math.sqrt(2)))/2
-def perceptron(net, v):
+def mlp(net, v):
     *hidden,last = [f for f in net if isinstance(f, nn.Linear)]
     for f in hidden: v = gelu(f.weight@v+f.bias)
     return last.weight@v + last.bias
@@ -53,7 +53,7 @@ def slow_experts(f, h, gates, mask, cond):
     out,d = torch.zeros_like(h),h.shape[-1]//len(f.mixer.experts)
     for i,(mixer,net) in enumerate(zip(f.mixer.experts, f.pointwise.experts)):
         a,u = mixer(h[...,of_stream(i, d)], mask=mask, cond=cond)
-        for b,l in product(*map(range, h.shape[:2])): out[b,l,of_stream(i, d)] = gates[b,l,i]*(a[b,l]+perceptron(net, u[b,l]))
+        for b,l in product(*map(range, h.shape[:2])): out[b,l,of_stream(i, d)] = gates[b,l,i]*(a[b,l]+mlp(net, u[b,l]))
     return out
 
 def slow_coupler(f, h, gates, mask, cond):
@@ -668,7 +668,7 @@ FAULTS = {'router reads the active half':(lambda mp: reads_active(mp, Router, la
     'router is not sure':(noisy, [exact_sparse, routes_kept, judge_kept_choices]),
     'inverse forgets the routes':(forgetful, [routes_kept]), 'router forgets the routes':(without(Router, 'routes'), [routes_kept, judge_kept_choices, slow_sparse]),
     'router does not know of padding':(without(Router, 'mask'), [routes_kept, slow_sparse]),
-    'attention has no gate':(ungated, [slow_sparse]), 'perceptrons have no gate':(ungated_net, [slow_sparse]), 'gates without a gradient':(detached, [slow_sparse, gradients_sparse]),
+    'attention has no gate':(ungated, [slow_sparse]), 'MLPs have no gate':(ungated_net, [slow_sparse]), 'gates without a gradient':(detached, [slow_sparse, gradients_sparse]),
     'an expert has room for half':(full, [slow_sparse]), 'all write the message':(talkative, [slow_sparse]), 'calls share a dictionary':(shared, [calls_apart]),
     'an expert sees only its own':(narrow, [slow_sparse, sees_all]),
     'one expert too few':(lambda mp: mp.setattr(sparse_moe, 'choose_experts', lambda z, k: choose_experts(z, 1)), [routes_kept, slow_sparse]),
