@@ -49,7 +49,7 @@ def median_ms(f, n=5):
 
 def condition(layer, h):
     "Largest condition number of what has to be inverted, or None where nothing is"
-    if isinstance(layer, MixingAttention): return torch.linalg.cond(layer._matrix(halves(h)[1], None).double()).max().item()
+    if isinstance(layer, MixingAttention): return torch.linalg.cond(layer._matrix(split_halves(h)[1], None).double()).max().item()
     if isinstance(layer, CachedAttention): return torch.linalg.cond(layer.attention(h).double()).max().item()
 
 def logdet_error(model, h):

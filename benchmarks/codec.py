@@ -35,7 +35,7 @@ def main(path:str, # The text
     blob,t_in = timed(lambda: compress(model, valid, rule, steps, bs=bs))
     back,t_out = timed(lambda: decompress(model, blob))
     assert back==valid, 'the file did not come back'
-    nats,t_lp = timed(lambda: text_nats(model, torch.tensor(list(valid)), rule, steps, bs=bs).sum().item())
+    nats,t_lp = timed(lambda: document_nll(model, torch.tensor(list(valid)), rule, steps, bs=bs).sum().item())
     blocks,exact = math.ceil(len(valid)/model.config.seq_len),nats/math.log(2)
     n_params = sum(p.numel() for p in model.parameters())
     res = dict(rule=rule, steps=steps, bs=bs, bytes=len(valid), compressed=len(blob), bits_per_byte=round(8*len(blob)/len(valid), 4), exact_bits=round(exact, 1), exact_bits_per_byte=round(exact/len(valid), 4),

@@ -35,7 +35,7 @@ class GatedMLPs(nn.Module):
     def balance(self)->Tensor:
         "1 when all experts get the same, up to n"
         p = torch.cat([o for _,o in self.seen]).mean(0)
-        return len(p)*(self.shares()*p).sum()
+        return len(p)*(self.fractions()*p).sum()
 
 def make_gated(model:BijectiveDenoiser, n_experts:int, k:int):
     "Put mixtures in place of the MLPs of a standard transformer"
@@ -43,13 +43,13 @@ def make_gated(model:BijectiveDenoiser, n_experts:int, k:int):
 
 class GateCallback(Callback):
     "Adds the balance loss to the gradient, and keeps the gradient norms and shares of the experts"
-    def __init__(self, balance:float): self.balance,self.grads,self.shares = balance,[],[]
+    def __init__(self, balance:float): self.balance,self.grads,self.weights = balance,[],[]
     def before_fit(self): self.mixtures = [m for m in self.model.modules() if isinstance(m, GatedMLPs)]
     def before_batch(self):
         for m in self.mixtures: m.forget()
     def after_loss(self):
         if not self.training: return
-        self.shares.append(torch.stack([m.shares() for m in self.mixtures]))
+        self.weights.append(torch.stack([m.fractions() for m in self.mixtures]))
         if self.balance: self.learn.loss_grad = self.loss_grad + self.balance*sum(m.balance() for m in self.mixtures)
     def after_backward(self):
         norm = lambda f: torch.stack([p.grad.norm() if p.grad is not None else torch.zeros(()) for p in f.parameters()]).norm()

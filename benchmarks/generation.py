@@ -71,7 +71,7 @@ def find_models(folder, names):
 def describe(folder, model):
     "What a saved model is"
     c = model.config
-    return dict(sha256=hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest(), n_params=sum(p.numel() for p in model.parameters()), shares=model.corruption.shares, score_head=c.score_head,
+    return dict(sha256=hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest(), n_params=sum(p.numel() for p in model.parameters()), shares=model.corruption.weights, score_head=c.score_head,
                 time_conditioning=c.time_conditioning, seq_len=c.seq_len, d_model=c.d_model, n_heads=c.n_heads, n_layers=c.n_layers)
 
 def resume(path, settings):

@@ -34,11 +34,11 @@ def flops_per_token(model, L):
     with torch.no_grad(), FlopCounterMode(display=False) as c: model(x)
     return c.get_total_flops()/x.numel()
 
-def learner(dls, seed, d_model, gated=None, balance=0., uncoupled=False, **fields):
-    fields = dict(dict(d_model=d_model, n_heads=2, n_layers=4, reversible=False), **fields)
-    if gated is not None: fields['n_bijective_layers'] = 0
-    watch = [ProbeCallback(), *([ExpertCallback(every=50)] if 'n_experts' in fields else [])]
-    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, fields=fields, cbs=watch)
+def learner(dls, seed, d_model, gated=None, balance=0., uncoupled=False, **config_kwargs):
+    config_kwargs = dict(dict(d_model=d_model, n_heads=2, n_layers=4, reversible=False), **config_kwargs)
+    if gated is not None: config_kwargs['n_bijective_layers'] = 0
+    watch = [ProbeCallback(), *([ExpertCallback(every=50)] if 'n_experts' in config_kwargs else [])]
+    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, config_kwargs=config_kwargs, cbs=watch)
     for c,role in zip(learn.model.backbone.layers, learn.model.backbone.roles) if uncoupled else ():
         if role=='coupler': c.requires_grad_(False)
     if gated is not None:
@@ -53,14 +53,14 @@ def experts_seen(learn):
         g,looks = torch.tensor(e.grads[1:]),e.looks
         return dict(gradient_ratio=e.gradient_ratio(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), last={k:v for k,v in looks[-1].items()}, mean_cka_by_look=[round(statistics.mean(o['cka']), 4) for o in looks[1:]], flags=e.flags())
     if hasattr(learn, 'gate'):
-        g,s = torch.stack(learn.gate.grads[1:]),torch.stack(learn.gate.shares[-50:]).mean(0)
+        g,s = torch.stack(learn.gate.grads[1:]),torch.stack(learn.gate.weights[-50:]).mean(0)
         return dict(gradient_ratio=(g.min(1)[0]/g.max(1)[0]).min().item(), mean_gradient_ratio=(g.mean(0).min()/g.mean(0).max()).item(), share_by_layer=s.tolist())
     return {}
 
 def run(path, name, lr, seed, steps):
     "One training, as a line of the results"
     torch.set_num_threads(1)
-    TwoStage.min_rows = 2048                                              # the MLP of a batch in one portion: faster for networks as small as these
+    ChunkedUpdate.min_chunk_rows = 2048                                              # the MLP of a batch in one portion: faster for networks as small as these
     L,bs,epochs = 64,32,2
     text = Path(path).read_text()[:int(steps/epochs*L*bs/.9)+1]
     dls = text_dls(text, seq_len=L, bs=bs)

@@ -16,11 +16,11 @@ from bijdiff.all import *
 OUT = Path(__file__).with_suffix('.json')
 D,L,B = 16,64,8
 
-def trained(steps, **fields):
+def trained(steps, **config_kwargs):
     "A small denoiser after some steps, and a batch of held-out text"
     torch.manual_seed(0)
     dls = text_dls(pydoc_corpus()[:60_000], seq_len=L, bs=B)
-    model = BijectiveDenoiser(DenoiserConfig(dls.tokenizer.vocab_size, L, d_model=D, n_heads=2, **fields))
+    model = BijectiveDenoiser(DenoiserConfig(dls.tokenizer.vocab_size, L, d_model=D, n_heads=2, **config_kwargs))
     for n,p in model.backbone.named_parameters():
         if 'norm' not in n: nn.init.normal_(p, std=.05)
     opt,noise,losses = torch.optim.Adam(model.parameters(), 3e-3),Corruption(dls.tokenizer.vocab_size, schedule=HalfCosine()),[]

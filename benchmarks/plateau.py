@@ -14,10 +14,10 @@ from bijdiff.all import *
 
 variants = {
     'default': {},
-    'standard blocks': dict(fields=dict(n_bijective_layers=0)),
-    'no local mixing': dict(fields=dict(local_window=0)),
+    'standard blocks': dict(config_kwargs=dict(n_bijective_layers=0)),
+    'no local mixing': dict(config_kwargs=dict(local_window=0)),
     'log-linear schedule': dict(schedule='log_linear'),
-    'all of these, and Adam with eps 1e-5': dict(fields=dict(n_bijective_layers=0, local_window=0), schedule='log_linear', opt_func=partial(Adam, eps=1e-5)),
+    'all of these, and Adam with eps 1e-5': dict(config_kwargs=dict(n_bijective_layers=0, local_window=0), schedule='log_linear', opt_func=partial(Adam, eps=1e-5)),
 }
 
 def first_below(losses, level, k=20):
@@ -33,8 +33,8 @@ def main(epochs:int=1, lr:float=2e-3, seed:int=42):
     unigram = -sum(c/n.total()*math.log2(c/n.total()) for c in n.values())
     rows = []
     for name,kw in variants.items():
-        fields = dict(d_model=128, n_heads=4, n_layers=4, **kw.get('fields', {}))
-        learn = diffusion_learner(dls, seed=seed, **{**kw, 'fields':fields})
+        config_kwargs = dict(d_model=128, n_heads=4, n_layers=4, **kw.get('config_kwargs', {}))
+        learn = diffusion_learner(dls, seed=seed, **{**kw, 'config_kwargs':config_kwargs})
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
         bits = np.array(learn.oscillation.losses)/math.log(2)
         rows.append(dict(variant=name, steps_to_leave_plateau=first_below(bits, unigram-.5), bound=round(learn.bound.bits, 3), se=round(learn.bound.se, 3)))

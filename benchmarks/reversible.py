@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastcore.script import call_parse
 import bijdiff
 from bijdiff.layers.lattice import to_lattice
-from bijdiff.layers.coupling import halves
+from bijdiff.layers.coupling import split_halves
 from bijdiff.layers.block import BijectiveTransformer
 
 bits = 12
@@ -50,7 +50,7 @@ class Streams(nn.Module):
         super().__init__()
         self.pairs = pairs
     def forward(self, x):
-        x1,x2 = halves(x)
+        x1,x2 = split_halves(x)
         for f,g in self.pairs:
             x1 = x1+f(x2)
             x2 = x2+g(x1)

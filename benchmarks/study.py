@@ -109,13 +109,13 @@ class Scaled(torch.nn.Module):
 def run(study, path, name, lr, seed):
     "One training, as a line of the results"
     torch.set_num_threads(1)
-    TwoStage.min_rows = 2048 if default_device().type=='cpu' else 8192    # the MLP of a batch in few portions, or one: faster for networks as small as these
+    ChunkedUpdate.min_chunk_rows = 2048 if default_device().type=='cpu' else 8192    # the MLP of a batch in few portions, or one: faster for networks as small as these
     g = read_grid(study)
     c = g['configs'][name]
     fields = {**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first','embed_scale')}}
     n_chars = int(g['steps']/g['epochs']*g['seq_len']*g['bs']/.9)+1
     dls = text_dls(Path(path).read_text()[:n_chars], seq_len=g['seq_len'], bs=g['bs'])
-    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, fields=fields, cbs=[ProbeCallback(), BlockNormCallback(50), StreamRangeCallback()], **c['learner'])
+    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, config_kwargs=fields, cbs=[ProbeCallback(), BlockNormCallback(50), LatticeUsageCallback()], **c['learner'])
     if c.get('standard_first'): standard_first(learn.model)
     if c.get('embed_scale'): learn.model.entry = Scaled(c['embed_scale'], learn.model.config.lattice_bits)
     learn.logger = lambda row: print(*row, flush=True)
@@ -123,8 +123,8 @@ def run(study, path, name, lr, seed):
     bits,se = held_out(learn, error)
     rounded = lambda o: [round(v, 4) for v in o]
     return dict(study=study, name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4), error=error, n_params=sum(p.numel() for p in learn.model.parameters()), epochs=c['epochs'], seconds=round(seconds, 1), peak_mib=round(memory),
-                valid_bits_by_epoch=rounded(v[2] for v in learn.recorder.values), losses=rounded(learn.oscillation.losses), probe_every=learn.probe.every, probe=rounded(learn.probe.losses), stream_range=learn.stream_range.values[-1:], log_det=learn.log_det.value, inverse_error=learn.invertibility.value,
-                norms=learn.block_norm.rows[-1:], terms=learn.objective.shares() if hasattr(learn, 'objective') else None, last_terms=learn.objective.parts[-1] if hasattr(learn, 'objective') else None,
+                valid_bits_by_epoch=rounded(v[2] for v in learn.recorder.values), losses=rounded(learn.oscillation.losses), probe_every=learn.probe.every, probe=rounded(learn.probe.losses), lattice_usage=learn.lattice_usage.values[-1:], log_det=learn.log_det.value, inverse_error=learn.invertibility.value,
+                norms=learn.block_norm.rows[-1:], terms=learn.objective.fractions() if hasattr(learn, 'objective') else None, last_terms=learn.objective.parts[-1] if hasattr(learn, 'objective') else None,
                 config={k:v for k,v in c.items() if k not in ('lrs','seeds')}, fields=fields, machine=f'{machine()}, others running beside it', torch=torch.__version__, fastai=fastai.__version__, command=f"python benchmarks/study.py one {study} tinyshakespeare.txt --name '{name}' --lr {lr} --seed {seed}")
 
 def best_runs(rows, configs=None):

@@ -16,8 +16,8 @@ class Plain(nn.Module):
         super().__init__()
         self.embed,self.pos = nn.Embedding(V+1, d),nn.Parameter(.02*torch.randn(L, d))
         self.layers = nn.Sequential(*[nn.TransformerEncoderLayer(d, heads, 4*d, 0., 'gelu', batch_first=True, norm_first=True) for _ in range(n)])
-        self.norm,self.readout = nn.LayerNorm(d),nn.Linear(d, V)
-    def forward(self, xt): return self.readout(self.norm(self.layers(self.embed(xt)+self.pos)))
+        self.norm,self.output_head = nn.LayerNorm(d),nn.Linear(d, V)
+    def forward(self, xt): return self.output_head(self.norm(self.layers(self.embed(xt)+self.pos)))
 
 def stepper(model, corrupt, x, bf16):
     "A function that takes one training step and gives its seconds"

@@ -28,9 +28,9 @@ def main(path:str, # The text
          out:str=None): # Where the model is saved
     if threads: torch.set_num_threads(threads)
     dls = text_dls(Path(path), tokenizer=tokenizer, seq_len=seq_len, bs=bs)
-    fields = dict(d_model=d_model, n_heads=n_heads, n_layers=n_layers, n_bijective_layers=n_bijective_layers, n_experts=n_experts, local_window=local_window)
+    config_kwargs = dict(d_model=d_model, n_heads=n_heads, n_layers=n_layers, n_bijective_layers=n_bijective_layers, n_experts=n_experts, local_window=local_window)
     corruption = Corruption(dls.tokenizer.vocab_size, mask, substitute, delete, get_schedule(schedule))
-    learn = diffusion_learner(dls, corruption=corruption, objective=objective, seed=seed, n_valid_draws=2, fields=dict(fields, reversible=not store_activations))
+    learn = diffusion_learner(dls, corruption=corruption, objective=objective, seed=seed, n_valid_draws=2, config_kwargs=dict(config_kwargs, reversible=not store_activations))
     if not fp32: learn.to_bf16()
     n_params = sum(p.numel() for p in learn.model.parameters())
     print(n_params, 'parameters', flush=True)
@@ -41,9 +41,9 @@ def main(path:str, # The text
     if out: learn.model.save_pretrained(out)
     score = score_ids(learn.model, dls.valid.dataset.ids, n=draws)
     bits,se = score.bits(len(dls.valid_text))
-    res = dict(name=name, bits_per_char=round(bits, 4), se=round(se, 4), draws=draws, n_params=n_params, seconds=round(seconds), epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, shares=corruption.shares, objective=objective, tokenizer=tokenizer,
-               bf16=not fp32, **fields, valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values], losses_at_100_steps=[round(float(sum(learn.oscillation.losses[i:i+100])/100), 3) for i in range(0, len(learn.oscillation.losses)-99, 100)],
-               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/tinyshakespeare.py tinyshakespeare.txt' + ''.join(f' --{k}' if v is True else f' --{k} {shlex.quote(str(v))}' for k,v in dict(name=name, **fields, epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, draws=draws, mask=mask, substitute=substitute, delete=delete, objective=objective, tokenizer=tokenizer, store_activations=store_activations, threads=threads, results=results, fp32=fp32).items() if v is not None and v is not False))
+    res = dict(name=name, bits_per_char=round(bits, 4), se=round(se, 4), draws=draws, n_params=n_params, seconds=round(seconds), epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, shares=corruption.weights, objective=objective, tokenizer=tokenizer,
+               bf16=not fp32, **config_kwargs, valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values], losses_at_100_steps=[round(float(sum(learn.oscillation.losses[i:i+100])/100), 3) for i in range(0, len(learn.oscillation.losses)-99, 100)],
+               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/tinyshakespeare.py tinyshakespeare.txt' + ''.join(f' --{k}' if v is True else f' --{k} {shlex.quote(str(v))}' for k,v in dict(name=name, **config_kwargs, epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, draws=draws, mask=mask, substitute=substitute, delete=delete, objective=objective, tokenizer=tokenizer, store_activations=store_activations, threads=threads, results=results, fp32=fp32).items() if v is not None and v is not False))
     if out:
         x = torch.stack([p[0] for p in dls.valid.dataset][:32]).as_subclass(torch.Tensor)
         res['inverse_error'] = inverse_errors(learn.model, x)

@@ -20,7 +20,7 @@ from .model.denoiser import BijectiveDenoiser, inverse_errors
 from .sampling.rules import get_rule
 from .sampling.generate import infill_template, prompt_template, sample
 from .likelihood.bounds import score_ids
-from .likelihood.exact import char_bits, text_nats
+from .likelihood.exact import char_bits, document_nll
 from .likelihood.codec import compress_file, decompress_file, fingerprint
 from .pictures import plot_bits, plot_film_strip
 from .training.callbacks import TableCallback
@@ -88,7 +88,7 @@ def _learner(o, out, device, bf16, resume):
     options = {k:v for k,v in o.items() if k!='epochs'} | dict(bf16=bf16)
     corruption = Corruption(dls.tokenizer.vocab_size, *(o[k] for k in ('mask','substitute','delete')), get_schedule(o['schedule']), o['T'])
     learn = diffusion_learner(dls, corruption=corruption, objective=o['objective'], lambda_likelihood=o['lambda_likelihood'], lambda_invert=o['lambda_invert'], seed=o['seed'],
-        fields=dict({k:o[k] for k in _fields}, reversible=not o['store_activations']), cbs=[TableCallback(), BarCallback(), CheckpointCallback(out, options, resume)])
+        config_kwargs=dict({k:o[k] for k in _fields}, reversible=not o['store_activations']), cbs=[TableCallback(), BarCallback(), CheckpointCallback(out, options, resume)])
     learn.model.to(device)
     return learn.to_bf16() if bf16 else learn
 
@@ -105,7 +105,7 @@ def bijdiff_train(
     epochs:int=5, # Passes over the corpus
     lr:float=3e-3, # Peak learning rate
     d_model:int=144, # Width of one of the two streams
-    n_heads:int=3, # Attention heads
+    n_heads:int=4, # Attention heads
     n_layers:int=6, # Transformer blocks
     n_bijective_layers:int=None, # Bijective blocks among them, the first ones; all if not given
     bijective_ratio:float=1., # Or their share, from 0 to 1
@@ -174,8 +174,8 @@ def bijdiff_sample(
     m = _load(model)
     args,deletes = (m.tokenizer,m.config.seq_len),m.corruption.deletes
     template = infill_template(*args, infill, 8 if deletes else None) if infill is not None else prompt_template(*args, prompt or '')
-    settle = 64 if deletes and infill is not None else 0                              # blanks first find their length
-    for o in sample(m, n, steps, template, sampler=sampler, rule=rule, temperature=temperature, top_p=top_p, settle=settle, seed=seed): print(m.tokenizer.decode(o) + '\n')
+    length_steps = 64 if deletes and infill is not None else 0                              # blanks first find their length
+    for o in sample(m, n, steps, template, sampler=sampler, rule=rule, temperature=temperature, top_p=top_p, length_steps=length_steps, seed=seed): print(m.tokenizer.decode(o) + '\n')
 
 # %% ../nbs/92_cli.ipynb #5b7bd9db
 def _read(m, path):
@@ -191,7 +191,7 @@ def _document(m, path, text, ids, rule, n, seed):
         s = score_ids(m, ids, n, seed=seed, progress=terminal_bar)
         (bits,se),chars = (v*s.n_tokens for v in s.bits()),None
     else:
-        nats = text_nats(m, ids, rule, progress=terminal_bar)
+        nats = document_nll(m, ids, rule, progress=terminal_bar)
         bits,se,chars = nats.sum().item()/math.log(2),0.,char_bits(m.tokenizer, ids, nats)
         if nats.isinf().any(): print(f'{path}: token {nats.isinf().nonzero()[0,0]} has probability 0 under this rule, and so has the text')
     return dict(file=path, tokens=len(ids), characters=len(text), bits=bits, se=se), chars

@@ -8,7 +8,7 @@ from bijdiff.all import *
 
 def main(global_bs):
     dls = text_dls(pydoc_corpus()[:40_000], seq_len=32, bs=global_bs//max(num_distrib(), 1), device='cpu')
-    learn = diffusion_learner(dls, fields=dict(d_model=16, n_heads=2, n_layers=2))
+    learn = diffusion_learner(dls, config_kwargs=dict(d_model=16, n_heads=2, n_layers=2))
     with learn.distrib_ctx() if num_distrib()>1 else nullcontext(), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
     weights = sum(p.double().abs().sum().item() for p in learn.model.parameters())
     if rank_distrib()==0: print(json.dumps(dict(losses=learn.oscillation.losses, bits=learn.bound.bits, se=learn.bound.se, weights=weights)))

@@ -10,7 +10,7 @@ from bijdiff.diffusion.schedules import Geometric, HalfCosine, low_discrepancy_t
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.likelihood.bounds import closing_nats, nelbo, nelbo_draws, reconstruction_nats, score_ids
+from bijdiff.likelihood.bounds import prior_nats, nelbo, nelbo_draws, reconstruction_nats, score_ids
 
 L = 2
 def half_cosine(t): return .05+.95*math.cos(math.pi/2*t)
@@ -40,7 +40,7 @@ def network(name):
     noise,_,kw,_ = NOISES[name]
     torch.manual_seed(7)
     m = BijectiveDenoiser(DenoiserConfig(noise.vocab_size, seq_len=L, d_model=4, n_heads=2, n_layers=1, noise=noise.to_dict(), gap_head=noise.deletes, **{'time_conditioning':not noise.masks_only, **kw})).double()
-    for k,p in m.named_parameters(): torch.nn.init.normal_(p, std=.2 if 'readout' in k else .5)
+    for k,p in m.named_parameters(): torch.nn.init.normal_(p, std=.2 if 'output_head' in k else .5)
     if m.config.time_conditioning: m.backbone.time.freqs.clamp_(max=10)                          # no faster than a quadrature can follow
     return m.eval()
 def texts(name): return list(product(range(NOISES[name][0].vocab_size), repeat=L))
@@ -56,17 +56,17 @@ def nodes(n=60):
 class Exact:
     "The bound for every text of L tokens: expectations are sums over all ways to lose and to change tokens, the time integral is a quadrature"
     def __init__(self, name):
-        self.noise,self.masses,_,_ = NOISES[name]
+        self.noise,self.state_probs,_,_ = NOISES[name]
         self.model,self.V,self.texts,self.scores = network(name),self.noise.vocab_size,texts(name),network(name).config.score_head
         self.strings = [z for n in ((L,) if not self.noise.deletes else range(L+1)) for z in product(range(self.V+1), repeat=n)]
         self.at = {z:i for i,z in enumerate(self.strings)}
-    def ask(self, t, padded=True):
+    def predict(self, t, padded=True):
         "Outputs for every string, (strings, L, V), and the expected gaps"
         z = torch.tensor([[*o, *[self.V]*(L-len(o))] for o in self.strings])
         text = torch.arange(L) < torch.tensor([len(o) for o in self.strings])[:,None]
         with torch.no_grad(): out = self.model(z, torch.full((len(z),), t, dtype=torch.float64), text if self.noise.deletes else None)
         if not self.noise.deletes: return out.numpy(), None
-        m = self.masses(t)
+        m = self.state_probs(t)
         return out[0].numpy(), np.exp(out[1].numpy())*m[3]/(1-m[3])
     def q(self, p, m): return np.array([*(m[0]*np.asarray(p)+m[2]/self.V), m[1]])
     def clean(self, o, z, m):
@@ -93,7 +93,7 @@ class Exact:
         return rates[z]*sum(hat[y]-r[y]+(r[y]*math.log(r[y]/hat[y]) if r[y]>0 else 0.) for y in range(self.V+1) if y!=z)
     def inner(self, t):
         "Integrand for every text"
-        m,d,(out,gaps) = self.masses(t),slope(self.masses, t),self.ask(t)
+        m,d,(out,gaps) = self.state_probs(t),slope(self.state_probs, t),self.predict(t)
         to_token = (d[2]-d[0]/m[0]*m[2])/(1-m[3])
         rates = [to_token/self.V*(m[2]>0)]*self.V+[(-d[0]/m[0]-to_token)*(m[1]>0)]
         table = lru_cache(None)(lambda i, j, x: self.token(out[i,j], x, self.strings[i][j], m, rates))
@@ -109,7 +109,7 @@ class Exact:
         "Sum of the divergences of the posteriors of all steps, by Bayes' rule"
         total = np.zeros(len(self.texts))
         for i in range(1, T+1):
-            a,b,(out,_) = self.masses((i-1)/T),self.masses(i/T),self.ask(i/T)
+            a,b,(out,_) = self.state_probs((i-1)/T),self.state_probs(i/T),self.predict(i/T)
             k = b[0]/a[0]
             P = k*np.eye(self.V+1)+self.q(np.zeros(self.V), b)-k*self.q(np.zeros(self.V), a)
             def kl(o, x, z):
@@ -121,9 +121,9 @@ class Exact:
     def missing(keep): return np.diff([-1, *keep, L])-1
     def start(self):
         "Time 0: insert what is missing, then say what each symbol was"
-        m = self.masses(0.)
+        m = self.state_probs(0.)
         if m[0]==1: return 0.
-        out,gaps = self.ask(0.)
+        out,gaps = self.predict(0.)
         def fill(x, keep, z):
             full = [self.V]*L
             for k,a in zip(keep, z): full[k] = a
@@ -137,7 +137,7 @@ class Exact:
         return np.array([sum(p*(jump(keep, z)+fill(x, keep, z)) for keep,z,p in self.ways(x, m)) for x in self.texts])
     def end(self):
         "Time 1: the jump to nothing but noise, and the number of symbols"
-        m,(out,_) = self.masses(1.),self.ask(1.)
+        m,(out,_) = self.state_probs(1.),self.predict(1.)
         noise = self.q(np.zeros(self.V), m)/(m[1]+m[2])
         def kl(o, x):
             o = np.zeros_like(o) if self.scores and not self.noise.masks_only else o
@@ -185,7 +185,7 @@ def judge_ends(name, n=4000):
     "Both end terms by themselves, within four standard errors; what is not random to the digits of a network in float32"
     e,m,c = Exact(name),network(name),NOISES[name][0]
     x,g = torch.tensor(texts(name)).repeat(n, 1),torch.Generator().manual_seed(1)
-    with torch.no_grad(): got = dict(start=reconstruction_nats(m, x, c, g), end=closing_nats(m, x, c, g))
+    with torch.no_grad(): got = dict(start=reconstruction_nats(m, x, c, g), end=prior_nats(m, x, c, g))
     for k,want in dict(start=e.start(), end=e.end()).items():
         d = got[k].view(-1, len(e.texts)).double().numpy()
         z = (d.mean(0)-want)/(d.std(0)/len(d)**.5+1e-6)
@@ -203,7 +203,7 @@ def test_tight_for_letters_by_themselves():
     "For a network that knows nothing but how probable each letter is, the bound is minus the log-probability"
     for noise in (Corruption(3, *c, schedule=Geometric(.1, 3.)) for c in ((1, 0), (.6, .4), (0, 1))):
         m = BijectiveDenoiser(DenoiserConfig(3, seq_len=L, d_model=4, n_heads=2, n_layers=1, noise=noise.to_dict())).eval()
-        with torch.no_grad(): m.readout.bias.copy_(torch.tensor([.7, -.5, 0.]))
+        with torch.no_grad(): m.output_head.bias.copy_(torch.tensor([.7, -.5, 0.]))
         x = torch.tensor(list(product(range(3), repeat=L)))
         kw = dict(schedule=noise.schedule) if noise.masks_only else {}
         d = nelbo_draws(m, x.repeat(1500, 1), 4, **kw).view(-1, 9).double()
@@ -235,8 +235,8 @@ def scaled(f, by=1.08): return lambda *a, **kw: f(*a, **kw)*by
 def without(f): return scaled(f, 0.)
 FAULTS = {'weight of masks':(objective, 'masked_nelbo', scaled, 'mask', 'mask, geometric', 'mask, 4 steps'), 'weight of hybrids':(objective, 'hybrid_nelbo', scaled, 'hybrid, geometric', 'all three, geometric', 'hybrid, 4 steps'), 'weight of scores':(predictions, 'score_entropy', scaled, 'mask, scores, told the time', 'uniform, scores, geometric'),
           'weight of insertions':(objective, 'insertion_nelbo', lambda f: scaled(f, 1.1), 'mask, delete, geometric'), 'no reconstruction':(bounds, 'reconstruction_nats', without, 'mask, geometric', 'hybrid, geometric', 'uniform, scores, geometric', 'all three, geometric'),
-          'no closing':(bounds, 'closing_term', without, 'mask', 'hybrid, much left', 'all three, much left'), 'no cost of the length':(bounds, 'length_term', without, 'mask, delete', 'all three'), 'no jump':(bounds, 'insertion_jump', without, 'mask, delete, geometric'),
-          'noise of another time':(Corruption, 'sample', lambda f: lambda self, x, t, g=None: f(self, x, t*.8, g), 'mask, geometric', 'uniform, geometric', 'mask, delete, geometric')}
+          'no closing':(bounds, 'prior_term', without, 'mask', 'hybrid, much left', 'all three, much left'), 'no cost of the length':(bounds, 'length_term', without, 'mask, delete', 'all three'), 'no jump':(bounds, 'insertion_jump', without, 'mask, delete, geometric'),
+          'noise of another time':(Corruption, 'corrupt', lambda f: lambda self, x, t, g=None: f(self, x, t*.8, g), 'mask, geometric', 'uniform, geometric', 'mask, delete, geometric')}
 @pytest.mark.parametrize('fault', FAULTS)
 def test_judge_refuses(fault, monkeypatch):
     where,what,how,*names = FAULTS[fault]

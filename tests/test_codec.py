@@ -14,9 +14,9 @@ from bijdiff.likelihood.codec import CODEC_VERSION, compress, compress_file, dec
 from bijdiff.likelihood.codec import fingerprint, MAGIC
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.sampling.rules import RULES, UnmaskingRule
+from bijdiff.sampling.rules import UnmaskingRule
 from bijdiff.sampling.generate import sample
-from bijdiff.likelihood.bounds import pieces
+from bijdiff.likelihood.bounds import chunk_batches
 from bijdiff.likelihood.exact import log_prob
 
 def tiny(tokenizer=None, seed=0, std=.3, sure=1., **kw):
@@ -25,12 +25,12 @@ def tiny(tokenizer=None, seed=0, std=.3, sure=1., **kw):
     tokenizer = tokenizer or ByteTokenizer()
     m = BijectiveDenoiser(DenoiserConfig(tokenizer.vocab_size, **{**dict(seq_len=16, d_model=8, n_heads=2, n_layers=2), **kw}))
     for p in m.parameters(): torch.nn.init.normal_(p, std=std)
-    for p in m.readout.parameters(): p.data *= sure
+    for p in m.output_head.parameters(): p.data *= sure
     m.tokenizer = tokenizer
     return m.eval()
 MODEL,SURE = tiny(),tiny(std=.6, sure=3.)
 ORDER = tuple(torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist())
-EVERY_RULE = [UnmaskingRule(o, 4, seed=3, block_length=5) for o in (*RULES, ORDER)]
+EVERY_RULE = [UnmaskingRule(o, 4, seed=3, block_length=5) for o in (*UnmaskingRule.names, ORDER)]
 each_rule = pytest.mark.parametrize('rule', EVERY_RULE, ids=lambda o: str(o.rule)[:13])
 def noise(n, seed=0): return random.Random(seed).randbytes(n)
 
@@ -51,7 +51,7 @@ def test_settings_are_in_the_file(kw):
 
 def test_likely_text_with_top_p():
     "What the sampler writes can be coded by its rule, though only some of the bytes can be written"
-    for rule in RULES:
+    for rule in UnmaskingRule.names:
         rule = UnmaskingRule(rule, 4, top_p=.7, temperature=1.2)
         data = bytes(sample(SURE, 3, rule=rule).flatten().tolist())
         assert decompress(SURE, compress(SURE, data, rule))==data
@@ -71,11 +71,11 @@ def test_bpe_tokenizer():
     for text in ('', ' ', 'the cat', '  the\n\tdog  \r\n', 'Ein Käse, 日本 😀', 'the cat sat on the mat '*4): assert decompress(m, compress(m, text.encode(), steps=4)).decode()==text
 
 @settings(max_examples=25, deadline=None)
-@given(st.binary(max_size=40), st.sampled_from(RULES), st.integers(1, 20), st.integers(1, 4))
+@given(st.binary(max_size=40), st.sampled_from(UnmaskingRule.names), st.integers(1, 20), st.integers(1, 4))
 def test_any_bytes_come_back(data, rule, steps, bs): assert decompress(MODEL, compress(MODEL, data, rule, steps, bs=bs))==data
 
 @settings(max_examples=15, deadline=None)
-@given(st.text(ALPHABET, max_size=40), st.sampled_from(RULES))
+@given(st.text(ALPHABET, max_size=40), st.sampled_from(UnmaskingRule.names))
 def test_any_text_comes_back(text, rule):
     m = chars()
     assert decompress(m, compress(m, text.encode(), rule, 4)).decode()==text
@@ -87,7 +87,7 @@ def header_of(blob):
     return json.loads(blob[13:13+n]), len(blob)-13-n-16
 def judge_size(m, data, rule, bs=3):
     blob = compress(m, data, rule, bs=bs)
-    bits,want = 8*header_of(blob)[1],-sum(log_prob(m, x, rule).sum().item() for x in pieces(torch.tensor(list(data)), m.config.seq_len, bs))/math.log(2)
+    bits,want = 8*header_of(blob)[1],-sum(log_prob(m, x, rule).sum().item() for x in chunk_batches(torch.tensor(list(data)), m.config.seq_len, bs))/math.log(2)
     assert abs(bits-want)<.001*want+64, f'{bits} bits, not {want:.0f}'
     assert decompress(m, blob)==data
     return bits
@@ -165,7 +165,7 @@ def test_saved_models_are_the_same(blob, tmp_path):
 
 def test_impossible_text():
     "Its probability is 0 for the likelihood, too"
-    for rule in RULES:
+    for rule in UnmaskingRule.names:
         rule = UnmaskingRule(rule, 4, top_p=.5)
         with pytest.raises(ValueError, match='the text has probability 0 under this rule'): compress(MODEL, noise(32), rule)
         assert log_prob(MODEL, torch.tensor(list(noise(32))).view(2, 16), rule).eq(-math.inf).any()

@@ -24,7 +24,7 @@ NOISES = {f'{k}, {n}':(Corruption(V, *c, schedule=s), [a]*3) for k,c in SHARES.i
     f'gidd {p} {gamma}':(GIDDCorruption(V, p, gamma), (p, gamma)) for p,gamma in ((.1, 1.), (.3, 2.), (.6, .5))}
 noises = pytest.mark.parametrize('name', NOISES)
 
-def masses(name, t):
+def state_probs(name, t):
     "Kept, masked, substituted and deleted, by hand"
     c,how = NOISES[name]
     if isinstance(how, tuple):
@@ -37,7 +37,7 @@ def masses(name, t):
 
 def marginals(name, t):
     "What each clean token has become, (V, V+2)"
-    k,m,u,d = masses(name, t)
+    k,m,u,d = state_probs(name, t)
     return np.hstack([k*np.eye(V)+u/V, np.full((V, 1), m), np.full((V, 1), d)])
 
 def at(*t): return torch.tensor(t, dtype=torch.float64)
@@ -57,27 +57,27 @@ def test_schedules_by_hand(name):
 @noises
 def test_masses_by_hand(name):
     c,ts = NOISES[name][0],(.01, .2, .5, .8, .99)
-    got,d = torch.stack(c.masses(at(*ts)), 1),torch.stack(c.dmasses(at(*ts)), 1)
-    assert np.abs(got.numpy()-[masses(name, t) for t in ts]).max()<1e-12 and (got.sum(1)-1).abs().max()<1e-12 and d.sum(1).abs().max()<1e-9
-    assert np.abs(d.numpy()-[(masses(name, t+1e-6)-masses(name, t-1e-6))/2e-6 for t in ts]).max()<1e-6
+    got,d = torch.stack(c.state_probs(at(*ts)), 1),torch.stack(c.state_prob_rates(at(*ts)), 1)
+    assert np.abs(got.numpy()-[state_probs(name, t) for t in ts]).max()<1e-12 and (got.sum(1)-1).abs().max()<1e-12 and d.sum(1).abs().max()<1e-9
+    assert np.abs(d.numpy()-[(state_probs(name, t+1e-6)-state_probs(name, t-1e-6))/2e-6 for t in ts]).max()<1e-6
     assert np.abs(c.marginals(torch.arange(V)[None].expand(5, V), at(*ts)).numpy()-[marginals(name, t) for t in ts]).max()<1e-12
 
 def test_schedules_per_kind():
     "Each kind follows its own; one that is not given is the cosine one; one without a share does not matter"
     c,t = Corruption(V, 1, 1, 2, dict(mask=LogLinear(0.), delete=Polynomial(3., 0.))),at(.3, .6)
-    assert torch.allclose(torch.stack(c.masses(t)[1:]), torch.stack([t/4, (1-Cosine().alpha(t))/4, t**3/2]), atol=1e-12)
+    assert torch.allclose(torch.stack(c.state_probs(t)[1:]), torch.stack([t/4, (1-Cosine().alpha(t))/4, t**3/2]), atol=1e-12)
     a,b = (Corruption(V, 1, 1, 0, dict(mask=LogLinear(), delete=o)) for o in (Geometric(), Cosine()))
-    assert all(torch.equal(x, y) for x,y in zip(a.masses(t), b.masses(t)))
+    assert all(torch.equal(x, y) for x,y in zip(a.state_probs(t), b.state_probs(t)))
     one,three = Corruption(V, 1, 1, 1, LogLinear()),Corruption(V, 1, 1, 1, dict.fromkeys(KINDS, LogLinear()))
-    assert all(torch.allclose(x, y) for x,y in zip(one.masses(t)+one.event_rates(t), three.masses(t)+three.event_rates(t)))
-    assert Corruption(V, 2, 1, 1).shares==dict(mask=.5, substitute=.25, delete=.25) and Corruption(V).masks_only and not Corruption(V).deletes and Corruption(V, 1, 0, 1e-9).deletes
+    assert all(torch.allclose(x, y) for x,y in zip(one.state_probs(t)+one.event_rates(t), three.state_probs(t)+three.event_rates(t)))
+    assert Corruption(V, 2, 1, 1).weights==dict(mask=.5, substitute=.25, delete=.25) and Corruption(V).masks_only and not Corruption(V).deletes and Corruption(V, 1, 0, 1e-9).deletes
 
 # Counts
 TIMES,N = (.05, .3, .7, .95),20_000                                                      # tokens of each kind and time
 def counts(c, t, seed=0):
     "How often each clean token (row) became each symbol or was deleted, and how often both of two neighbours were hit in the same way, with the number of pairs"
     x0 = torch.arange(V).repeat_interleave(2).repeat(N//2)[None]                               # 0 0 1 1 2 2 ...
-    n = c.sample(x0, at(t), seeded(seed))
+    n = c.corrupt(x0, at(t), seeded(seed))
     z = torch.full_like(x0, V+1)[0]
     m = int(n.lengths[0])
     z[n.position[0,:m]] = n.xt[0,:m]
@@ -89,7 +89,7 @@ def counts(c, t, seed=0):
 def z_scores(name, c, t, seed=0):
     "Standard scores of all counts; what is impossible must not happen"
     table,pairs,n = counts(c, t, seed)
-    q,(k,m,u,d) = marginals(name, t),masses(name, t)
+    q,(k,m,u,d) = marginals(name, t),state_probs(name, t)
     got,of,want = np.array([*table.ravel(), *pairs]),np.array([N]*q.size+[n, n]),np.array([*q.ravel(), m*m, d*d])
     sure = (want<1e-12)|(want>1-1e-12)
     assert (got[sure]==(of*want)[sure].round()).all(), 'impossible'
@@ -133,8 +133,8 @@ def judge_texts(c, x0, lengths, n):
         for g,token in zip(gaps, back[:m]+[None]): rebuilt += [missing.pop(0) for _ in range(g)]+[token]*(token is not None)
         assert rebuilt==clean, 'put together again'
         for z,token in zip(xt, back[:m]):
-            if z==c.mask_id: assert c.shares['mask'], 'no masks without a share'
-            elif not c.shares['substitute']: assert z==token, 'kept or masked'
+            if z==c.mask_id: assert c.weights['mask'], 'no masks without a share'
+            elif not c.weights['substitute']: assert z==token, 'kept or masked'
             else: assert 0<=z<c.vocab_size, 'a token'
 
 share = st.sampled_from([0., 0., .1, 1., 3.])
@@ -150,17 +150,17 @@ def some_texts(c, L, seed, ragged, B):
     g = seeded(seed)
     x0,t,lengths = torch.randint(0, c.vocab_size, (B, L), generator=g),torch.rand(B, generator=g, dtype=torch.float64),torch.randint(0, L+1, (B,), generator=g) if ragged else torch.full((B,), L)
     t[0],t[-1] = 0,1
-    return x0, lengths, c.sample(x0, t, g, lengths if ragged else None)
+    return x0, lengths, c.corrupt(x0, t, g, lengths if ragged else None)
 
 @settings(max_examples=100, deadline=None)
 @given(c=some_noise(), **texts)
 def test_texts_can_be_put_together_again(c, L, seed, ragged): judge_texts(c, *some_texts(c, L, seed, ragged, 100))       # 10,000 texts
 
 @settings(max_examples=200, deadline=None)
-@given(alive=st.lists(st.booleans(), max_size=12), n=st.integers(0, 12))
-def test_packing_and_gaps(alive, n):
-    L = len(alive); n = min(n, L); alive = [a and i<n for i,a in enumerate(alive)]
-    left,mask = [i for i in range(L) if alive[i]],torch.tensor([alive], dtype=torch.bool).view(1, L)
+@given(surviving=st.lists(st.booleans(), max_size=12), n=st.integers(0, 12))
+def test_packing_and_gaps(surviving, n):
+    L = len(surviving); n = min(n, L); surviving = [a and i<n for i,a in enumerate(surviving)]
+    left,mask = [i for i in range(L) if surviving[i]],torch.tensor([surviving], dtype=torch.bool).view(1, L)
     assert pack(torch.arange(L)[None], mask, 99).tolist()==[left+[99]*(L-len(left))]
     assert count_gaps(mask, torch.arange(L)[None]<n).tolist()==[slow_gaps(left, n)+[0]*(L-len(left))]
 
@@ -181,14 +181,14 @@ def test_seeds_fix_everything(c, L, seed, ragged):
     torch.rand(1)                                                                            # the global generator plays no part
     assert all(torch.equal(x, y) for x,y in zip(a, some_texts(c, L, seed, ragged, 8)[2]))
     d = corruption_from_dict(c.vocab_size, c.to_dict())
-    assert all(torch.allclose(x, y, atol=1e-12) for x,y in zip(d.masses(at(.2, .7)), c.masses(at(.2, .7)))) and type(d) is type(c) and d.T==c.T
+    assert all(torch.allclose(x, y, atol=1e-12) for x,y in zip(d.state_probs(at(.2, .7)), c.state_probs(at(.2, .7)))) and type(d) is type(c) and d.T==c.T
 
 def test_other_seeds_give_other_texts():
     c,x0,t = Corruption(9, 1, 1, 1),torch.zeros(4, 50, dtype=torch.long),at(.2, .4, .6, .8)
     assert not torch.equal(c(x0, t, seeded(0)), c(x0, t, seeded(1)))
     def default(s): torch.manual_seed(s); return c(x0, t)
     assert torch.equal(default(0), default(0)) and not torch.equal(default(0), default(1))
-    kept = x0.clone(); assert torch.equal(c(x0, t, seeded(0)), c.sample(x0, t, seeded(0)).xt) and torch.equal(x0, kept)
+    kept = x0.clone(); assert torch.equal(c(x0, t, seeded(0)), c.corrupt(x0, t, seeded(0)).xt) and torch.equal(x0, kept)
 
 # The process
 def slope(f, t, d=1e-4): return (8*(f(t+d)-f(t-d))-f(t+2*d)+f(t-2*d))/(12*d)
@@ -200,7 +200,7 @@ def test_generator_has_the_marginals(name):
         Q = c.generator(at(t))[0].numpy()
         assert np.abs(slope(lambda s: marginals(name, s), t)-marginals(name, t)@Q).max()<1e-7
         assert np.abs(Q.sum(1)).max()<1e-9 and (Q-np.diag(np.diag(Q))>=-1e-12).all() and not Q[V+1].any()
-        assert not Q[:V,V+1].any() if c.shares['mask'] else not Q[:V,V].any()
+        assert not Q[:V,V+1].any() if c.weights['mask'] else not Q[:V,V].any()
         swap = [1, 0, *range(2, V+2)]
         assert np.allclose(Q, Q[swap][:,swap])
 
@@ -237,8 +237,8 @@ def test_transitions_are_probabilities(name):
     for s,t in ((0., .5), (.2, .3), (.5, last), (.9, last), (0., last)):
         P = c.transition(at(s), at(t))[0]
         assert P.isfinite().all() and P.min()>-1e-9 and (P.sum(1)-1).abs().max()<1e-9, (s, t, P.min())
-        if not c.shares['substitute'] and 'gidd' not in name: assert (P[:V,:V]-torch.diag(P.diag()[:V])).abs().max()<1e-9 and P[V,:V].abs().max()<1e-9, (s, t, 'no token becomes another one')
-        if not c.shares['mask']: assert P[:V,V].abs().max()<1e-9, (s, t, 'no masks')
+        if not c.weights['substitute'] and 'gidd' not in name: assert (P[:V,:V]-torch.diag(P.diag()[:V])).abs().max()<1e-9 and P[V,:V].abs().max()<1e-9, (s, t, 'no token becomes another one')
+        if not c.weights['mask']: assert P[:V,V].abs().max()<1e-9, (s, t, 'no masks')
 
 @noises
 def test_reverse_posterior_is_bayes_rule(name):
@@ -247,7 +247,7 @@ def test_reverse_posterior_is_bayes_rule(name):
     probs = np.concatenate([np.eye(V), g.dirichlet(np.ones(V), 3)])
     for s,t in INTERVALS:
         P,prior = integrated(name, s, t)[:V+1,:V+1],(probs@marginals(name, s))[:,:V+1]
-        symbols = [z for z in range(V+1) if masses(name, t)[1]>0 or z<V]
+        symbols = [z for z in range(V+1) if state_probs(name, t)[1]>0 or z<V]
         joint = prior[:,:,None]*P                                                              # (clean, at s, at t)
         want = (joint/joint.sum(1, keepdims=True).clip(1e-300)).transpose(0, 2, 1)[:,symbols]
         n,one = len(symbols),torch.ones(len(probs), dtype=torch.float64)
@@ -256,7 +256,7 @@ def test_reverse_posterior_is_bayes_rule(name):
         assert np.abs(got.numpy()-want)[ok].max()<(2e-3 if c.deletes else 1e-7), (s, t)
         assert np.abs(got.numpy().sum(-1)-1)[ok].max()<1e-9
 
-@pytest.mark.parametrize('name', [k for k,(c,_) in NOISES.items() if not c.shares['substitute']])
+@pytest.mark.parametrize('name', [k for k,(c,_) in NOISES.items() if not c.weights['substitute']])
 def test_a_token_that_can_only_have_been_kept_was_kept(name):
     "Without substitution what stands at t stood at s, whatever the network thinks; also from t=1"
     c = NOISES[name][0]
@@ -285,7 +285,7 @@ BAD = {'negative share':(lambda: Corruption(V, -1.), 'mask is -1'), 'nan share':
        'no vocabulary':(lambda: Corruption(0), 'vocab_size is 0'), 'T 0':(lambda: Corruption(V, T=0), 'T is 0'), 'T negative':(lambda: GIDDCorruption(V, T=-3), 'T is -3'), 'unknown kind':(lambda: Corruption(V, schedule=dict(insert=Cosine())), 'insert'),
        'p_uniform 0':(lambda: GIDDCorruption(V, 0.), 'p_uniform'), 'p_uniform 1':(lambda: GIDDCorruption(V, 1.), 'p_uniform'), 'p_uniform nan':(lambda: GIDDCorruption(V, math.nan), 'p_uniform'), 'gamma 0':(lambda: GIDDCorruption(V, .1, 0.), 'gamma'), 'gamma nan':(lambda: GIDDCorruption(V, .1, math.nan), 'gamma'),
        'eps 1':(lambda: LogLinear(1.), 'eps is 1'), 'eps negative':(lambda: Cosine(-.1), 'eps'), 'eps nan':(lambda: HalfCosine(math.nan), 'eps'), 'power 0':(lambda: Polynomial(0.), 'power'), 'power nan':(lambda: Polynomial(math.nan), 'power'), 'sigmas':(lambda: Geometric(1., 1.), 'sigma_min'), 'sigma nan':(lambda: Geometric(math.nan), 'sigma_min'),
-       'schedule':(lambda: get_schedule('linear'), 'expected one of'), 'id too large':(lambda: Corruption(V)(x+V, at(.5, .5)), 'expected 0 to 2'), 'the mask is no clean token':(lambda: Corruption(V).sample(torch.full((1, 1), V), at(.5)), 'x0 has ids'), 'negative id':(lambda: Corruption(V)(x-1, at(.5, .5)), 'ids from -1'),
+       'schedule':(lambda: get_schedule('linear'), 'expected one of'), 'id too large':(lambda: Corruption(V)(x+V, at(.5, .5)), 'expected 0 to 2'), 'the mask is no clean token':(lambda: Corruption(V).corrupt(torch.full((1, 1), V), at(.5)), 'x0 has ids'), 'negative id':(lambda: Corruption(V)(x-1, at(.5, .5)), 'ids from -1'),
        'no batch':(lambda: Corruption(V)(x[0], at(.5)), 'expected \\(B, L\\)'), 't above 1':(lambda: Corruption(V)(x, at(.5, 1.01)), 't has values'), 't below 0':(lambda: Corruption(V)(x, at(-.01, .5)), 't has values'), 't nan':(lambda: Corruption(V)(x, at(math.nan, .5)), 't has values'),
        'too few t':(lambda: Corruption(V)(x, at(.5)), 't has shape'), 't not one per text':(lambda: Corruption(V)(x, torch.full((2, 1), .5)), 't has shape'), 's after t':(lambda: Corruption(V).transition(at(.5), at(.4)), 'expected s at most t'), 'posterior of s after t':(lambda: Corruption(V).reverse_posterior(torch.full((2, 4, V), 1/3), x, at(.5, .6), at(.4, .7)), 'expected s at most t')}
 @pytest.mark.parametrize('name', BAD)

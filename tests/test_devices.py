@@ -24,7 +24,7 @@ kinds = dict(plain={}, stored=dict(reversible=False), half=dict(n_bijective_laye
              gated=dict(n_experts=3, k_active=2), timed=dict(time_conditioning=True), deep=dict(coupling_depth=3))
 stacks = [k for k in kinds if k not in ('stored', 'half')]
 
-def network(kind, **fields): return wild(BijectiveDenoiser(DenoiserConfig(V, L, 16, 2, 2, **kinds[kind], **fields)))
+def network(kind, **config_kwargs): return wild(BijectiveDenoiser(DenoiserConfig(V, L, 16, 2, 2, **kinds[kind], **config_kwargs)))
 def padding(device): return torch.arange(L, device=device)<torch.tensor([[L], [7], [0]], device=device)        # a whole text, a short one, none
 def texts(n=3, seed=0): return torch.randint(0, V+1, (n, L), generator=torch.Generator().manual_seed(seed))
 def times(m, n, device): return torch.linspace(.2, .8, n, device=device) if m.config.time_conditioning else None
@@ -33,8 +33,8 @@ def learner(device, shares=None, **kw):
     "A small one; a noise by its shares"
     dls = text_dls(TEXT, seq_len=L, bs=32, device=device)
     if shares: kw['corruption'] = Corruption(dls.tokenizer.vocab_size, **shares)
-    fields = {'d_model':16, 'n_heads':2, 'n_layers':2, **kw.pop('fields', {})}
-    return diffusion_learner(dls, seed=1, n_valid_draws=1, fields=fields, **kw)
+    config_kwargs = {'d_model':16, 'n_heads':2, 'n_layers':2, **kw.pop('config_kwargs', {})}
+    return diffusion_learner(dls, seed=1, n_valid_draws=1, config_kwargs=config_kwargs, **kw)
 
 def quiet_fit(learn, n=1, lr=.01):
     learn.logger = lambda row: None
@@ -96,9 +96,9 @@ def test_training_in_half_precision_with_scaled_loss(device):
     assert float(sum(losses[-10:])) < .95*float(sum(losses[:10]))
 
 def test_all_instruments_and_terms(device):
-    learn = learner(device, lambda_likelihood=.01, lambda_invert=.1, fields=dict(n_experts=2), cbs=[ProbeCallback(3), BlockNormCallback(3), StreamRangeCallback(), ExpertCallback(5), EMACallback(.9), GradientClip(1.)])
+    learn = learner(device, lambda_likelihood=.01, lambda_invert=.1, config_kwargs=dict(n_experts=2), cbs=[ProbeCallback(3), BlockNormCallback(3), LatticeUsageCallback(), ExpertCallback(5), EMACallback(.9), GradientClip(1.)])
     quiet_fit(learn)
-    assert len(learn.probe.losses)>1 and learn.block_norm.rows and learn.stream_range.values and learn.log_det.value==0. and learn.invertibility.value==0.
+    assert len(learn.probe.losses)>1 and learn.block_norm.rows and learn.lattice_usage.values and learn.log_det.value==0. and learn.invertibility.value==0.
     assert all(math.isfinite(v) and v>0 for v in learn.probe.losses) and learn.expert.looks and len(learn.expert.grads)==len(learn.recorder.losses)
     assert learn.objective.parts[-1]['likelihood']!=0 and learn.objective.parts[-1]['invert']==0
 
@@ -113,7 +113,7 @@ class StopAfterFirst(Callback):
     def after_epoch(self): raise CancelFitException
 
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path, device):
-    def run(folder, *cbs, resume=False): return quiet_fit(learner(device, fields=dict(dropout=.2), cbs=[CheckpointCallback(folder, resume=resume), *cbs]), 3)
+    def run(folder, *cbs, resume=False): return quiet_fit(learner(device, config_kwargs=dict(dropout=.2), cbs=[CheckpointCallback(folder, resume=resume), *cbs]), 3)
     whole,stopped = run(tmp_path/'a'),run(tmp_path/'b', StopAfterFirst())
     assert same(weights(run(tmp_path/'b', resume=True)), weights(whole)) and not same(weights(stopped), weights(whole))
 
@@ -144,7 +144,7 @@ all_shares = pytest.mark.parametrize('shares', [dict(mask=1.), dict(mask=0., sub
 @all_shares
 def test_noise_is_that_of_the_cpu(shares, device):
     c,x,t = Corruption(V, **shares),texts(6).clamp(max=V-1),torch.linspace(.1, .9, 6)
-    here,there = (c.sample(o, t, torch.Generator().manual_seed(1)) for o in (x.to(device), x))
+    here,there = (c.corrupt(o, t, torch.Generator().manual_seed(1)) for o in (x.to(device), x))
     for n,a,b in zip(here._fields, here, there): assert a is b is None or a.device.type==device.type and torch.equal(a.cpu(), b), n
 
 @all_shares
@@ -157,7 +157,7 @@ def test_other_noises(shares, device):
     assert (a.cpu()-b.cpu()).abs().max() < .01*b.abs().max()
 
 def test_objective_of_scores(device):
-    learn = learner(device, dict(mask=0., substitute=1.), objective='score_entropy', fields=dict(score_head=True))
+    learn = learner(device, dict(mask=0., substitute=1.), objective='score_entropy', config_kwargs=dict(score_head=True))
     assert math.isfinite(quiet_fit(learn).recorder.values[-1][1]) and sample(learn.model, 2, steps=6, sampler='tweedie').shape==(2, L)
 
 def test_likelihoods(trained):

@@ -11,17 +11,17 @@ from bijdiff.diffusion.schedules import Cosine, HalfCosine, Polynomial
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, LatentDensity
-from bijdiff.sampling.rules import RULES, UnmaskingRule
+from bijdiff.sampling.rules import UnmaskingRule
 from bijdiff.sampling.generate import sample
 from bijdiff.likelihood.exact import all_orders_nats, latent_nats, log_prob, order_bound, order_estimate
-from bijdiff.likelihood.exact import order_nats, token_nats
+from bijdiff.likelihood.exact import order_nats, token_nll
 
 V,L,N = 3,4,200_000                                                                        # tokens 0, 1, 2, the mask is 3
 TESTS = 60                                                                                 # chi-square tests in this file, at most
 ORDER = (3, 1, 0, 2)
-EVERY_RULE = (*RULES, ORDER)
+EVERY_RULE = (*UnmaskingRule.names, ORDER)
 X = torch.tensor(list(product(range(V), repeat=L)))                                        # all texts
-real = {k:getattr(rules, k) for k in ('token_probs', 'certainty', 'reveal_ranks', 'reveal_counts', 'conditionals')}
+real = {k:getattr(rules, k) for k in ('token_probs', 'confidence', 'reveal_ranks', 'reveal_counts', 'conditional_probs')}
 
 class Toy(BijectiveDenoiser):
     "A network whose answers are random numbers, one for each text it can be asked about, and move with time if it is told it"
@@ -164,18 +164,18 @@ def test_shorter_texts(name):
     lengths = torch.tensor([len(o) for o in texts])
     padded = torch.randint(0, V, (len(texts), L), generator=torch.Generator().manual_seed(3))
     for row,x in zip(padded, texts): row[:len(x)] = torch.tensor(x)
-    for rule,steps,kw in product(RULES, (None, 2), ({}, dict(temperature=.7, top_p=.9))):
+    for rule,steps,kw in product(UnmaskingRule.names, (None, 2), ({}, dict(temperature=.7, top_p=.9))):
         logp = log_prob(network(name), padded, steps=steps, lengths=lengths, bs=50, **of_rule(rule, **kw))
         for n in range(L+1): sums_to_one(logp[lengths==n])
         same(logp[1:], torch.tensor([slow(name, x, steps=steps, **of_rule(rule, **kw))[0] for x in texts[1:]], dtype=torch.float64))
     if name=='network':                                                                            # alone it says the same
-        for rule in RULES: same(log_prob(network(name), padded[lengths==2], rule, lengths=[2]*9), log_prob(network(name), padded[lengths==2][:,:2], rule))
+        for rule in UnmaskingRule.names: same(log_prob(network(name), padded[lengths==2], rule, lengths=[2]*9), log_prob(network(name), padded[lengths==2][:,:2], rule))
 
 def test_nats_of_each_token():
     for rule in EVERY_RULE:
         for kw in ({}, dict(template=(V, 2, V, V), temperature=.8)):
             x = fitting(kw.get('template'))[5:25]
-            got = token_nats(network('toy'), x, steps=2, **of_rule(rule, **kw))
+            got = token_nll(network('toy'), x, steps=2, **of_rule(rule, **kw))
             assert (got-torch.tensor([slow('toy', o, steps=2, **of_rule(rule, **kw))[1] for o in x.tolist()], dtype=torch.float64)).abs().max()<1e-12
             if 'template' in kw: assert not got[:,1].any()
     rows = torch.tensor([(0, V, V, 1), (V, V, V, V), (2, 1, 0, 0)])                                # a template of each text
@@ -213,11 +213,11 @@ def test_samples(name):
 def of_drawn_tokens(p, rule): return p.gather(-1, torch.multinomial(p, 1))[...,0]
 def warm(o, temperature=1., top_p=1.): return real['token_probs'](o, 1.1*temperature, top_p)
 def without_top_p(o, temperature=1., top_p=1.): return real['token_probs'](o, temperature)
-def backwards(masked, places, sure=None): return real['reveal_ranks'](masked, -places if sure is None else places, None if sure is None else -sure)
-def rightmost(masked, places, sure=None): return real['reveal_ranks'](masked.flip(1), places.flip(1), sure.flip(1)).flip(1)
+def backwards(masked, order_keys, sure=None): return real['reveal_ranks'](masked, -order_keys if sure is None else order_keys, None if sure is None else -sure)
+def rightmost(masked, order_keys, sure=None): return real['reveal_ranks'](masked.flip(1), order_keys.flip(1), sure.flip(1)).flip(1)
 def few_first(n, steps=None, schedule=None, tokens=1): return [1]*(steps-1)+[n-steps+1]
 # in the sampler alone
-IN_THE_SAMPLER = {'certainty of the drawn token':('certainty', of_drawn_tokens, 'confidence', None, {}), 'certainty of another rule':('certainty', lambda p, rule: real['certainty'](p, 'confidence'), 'entropy', None, {}),
+IN_THE_SAMPLER = {'certainty of the drawn token':('confidence', of_drawn_tokens, 'confidence', None, {}), 'certainty of another rule':('confidence', lambda p, rule: real['confidence'](p, 'confidence'), 'entropy', None, {}),
     **{f'too warm, {rule}':('token_probs', warm, rule, 2, {}) for rule in ('left_to_right', 'confidence')}, 'top-p left out':('token_probs', without_top_p, 'random', None, dict(top_p=.8)),
     **{f'backwards, {rule}':('reveal_ranks', backwards, rule, None, {}) for rule in ('left_to_right', 'confidence', 'entropy', 'block')}, 'rightmost of equals':('reveal_ranks', rightmost, 'confidence', None, dict(name='ties')),
     **{f'other counts, {rule}':('reveal_counts', few_first, rule, 2, {}) for rule in ('random', 'confidence')}}
@@ -243,10 +243,10 @@ def test_the_chi_square_refuses_other_rules():
 def forgetful(model, x, where, rule, lengths):
     "One token too many is hidden"
     seen = x<V
-    return real['conditionals'](model, x.masked_fill(seen&(seen.cumsum(1)==1), V), where, rule, lengths)
-def one_step_late(masked, places, sure=None): return real['reveal_ranks'](masked, places, sure).clamp(min=1)
+    return real['conditional_probs'](model, x.masked_fill(seen&(seen.cumsum(1)==1), V), where, rule, lengths)
+def one_step_late(masked, order_keys, sure=None): return real['reveal_ranks'](masked, order_keys, sure).clamp(min=1)
 # in the likelihood alone
-IN_THE_LIKELIHOOD = {**{f'top-p left out, {rule}':(rules, 'token_probs', without_top_p, rule, None, dict(top_p=.8)) for rule in ('left_to_right', 'confidence')}, 'one token too many hidden':(likelihood, 'conditionals', forgetful, 'random', None, {}),
+IN_THE_LIKELIHOOD = {**{f'top-p left out, {rule}':(rules, 'token_probs', without_top_p, rule, None, dict(top_p=.8)) for rule in ('left_to_right', 'confidence')}, 'one token too many hidden':(likelihood, 'conditional_probs', forgetful, 'random', None, {}),
     'one token too few in a step':(likelihood, 'reveal_ranks', one_step_late, 'left_to_right', None, {}), 'other counts':(likelihood, 'reveal_counts', few_first, 'random', 2, {}), 'too warm':(rules, 'token_probs', warm, 'entropy', 2, {})}
 @pytest.mark.parametrize('name', IN_THE_LIKELIHOOD)
 def test_faults_of_the_likelihood_are_refused(name, monkeypatch):
@@ -270,15 +270,15 @@ def test_the_sum_refuses(monkeypatch):
         "Certainty of the letter that stands there: the text is known, as the texts come one by one"
         if not (x<V).any(): where[:] = [next(seen)]
         where[1:] = [w]
-        return real['conditionals'](model, x, w, rule, lengths)
+        return real['conditional_probs'](model, x, w, rule, lengths)
     with monkeypatch.context() as mp:
         seen = iter(X)
-        mp.setattr(rules, 'conditionals', note)
+        mp.setattr(rules, 'conditional_probs', note)
         total()
         seen = iter(X)
-        mp.setattr(rules, 'certainty', lambda p, rule: p.gather(-1, where[0][where[1][0]][:,None])[:,0])
+        mp.setattr(rules, 'confidence', lambda p, rule: p.gather(-1, where[0][where[1][0]][:,None])[:,0])
         with pytest.raises(AssertionError, match='the sum is not 1'): total()
-    for what,fault,kw in (('certainty', of_drawn_tokens, {}), ('token_probs', lambda o, temperature, top_p: torch.where(real['token_probs'](o, temperature, top_p)>0, real['token_probs'](o, temperature), 0.), dict(top_p=.8))):
+    for what,fault,kw in (('confidence', of_drawn_tokens, {}), ('token_probs', lambda o, temperature, top_p: torch.where(real['token_probs'](o, temperature, top_p)>0, real['token_probs'](o, temperature), 0.), dict(top_p=.8))):
         total(**kw)
         with monkeypatch.context() as mp:
             mp.setattr(rules, what, fault)
@@ -400,14 +400,14 @@ def test_mode_and_batches(name, monkeypatch):
     for bs in (1, 7, 64): assert (f(m, x, bs=bs)-want).abs().max()<1e-12
     def broken(*a, **kw): raise KeyboardInterrupt
     m.train()
-    for module in (rules, likelihood): monkeypatch.setattr(module, 'conditionals', broken)
+    for module in (rules, likelihood): monkeypatch.setattr(module, 'conditional_probs', broken)
     with pytest.raises(KeyboardInterrupt): f(m, x)
     assert m.training
 
 def test_nothing_at_all():
     "Texts of no tokens, and texts that are given"
     m = network('toy')
-    for rule in RULES:
+    for rule in UnmaskingRule.names:
         assert log_prob(m, X[:2], rule, lengths=[0, 0]).tolist()==[0., 0.]
         assert log_prob(m, X[5:6], rule, template=X[5]).tolist()==[0.]
         before = X.clone()
@@ -415,7 +415,7 @@ def test_nothing_at_all():
         assert torch.equal(X, before)
 
 @pytest.mark.parametrize('rule', EVERY_RULE)
-def test_no_texts(rule): assert log_prob(network('toy'), X[:0], rule).shape==(0,) and token_nats(network('toy'), X[:0], rule).shape==(0, L)
+def test_no_texts(rule): assert log_prob(network('toy'), X[:0], rule).shape==(0,) and token_nll(network('toy'), X[:0], rule).shape==(0, L)
 
 def score(x=X[:2], *a, **kw): return lambda: log_prob(network('toy'), torch.as_tensor(x), *a, **kw)
 hybrid = lru_cache(None)(lambda: real_network(noise=Corruption(V, 1, 1).to_dict(), time_conditioning=True))

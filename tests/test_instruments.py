@@ -26,7 +26,7 @@ from bijdiff.training.checkpoint import CheckpointCallback
 from bijdiff.training.learner import diffusion_learner
 from bijdiff.training.experts import ExpertCallback
 from bijdiff.training.instruments import BlockNormCallback, parameters_by_block, ProbeCallback, RunLogCallback
-from bijdiff.training.instruments import StreamRangeCallback, TensorBoardCallback
+from bijdiff.training.instruments import LatticeUsageCallback, TensorBoardCallback
 
 torch.set_num_threads(1)
 SMALL,N = dict(d_model=8, n_heads=2, n_layers=2, reversible=False),4                  # N steps an epoch
@@ -35,7 +35,7 @@ def data(seq_len=16, bs=16, chars=1200): return text_dls(pydoc_corpus()[:chars],
 def V(): return data().tokenizer.vocab_size
 def noise(*shares, **kw): return Corruption(V(), *shares, schedule=HalfCosine(), **kw)
 
-def make(*cbs, fields={}, dls=None, **kw): return diffusion_learner(dls or data(), fields=SMALL|fields, cbs=list(cbs), **kw)
+def make(*cbs, config_kwargs={}, dls=None, **kw): return diffusion_learner(dls or data(), config_kwargs=SMALL|config_kwargs, cbs=list(cbs), **kw)
 def train(l, epochs=2, lr=1e-2, flat=False):
     with l.no_bar(), l.no_logging(): (l.fit if flat else l.fit_one_cycle)(epochs, lr)
     return l
@@ -60,10 +60,10 @@ class Plug(Callback):
 # Watching changes nothing
 
 def state_of_the_world(): return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()
-EVERYTHING = dict(cbs=lambda: [EMACallback(.9), GradientAccumulation(32), GradientClip(.05)], fields=dict(dropout=.3, reversible=True), lambda_likelihood=.1)
-SETTINGS = {'plain':{}, 'dropout':dict(fields=dict(dropout=.3, n_layers=1)), 'average':dict(cbs=lambda: [EMACallback(.9)], fields=dict(n_layers=1)), 'accumulated':dict(cbs=lambda: [GradientAccumulation(32)], fields=dict(n_layers=1)),
-            'clipped':dict(cbs=lambda: [GradientClip(.05)], fields=dict(n_layers=1)), 'substitution':dict(corruption=lambda: noise(.5, .5), fields=dict(dropout=.3, n_layers=1)), 'router':dict(fields=dict(n_experts=2, k_active=1, router_balance=.1, n_layers=1)), 'everything':EVERYTHING}
-INSTRUMENTS = dict(probe=lambda d: [ProbeCallback(2, n_texts=3)], norms=lambda d: [BlockNormCallback(2)], range=lambda d: [StreamRangeCallback()], log=lambda d: [RunLogCallback(d/'log.jsonl', 2)])
+EVERYTHING = dict(cbs=lambda: [EMACallback(.9), GradientAccumulation(32), GradientClip(.05)], config_kwargs=dict(dropout=.3, reversible=True), lambda_likelihood=.1)
+SETTINGS = {'plain':{}, 'dropout':dict(config_kwargs=dict(dropout=.3, n_layers=1)), 'average':dict(cbs=lambda: [EMACallback(.9)], config_kwargs=dict(n_layers=1)), 'accumulated':dict(cbs=lambda: [GradientAccumulation(32)], config_kwargs=dict(n_layers=1)),
+            'clipped':dict(cbs=lambda: [GradientClip(.05)], config_kwargs=dict(n_layers=1)), 'substitution':dict(corruption=lambda: noise(.5, .5), config_kwargs=dict(dropout=.3, n_layers=1)), 'router':dict(config_kwargs=dict(n_experts=2, k_active=1, router_balance=.1, n_layers=1)), 'everything':EVERYTHING}
+INSTRUMENTS = dict(probe=lambda d: [ProbeCallback(2, n_texts=3)], norms=lambda d: [BlockNormCallback(2)], range=lambda d: [LatticeUsageCallback()], log=lambda d: [RunLogCallback(d/'log.jsonl', 2)])
 INSTRUMENTS['all'] = lambda d: [cb for k in ('log','range','norms','probe') for cb in INSTRUMENTS[k](d)]
 
 def result(setting, *cbs):
@@ -85,7 +85,7 @@ def test_watching_changes_nothing(setting, which, tmp_path): assert not differin
 
 def fault(mp, cls, name, f): mp.setattr(cls, name, (lambda old: lambda self, *a: f(self, partial(old, self), *a))(getattr(cls, name)))
 def draws(self, old): torch.rand(1); return old()
-def moves(self, old, *a): self.model.readout.bias.data += 1e-7; return old(*a)
+def moves(self, old, *a): self.model.output_head.bias.data += 1e-7; return old(*a)
 FAULTS = {'probe that draws':(ProbeCallback, '_look', draws, 'probe', 'dropout'), 'log that draws':(RunLogCallback, '_at_step', draws, 'log', 'dropout'), 'norms that move weights':(BlockNormCallback, 'after_step', moves, 'norms', 'plain'),
           'probe in training mode':(ProbeCallback, '_look', lambda self, old: (old(), self.model.eval())[0], 'probe', 'dropout'), 'probe on the shared generator':(ProbeCallback, '_look', lambda self, old: (torch.rand(1, generator=self.learn.corruption.generator), old())[1], 'probe', 'plain')}
 @pytest.mark.parametrize('name', FAULTS)
@@ -102,7 +102,7 @@ class Calm(Callback):
     "One layer trains without dropout, as fastai's BnFreeze does it for batch norms"
     def before_train(self): self.model.backbone.blocks[0].eval()
 def test_a_layer_in_evaluation_mode_stays_there():
-    a,b = (weights(fit(Calm(), *cbs, epochs=1, fields=dict(dropout=.5))) for cbs in ([], [ProbeCallback(2)]))
+    a,b = (weights(fit(Calm(), *cbs, epochs=1, config_kwargs=dict(dropout=.5))) for cbs in ([], [ProbeCallback(2)]))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 # The probe
@@ -110,7 +110,7 @@ def test_a_layer_in_evaluation_mode_stays_there():
 E,H = .999,math.pi/2                                                           # of the half-cosine
 def alpha(t): return 1-E+E*(H*t).cos()
 def dalpha(t): return -E*H*(H*t).sin()
-def masses(t, shares):
+def state_probs(t, shares):
     "Kept, masked, substituted, deleted; and their derivatives"
     m,u,d = (c/sum(shares) for c in shares)
     a,da = alpha(t),dalpha(t)
@@ -119,9 +119,9 @@ def masses(t, shares):
 def tokens_by_hand(logits, x0, z, t, shares, T=None):
     "Nats of each symbol, (B, L): divergence of the true from the modelled reverse jumps, or T times that of posteriors by Bayes' rule"
     n,t = logits.shape[-1],t.double()[:,None,None]
-    (k,m,u,d),(dk,dm,du,dd) = masses(t, shares)
+    (k,m,u,d),(dk,dm,du,dd) = state_probs(t, shares)
     at = F.one_hot(z, n+1).bool()
-    def mixed(t): (k,m,u,_),_ = masses(t, shares); return [torch.cat([k*o+u/n, m.expand(*o.shape[:2], 1)], -1) for o in (F.one_hot(x0, n).double(), logits.double().softmax(-1))]
+    def mixed(t): (k,m,u,_),_ = state_probs(t, shares); return [torch.cat([k*o+u/n, m.expand(*o.shape[:2], 1)], -1) for o in (F.one_hot(x0, n).double(), logits.double().softmax(-1))]
     if T:
         r = alpha(t)/alpha(t-1/T)                                             # kept from s to t; otherwise redrawn as token or mask
         redrawn = torch.cat([(sum(shares[1:2])/sum(shares)*(1-r)/n).expand(*at.shape[:2], n), (shares[0]/sum(shares)*(1-r)).expand(*at.shape[:2], 1)], -1)
@@ -142,7 +142,7 @@ def by_hand(l, xt, x0, t, text, gaps, shares, T=None, L=16):
     l.model.train(mode)
     if not c.gap_head: return (tokens_by_hand(out, x0, xt, t, shares, T).sum(1)/L).mean().item()
     nats,t = (tokens_by_hand(out.logits, x0, xt, t, shares)*text).sum(1),t.double()[:,None]
-    (k,m,u,d),(*_,dd) = masses(t, shares)
+    (k,m,u,d),(*_,dd) = state_probs(t, shares)
     ghat = out.gaps.double().exp()*d/(k+m+u)
     nats = nats + (dd/d*(ghat-gaps-gaps*ghat.log())*F.pad(text, (1, 0), value=True)).sum(1)
     return (nats/L).mean().item()
@@ -152,7 +152,7 @@ def probe_input(l, n, T, seed):
     x = torch.stack([l.dls.valid.dataset.ids[16*i:16*i+16] for i in range(n)])
     t = torch.tensor([(i+.5)/n for i in range(n)])
     t = t if T is None else (t*T).ceil()/T
-    return x, t, l.corruption.corruption.sample(x, t, torch.Generator().manual_seed(seed))
+    return x, t, l.corruption.corruption.corrupt(x, t, torch.Generator().manual_seed(seed))
 
 def judge_probe(kind, n=4, seed=3):
     shares,T = KINDS[kind]
@@ -167,12 +167,12 @@ def test_probe_is_the_loss_by_hand(kind): judge_probe(kind)
 
 @pytest.mark.parametrize('name,f', [('other texts', lambda c, x, *a: (x.roll(1, 0), *a)), ('other times', lambda c, x, t, g: (x, t*.9, g)), ('other noise', lambda c, x, t, g: (x, t, g.manual_seed(4)))])
 def test_a_probe_of_something_else_is_seen(name, f, monkeypatch):
-    sample = Corruption.sample
+    sample = Corruption.corrupt
     def planted(self, x, t, g=None, *a): return sample(self, *(f(self, x, t, g) if len(x)==4 and g.initial_seed()==3 and sys._getframe(1).f_code.co_filename==instruments.__file__ else (x, t, g)), *a)
-    monkeypatch.setattr(Corruption, 'sample', planted)
+    monkeypatch.setattr(Corruption, 'corrupt', planted)
     with pytest.raises((AssertionError, ValueError)): judge_probe('masks')    # a text that is not its own clean one costs no bits, and is refused
 
-def still(*cbs, **kw): return fit(ProbeCallback(1), *cbs, lr=0., flat=True, epochs=1, fields=dict(dropout=.3), **kw).probe.losses
+def still(*cbs, **kw): return fit(ProbeCallback(1), *cbs, lr=0., flat=True, epochs=1, config_kwargs=dict(dropout=.3), **kw).probe.losses
 def test_same_weights_same_value():
     for c in (None, noise(.5, .2, .3)): assert len(set(still(corruption=c)))==1
 def test_noise_that_is_drawn_again_is_seen(monkeypatch):
@@ -186,7 +186,7 @@ def test_noise_that_is_drawn_again_is_seen(monkeypatch):
 def test_dropout_in_the_probe_would_be_seen(monkeypatch):
     monkeypatch.setattr(BijectiveDenoiser, 'eval', lambda self: self)
     torch.manual_seed(0)
-    l = make(ProbeCallback(1), fields=dict(dropout=.3))
+    l = make(ProbeCallback(1), config_kwargs=dict(dropout=.3))
     wild(l.model)
     train(l, 1, 0., True)
     assert len(set(l.probe.losses))>1
@@ -219,9 +219,9 @@ def test_steps_over_epochs_and_fits():
 
 def watched(d, *cbs, resume=False):
     d.mkdir(exist_ok=True)
-    l = make(ProbeCallback(3), BlockNormCallback(3), StreamRangeCallback(), RunLogCallback(d/'log.jsonl', 2), CheckpointCallback(d, resume=resume), *cbs, fields=dict(dropout=.2), lambda_likelihood=.01, lambda_invert=.1)
+    l = make(ProbeCallback(3), BlockNormCallback(3), LatticeUsageCallback(), RunLogCallback(d/'log.jsonl', 2), CheckpointCallback(d, resume=resume), *cbs, config_kwargs=dict(dropout=.2), lambda_likelihood=.01, lambda_invert=.1)
     return train(l)
-def records(l): return dict(steps=l.probe.steps, losses=l.probe.losses, rows=l.block_norm.rows, values=l.stream_range.values, parts=l.objective.parts)
+def records(l): return dict(steps=l.probe.steps, losses=l.probe.losses, rows=l.block_norm.rows, values=l.lattice_usage.values, parts=l.objective.parts)
 def lines(path): return [{k:v for k,v in json.loads(l).items() if k!='tokens_per_s'} for l in Path(path).read_text().splitlines()]
 
 def test_records_and_log_after_a_resume(tmp_path):
@@ -230,7 +230,7 @@ def test_records_and_log_after_a_resume(tmp_path):
     cut = len(lines(a/'log.jsonl'))
     resumed,whole = watched(a, resume=True),watched(b)
     assert records(resumed)==records(whole) and all(torch.equal(v, weights(whole)[k]) for k,v in weights(resumed).items())
-    assert whole.probe.steps==[3, 6] and len(whole.objective.parts)==8 and len(whole.stream_range.values)==2
+    assert whole.probe.steps==[3, 6] and len(whole.objective.parts)==8 and len(whole.lattice_usage.values)==2
     got,want = lines(a/'log.jsonl'),lines(b/'log.jsonl')
     assert cut==4 and got[:cut]==want[:cut] and got[cut:]==want[3:]           # the line of the epoch that was cut off comes again
     assert [l['step'] for l in got if 'step' in l]==[2, 4, 6, 6, 8] and [l['epoch'] for l in got if 'epoch' in l]==[0, 1]
@@ -241,9 +241,9 @@ STATEFUL = {'two savers':(savers, lambda l: [cb.best for cb in l.cbs if isinstan
             'scaled loss':(list, lambda l: l.loss_scale.scaling, {}), 'experts':(lambda: [ExpertCallback(3)], lambda l: (l.expert.step, l.expert.grads, l.expert.looks), dict(n_experts=2))}
 @pytest.mark.parametrize('name', STATEFUL)
 def test_callbacks_go_on_after_a_resume(name, tmp_path):
-    cbs,state,fields = STATEFUL[name]
+    cbs,state,config_kwargs = STATEFUL[name]
     def run(d, *more, **kw):
-        l = make(CheckpointCallback(tmp_path/d, **kw), *cbs(), *more, path=tmp_path/d, fields=fields)
+        l = make(CheckpointCallback(tmp_path/d, **kw), *cbs(), *more, path=tmp_path/d, config_kwargs=config_kwargs)
         if name=='scaled loss': l.to_fp16(init_scale=2.**40)
         return train(l, 4, 1e-3, flat=True)
     with pytest.raises(KeyboardInterrupt): run('a', Plug(3, 1))
@@ -252,10 +252,10 @@ def test_callbacks_go_on_after_a_resume(name, tmp_path):
     assert all(torch.equal(v, weights(whole)[k]) for k,v in weights(resumed).items())
 
 def test_a_record_that_is_lost_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(StreamRangeCallback, 'records', ())
+    monkeypatch.setattr(LatticeUsageCallback, 'saved_attrs', ())
     with pytest.raises(KeyboardInterrupt): watched(tmp_path, Plug(1, 0))
     l = watched(tmp_path, resume=True)
-    assert len(l.stream_range.values)==1 and len(l.objective.parts)==8
+    assert len(l.lattice_usage.values)==1 and len(l.objective.parts)==8
 
 def test_instruments_are_back_after_an_interrupted_lr_find(tmp_path):
     l = make(ProbeCallback(2), Plug(0, 2), path=tmp_path)
@@ -272,7 +272,7 @@ def test_norms_under_a_scaled_loss_are_those_of_the_gradients():
 
 def own_blocks(m):
     "By attribute, not by name"
-    b,out = m.backbone,dict(embed=m.embed, entry=m.entry, norm=m.norm, readout=m.readout, latent=m.latent, gap_readout=m.gap_readout)
+    b,out = m.backbone,dict(embed=m.embed, entry=m.entry, norm=m.norm, output_head=m.output_head, latent=m.latent, gap_output=m.gap_output)
     layers = [[c] for c in b.layers] if isinstance(b, BijectiveMoE) else [[block, *([b.multiscale[i]] if hasattr(b, 'multiscale') and i<len(b.multiscale) else [])] for i,block in enumerate(b.blocks)]
     return {k:list(v.parameters()) for k,v in out.items() if v is not None and list(v.parameters())} | {f'layer {i}':[p for f in fs for p in f.parameters()] for i,fs in enumerate(layers)}
 BLOCKS = dict(stack={}, standard=dict(n_bijective_layers=1), all_standard=dict(n_bijective_layers=0), mixture=dict(n_experts=2), sparse=dict(n_experts=2, k_active=1, couple='every'), scales=dict(enable_multiscale=True),
@@ -306,7 +306,7 @@ def judge_norms(n_acc=1, every=1, clip=None, opt=SGD, epochs=1, **kw):
         grads.append(torch.autograd.grad(l.loss_func(l.model(*l.xb), *l.yb), list(l.model.parameters())))
     def snap(where): return lambda l: where.append([p.detach().clone() for p in l.model.parameters()])
     l = make(BlockNormCallback(every), Spy('before_batch', note), Spy('before_step', snap(before), order=90), Spy('after_step', snap(after), order=-90), *([GradientAccumulation(16*n_acc)] if n_acc>1 else []), *([GradientClip(clip)] if clip else []), opt_func=opt, **kw)
-    wild(l.model.readout, .1)
+    wild(l.model.output_head, .1)
     train(l, epochs, .05, flat=True)
     happen = range(n_acc, N*epochs+1, n_acc)
     assert [r['step'] for r in l.block_norm.rows]==[s for s in happen if s%every==0]!=[] and len(before)==len(after)==len(happen)
@@ -327,8 +327,8 @@ def judge_norms(n_acc=1, every=1, clip=None, opt=SGD, epochs=1, **kw):
             assert r['update'][b]==pytest.approx(step, rel=1e-4)
             if opt is SGD: assert step*size==pytest.approx(.05*r['gradient'][b]*min(1, (clip or math.inf)/whole), rel=2e-2, abs=1e-7)
         assert clip is None or whole>10*clip
-NORMS = {'plain':dict(epochs=2, every=3), 'clipped':dict(clip=.01, fields=dict(reversible=True)), 'accumulated':dict(n_acc=2), 'accumulated by threes, clipped':dict(n_acc=3, every=2, clip=.01, epochs=2),
-         'adam':dict(opt=partial(Adam, eps=1e-8), fields=dict(n_experts=2, n_layers=1)), 'scales':dict(fields=dict(enable_multiscale=True, n_layers=1))}
+NORMS = {'plain':dict(epochs=2, every=3), 'clipped':dict(clip=.01, config_kwargs=dict(reversible=True)), 'accumulated':dict(n_acc=2), 'accumulated by threes, clipped':dict(n_acc=3, every=2, clip=.01, epochs=2),
+         'adam':dict(opt=partial(Adam, eps=1e-8), config_kwargs=dict(n_experts=2, n_layers=1)), 'scales':dict(config_kwargs=dict(enable_multiscale=True, n_layers=1))}
 @pytest.mark.parametrize('name', NORMS)
 def test_norms_by_block(name): judge_norms(**NORMS[name])
 
@@ -364,7 +364,7 @@ RANGES = dict(stack={}, scales=dict(enable_multiscale=True, n_layers=1), mixture
 @pytest.mark.parametrize('name', RANGES)
 def test_range_of_the_streams(name):
     first = []
-    l = make(StreamRangeCallback(), Spy('before_batch', lambda l: l.iter or first.append(l.xb[0].clone()), train=False), fields=RANGES[name])
+    l = make(LatticeUsageCallback(), Spy('before_batch', lambda l: l.iter or first.append(l.xb[0].clone()), train=False), config_kwargs=RANGES[name])
     wild(l.model.backbone, .2)
     train(l, 1)
     bits,hooked = l.model.config.lattice_bits,[]
@@ -375,12 +375,12 @@ def test_range_of_the_streams(name):
         hooks = [c.register_forward_hook(lambda m, a, out: hooked.append(out[0].abs().max().item()/limit)) for c in l.model.backbone.couplings()]
         list(layer_by_layer(l.model.backbone, h))
     for o in hooks: o.remove()
-    values = l.stream_range.values
+    values = l.lattice_usage.values
     assert len(first)==len(values)==1 and len(own)==len(l.model.backbone.couplings())
-    assert values[-1]==pytest.approx(own, rel=1e-5)==hooked and l.stream_range.value==max(values[-1])
+    assert values[-1]==pytest.approx(own, rel=1e-5)==hooked and l.lattice_usage.value==max(values[-1])
 
 def share(m, xt):
-    cb = StreamRangeCallback()
+    cb = LatticeUsageCallback()
     cb.values,cb.learn = [],SimpleNamespace(fitting=True)
     with torch.no_grad(): return cb.measure(m, m.eval().state(xt)),cb.values[0]
 def test_share_grows_with_the_weights_and_the_lattice():
@@ -396,13 +396,13 @@ def test_share_grows_with_the_weights_and_the_lattice():
     assert share(fine, xt)[1]==pytest.approx([8*o for o in values[2]], rel=2e-2)
 
 def test_standard_layers_have_no_range():
-    l = fit(StreamRangeCallback(), epochs=1, fields=dict(n_bijective_layers=1))
-    assert l.stream_range.values==[] and math.isnan(l.stream_range.value)
+    l = fit(LatticeUsageCallback(), epochs=1, config_kwargs=dict(n_bijective_layers=1))
+    assert l.lattice_usage.values==[] and math.isnan(l.lattice_usage.value)
 
 def test_validation_adds_no_range():
-    l = fit(StreamRangeCallback(), epochs=1)
+    l = fit(LatticeUsageCallback(), epochs=1)
     with l.no_bar(): l.validate()
-    assert len(l.stream_range.values)==1
+    assert len(l.lattice_usage.values)==1
 
 # Log-determinants by layer
 
@@ -496,7 +496,7 @@ def test_lr_find_is_not_logged(tmp_path):
     train(l, 1)
     assert len(strict(tmp_path/'log.jsonl'))==N+1
 
-@pytest.mark.parametrize('kw', [dict(n_valid_draws=1), dict(fields=dict(n_bijective_layers=1))], ids=['one draw', 'standard layers'])
+@pytest.mark.parametrize('kw', [dict(n_valid_draws=1), dict(config_kwargs=dict(n_bijective_layers=1))], ids=['one draw', 'standard layers'])
 def test_lines_are_json_where_a_metric_is_not_there(kw, tmp_path):
     fit(RunLogCallback(tmp_path/'log.jsonl', 3), epochs=1, **kw)
     strict(tmp_path/'log.jsonl')
@@ -548,7 +548,7 @@ def terms_by_hand(l):
     torch.set_rng_state(state)
     *_,y = walk(m, h)
     half = y.shape[-1]//2
-    logits = m.readout(F.layer_norm(y[...,:half]+y[...,half:], (half,), m.norm.weight, m.norm.bias))
+    logits = m.output_head(F.layer_norm(y[...,:half]+y[...,half:], (half,), m.norm.weight, m.norm.bias))
     nll = -torch.distributions.Normal(m.latent.mu, m.latent.log_s.exp()).log_prob(y).sum(-1).mean()
     return tokens_by_hand(logits, x0, xt, t, (1,0,0)).mean(), nll
 
@@ -570,7 +570,7 @@ def judge_terms(lam=.2, lr=.02, **kw):
         for a,b in zip(got, w): assert (a-b).abs().max()<=2e-5*max(1, b.abs().max())
     assert len(l.objective.parts)==len(after)==N
 @pytest.mark.parametrize('reversible', [True, False])
-def test_loss_and_step_with_the_likelihood_by_hand(reversible): judge_terms(fields=dict(reversible=reversible))
+def test_loss_and_step_with_the_likelihood_by_hand(reversible): judge_terms(config_kwargs=dict(reversible=reversible))
 def test_a_wrong_weight_is_seen(monkeypatch):
     monkeypatch.setattr(ObjectiveCallback, 'weights', property(lambda self: dict(denoise=1., likelihood=self.lambda_likelihood/2, invert=0.)))
     with pytest.raises(AssertionError): judge_terms()
@@ -587,13 +587,13 @@ def test_total_and_shares(lam):
     o,names = l.objective,['denoise'] + ['likelihood']*(lam[0]>0) + ['invert']*(lam[1]>0)
     assert all(list(p)==names for p in o.parts) and len(o.parts)==N
     assert l.oscillation.losses==pytest.approx([p['denoise']+lam[0]*p.get('likelihood', 0)+lam[1]*p.get('invert', 0) for p in o.parts], rel=1e-6)
-    s = o.shares()
+    s = o.fractions()
     assert sum(s.values())==pytest.approx(1) and list(s)==names and s.get('invert', 0.)==0
     size = [[abs(w*p[k]) for k,w in dict(denoise=1, likelihood=lam[0], invert=lam[1]).items() if k in p] for p in o.parts]
     assert list(s.values())==pytest.approx([sum(r[i]/sum(r) for r in size)/N for i in range(len(names))])
     assert l.model.latent is None or not hasattr(l.model, 'latent_nll') or l.model.latent_nll is None
 
-@pytest.mark.parametrize('kw', [{}, dict(fields=dict(dropout=.3, enable_multiscale=True, n_layers=1)), dict(fields=dict(n_experts=2, k_active=1, n_layers=1))], ids=['stack', 'scales', 'sparse'])
+@pytest.mark.parametrize('kw', [{}, dict(config_kwargs=dict(dropout=.3, enable_multiscale=True, n_layers=1)), dict(config_kwargs=dict(n_experts=2, k_active=1, n_layers=1))], ids=['stack', 'scales', 'sparse'])
 def test_inverse_term_of_an_exact_model_is_nothing(kw):
     a,b = fit(epochs=1, **kw),fit(epochs=1, lambda_invert=.5, **kw)
     assert [p['invert'] for p in b.objective.parts]==[0.]*N and a.oscillation.losses==b.oscillation.losses==[p['denoise'] for p in b.objective.parts]
@@ -619,8 +619,8 @@ def in_block(m): mixer = m.backbone.blocks[0].f.mixer; mixer.mlp_norm = First(Le
 def told_the_time(m): mixer = m.backbone.blocks[0].f.mixer; mixer.mlp_norm = First(LearnedInverse(8, 8), mixer.mlp_norm)
 def in_mlp(m): m.backbone.blocks[0].f.pointwise.insert(1, First(LearnedInverse(32)))
 def component(l): return next(m for m in l.model.modules() if isinstance(m, LearnedInverse))
-def bad(*cbs, where=behind_embedding, reversible=False, lam=.1, std=None, fields={}, **kw):
-    l = make(*cbs, ObjectiveCallback(lambda_invert=lam), fields=dict(lattice_bits=None, reversible=reversible)|fields, **kw)
+def bad(*cbs, where=behind_embedding, reversible=False, lam=.1, std=None, config_kwargs={}, **kw):
+    l = make(*cbs, ObjectiveCallback(lambda_invert=lam), config_kwargs=dict(lattice_bits=None, reversible=reversible)|config_kwargs, **kw)
     if std: wild(l.model.backbone.blocks, std)
     where(l.model)
     return l
@@ -706,4 +706,4 @@ def test_lr_find_leaves_terms_alone(tmp_path):
 def test_validation_leaves_terms_alone():
     l = fit(lambda_likelihood=.1, epochs=1)
     with l.no_bar(): l.validate()
-    assert len(l.objective.parts)==N and sum(l.objective.shares().values())==pytest.approx(1)
+    assert len(l.objective.parts)==N and sum(l.objective.fractions().values())==pytest.approx(1)

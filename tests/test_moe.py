@@ -9,11 +9,11 @@ from torch import nn
 from bijdiff.layers import sparse_moe
 from bijdiff.layers.lattice import LatticeError, to_lattice
 from bijdiff.layers.coupling import AdditiveCoupling
-from bijdiff.layers.reversible import TwoStage
+from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.layers.block import BijectiveTransformer
 from bijdiff.layers.coupled_experts import CouplerMixer, expert_streams, ExpertEntry, join_streams
 from bijdiff.layers.sparse_moe import balance_term, choose_experts, Router, SparseMixer, SparseNet, z_term
-from bijdiff.layers.moe import BijectiveMoE, route_shares
+from bijdiff.layers.moe import BijectiveMoE, route_fractions
 from test_bijections import close, judge_density, judge_roundtrip, judge_types, wild
 from test_reversible import alike, differing, trial
 
@@ -178,16 +178,16 @@ def test_inverse_of_eight_wild_layers(n, couple, k):
 @settings(max_examples=15, deadline=None)
 @given(n=st.integers(2, 5), k=st.sampled_from([None, 1, 2]), half_d=st.integers(1, 5), heads=st.integers(1, 2), layers=st.integers(1, 2), couple=st.sampled_from(['final', 'every']),
        scales=st.booleans(), window=st.sampled_from([0, 1, 7]), bits=st.integers(3, 12),
-       B=st.integers(1, 4), L=st.integers(1, 24), min_rows=st.sampled_from([4, 256]), masked=st.booleans(), timed=st.booleans(), bf16=st.booleans(), double=st.booleans(), seed=st.integers(0, 10**6))
-@example(n=3, k=2, half_d=2, heads=2, layers=2, couple='every', scales=True, window=7, bits=12, B=4, L=24, min_rows=4, masked=True, timed=True, bf16=True, double=False, seed=0)
-def test_inverse_is_exact_on_the_lattice(n, k, half_d, heads, layers, couple, scales, window, bits, B, L, min_rows, masked, timed, bf16, double, seed):
+       B=st.integers(1, 4), L=st.integers(1, 24), min_chunk_rows=st.sampled_from([4, 256]), masked=st.booleans(), timed=st.booleans(), bf16=st.booleans(), double=st.booleans(), seed=st.integers(0, 10**6))
+@example(n=3, k=2, half_d=2, heads=2, layers=2, couple='every', scales=True, window=7, bits=12, B=4, L=24, min_chunk_rows=4, masked=True, timed=True, bf16=True, double=False, seed=0)
+def test_inverse_is_exact_on_the_lattice(n, k, half_d, heads, layers, couple, scales, window, bits, B, L, min_chunk_rows, masked, timed, bf16, double, seed):
     dtype,bits = (torch.float64, bits+15) if double else (torch.float32, bits)
     m = mixture(n, 2*half_d*heads, heads, layers, .3, seed, couple=couple, k_active=k, lattice_bits=bits, enable_multiscale=scales, segment_length=3, local_window=window, time_conditioning=timed).to(dtype).eval()
     x = to_lattice(normal(m, B, L, seed, dtype), bits)
     ctx = (dict(mask=torch.rand(B, L)<torch.rand(B, 1)*1.5-.25) if masked else {}) | (dict(t=torch.rand(B)) if timed else {})           # some texts are padding only
     if masked: ctx['mask'][0,0] = True
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(TwoStage, 'min_rows', min_rows)                                                  # several portions, or one
+        mp.setattr(ChunkedUpdate, 'min_chunk_rows', min_chunk_rows)                                                  # several portions, or one
         judge_exact(m, x, bf16 and not double, **ctx)
 
 @pytest.mark.parametrize('n,d,B,L', [(2, 4, 5, 7), (3, 8, 8, 16), (4, 8, 3, 33)])
@@ -261,7 +261,7 @@ def test_choose():
 def test_shares():
     m,mask,routes = mixture(4, layers=2, k_active=2),torch.arange(9)<torch.tensor([[9], [4]]),{}
     m(state(m), mask, routes=routes)
-    for shares,where in ((route_shares(routes), [(b, l) for b in range(2) for l in range(9)]), (route_shares(routes, mask), [(b, l) for b in range(2) for l in range(9) if mask[b,l]])):
+    for shares,where in ((route_fractions(routes), [(b, l) for b in range(2) for l in range(9)]), (route_fractions(routes, mask), [(b, l) for b in range(2) for l in range(9) if mask[b,l]])):
         for j in routed(m): assert shares[j].tolist()==pytest.approx([sum(routes[j][b,l,i].item() for b,l in where)/len(where) for i in range(4)])
 
 def free(m):
@@ -284,13 +284,13 @@ def test_a_sparse_coupler_joins_those_that_act():
 
 # Gradients
 
-def judge_gradients(kw, B=2, L=9, bf16=False, min_rows=256, masked=False, timed=False, train=True, seed=0):
+def judge_gradients(kw, B=2, L=9, bf16=False, min_chunk_rows=256, masked=False, timed=False, train=True, seed=0):
     "The bits of stored activations"
     a,b = pair(lattice_bits=12, time_conditioning=timed, seed=seed, **kw)
     x = state(a, B, L, seed)
     ctx = (dict(mask=torch.rand(B, L)<torch.rand(B, 1)*1.5-.25) if masked else {}) | (dict(t=torch.rand(B)) if timed else {})
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(TwoStage, 'min_rows', min_rows)
+        mp.setattr(ChunkedUpdate, 'min_chunk_rows', min_chunk_rows)
         got,want = (trial(m.train(train), x, bf16=bf16, **ctx) for m in (a, b))
     assert not differing(got, want), 'the same bits'
     assert masked or kw.get('dropout') or all(g is not None and g.any() for n,g in got.items() if kw.get('k_active') is None or 'router' in n or n=='x'), 'something for everyone'
@@ -298,13 +298,13 @@ def judge_gradients(kw, B=2, L=9, bf16=False, min_rows=256, masked=False, timed=
 @settings(max_examples=8, deadline=None)
 @given(n=st.integers(2, 3), k=st.sampled_from([None, 1, 2]), d=st.sampled_from([4, 8]), layers=st.integers(1, 2), couple=st.sampled_from(['final', 'every']),
        scales=st.booleans(), dropout=st.sampled_from([0., .3]), terms=st.sampled_from([(0., 0.), (.3, 0.), (0., .1), (.3, .1)]),
-       B=st.integers(1, 3), L=st.integers(2, 16), bf16=st.booleans(), min_rows=st.sampled_from([4, 256]), masked=st.booleans(), timed=st.booleans(), train=st.booleans(), seed=st.integers(0, 10**6))
-@example(n=3, k=2, d=4, layers=2, couple='every', scales=True, dropout=.3, terms=(.3, .1), B=3, L=16, bf16=False, min_rows=4, masked=True, timed=True, train=True, seed=0)
-@example(n=4, k=1, d=8, layers=2, couple='final', scales=False, dropout=.3, terms=(.3, .1), B=3, L=16, bf16=True, min_rows=4, masked=True, timed=True, train=True, seed=1)
-@example(n=2, k=None, d=8, layers=2, couple='every', scales=True, dropout=.3, terms=(0., 0.), B=3, L=16, bf16=True, min_rows=4, masked=True, timed=True, train=True, seed=2)
-def test_gradients_are_those_of_stored_activations(n, k, d, layers, couple, scales, dropout, terms, B, L, bf16, min_rows, masked, timed, train, seed):
+       B=st.integers(1, 3), L=st.integers(2, 16), bf16=st.booleans(), min_chunk_rows=st.sampled_from([4, 256]), masked=st.booleans(), timed=st.booleans(), train=st.booleans(), seed=st.integers(0, 10**6))
+@example(n=3, k=2, d=4, layers=2, couple='every', scales=True, dropout=.3, terms=(.3, .1), B=3, L=16, bf16=False, min_chunk_rows=4, masked=True, timed=True, train=True, seed=0)
+@example(n=4, k=1, d=8, layers=2, couple='final', scales=False, dropout=.3, terms=(.3, .1), B=3, L=16, bf16=True, min_chunk_rows=4, masked=True, timed=True, train=True, seed=1)
+@example(n=2, k=None, d=8, layers=2, couple='every', scales=True, dropout=.3, terms=(0., 0.), B=3, L=16, bf16=True, min_chunk_rows=4, masked=True, timed=True, train=True, seed=2)
+def test_gradients_are_those_of_stored_activations(n, k, d, layers, couple, scales, dropout, terms, B, L, bf16, min_chunk_rows, masked, timed, train, seed):
     kw = {} if k is None else dict(k_active=k, balance=terms[0], z_loss=terms[1])
-    judge_gradients(dict(n=n, d=d, layers=layers, couple=couple, enable_multiscale=scales, segment_length=3, dropout=dropout, **kw), B, L, bf16, min_rows, masked, timed, train, seed)
+    judge_gradients(dict(n=n, d=d, layers=layers, couple=couple, enable_multiscale=scales, segment_length=3, dropout=dropout, **kw), B, L, bf16, min_chunk_rows, masked, timed, train, seed)
 
 def test_gradients_with_affine_couplers():
     a,b = pair(layers=4, coupler='affine', dropout=.3)
@@ -456,10 +456,10 @@ def judge_evens_out(balance=1., steps=40):
         routes = {}
         loss = (m(x, routes=routes)[0]-x.flip(-1)).square().mean()
         opt.zero_grad(); loss.backward(); opt.step()
-        if i==0: first = route_shares(routes)
+        if i==0: first = route_fractions(routes)
     m(x, routes=last)
     assert all(s.argmax()==0 and s.max()>.9 for s in first.values()), 'one has it all'
-    assert all(s.max()<.5 for s in route_shares(last).values()), 'all have their share'
+    assert all(s.max()<.5 for s in route_fractions(last).values()), 'all have their share'
 def test_balance_evens_out():
     judge_evens_out()
     with pytest.raises(AssertionError, match='all have their share'): judge_evens_out(0.)

@@ -5,8 +5,8 @@ import numpy as np, pytest, torch
 from scipy.linalg import expm
 from bijdiff.diffusion import objective
 from bijdiff.diffusion.schedules import CosineSquared, get_schedule, LogLinear, Polynomial, Schedule
-from bijdiff.diffusion.corruption import Corruption, GIDDCorruption, Rates
-from bijdiff.diffusion.objective import bound_integrand, closing_term, hybrid_nelbo, insertion_nelbo
+from bijdiff.diffusion.corruption import Corruption, GIDDCorruption, EventRates
+from bijdiff.diffusion.objective import bound_integrand, prior_term, hybrid_nelbo, insertion_nelbo
 from bijdiff.diffusion.objective import log_scores, masked_nelbo, reconstruction_term, score_entropy
 from bijdiff.diffusion.objective import uniform_nelbo
 
@@ -26,8 +26,8 @@ def onehot(x, n=V): return [float(i==x) for i in range(n)]
 def problem(masks=True, tokens=True, dtype=torch.float64, scale=1.5, L=30, times=T0, seed=0):
     "Seeded logits, clean texts, noisy texts with or without masks and with or without substituted tokens, times"
     g = torch.Generator().manual_seed(seed)
-    B,draw = len(times),lambda n: torch.randint(0, n, (len(times), L), generator=g)
-    x0,noise,how = draw(V),draw(V),draw(3)
+    B,sample_categorical = len(times),lambda n: torch.randint(0, n, (len(times), L), generator=g)
+    x0,noise,how = sample_categorical(V),sample_categorical(V),sample_categorical(3)
     xt = torch.where((how==1)&tokens, noise, torch.where((how==2)&masks, V, x0))
     return (scale*torch.randn(B, L, V, generator=g, dtype=torch.float64)).to(dtype), x0, xt, torch.tensor(times, dtype=torch.float64)
 
@@ -143,7 +143,7 @@ def test_schedules_by_name(name):
     s = get_schedule(name)
     masks,tokens = problem(tokens=False),problem(masks=False)
     for f in (lambda s: masked_nelbo(*masks, s), lambda s: masked_nelbo(*masks, s, 1000), lambda s: uniform_nelbo(*tokens, s), lambda s: score_entropy(*masks, s), lambda s: score_entropy(*tokens, s, 'uniform'), lambda s: reconstruction_term(*masks[:3], s),
-              lambda s: closing_term(*masks[:2], s), lambda s: hybrid_nelbo(*masks, Corruption(V, 1, 1, schedule=s)), lambda s: hybrid_nelbo(*masks, Corruption(V, 1, 1, schedule=dict(mask=s)))): assert torch.equal(f(name), f(s))
+              lambda s: prior_term(*masks[:2], s), lambda s: hybrid_nelbo(*masks, Corruption(V, 1, 1, schedule=s)), lambda s: hybrid_nelbo(*masks, Corruption(V, 1, 1, schedule=dict(mask=s)))): assert torch.equal(f(name), f(s))
 
 BAD = {'masks in uniform noise':(lambda o, x, z, t: uniform_nelbo(o, x, torch.full_like(z, V), t, LogLinear()), 'xt has ids from 4 to 4; expected 0 to 3'), 'other tokens in masks':(lambda o, x, z, t: masked_nelbo(o, x, (x+1)%V, t, LogLinear()), r'xt differs from x0 at \[0, 0\]'),
        'steps of deletion':(lambda *a: hybrid_nelbo(*a, Corruption(V, delete=1, T=4)), 'T is 4; with deletion'), 'no schedule':(lambda o, x, z, t: masked_nelbo(o, x, x, t, 'linear'), "schedule is 'linear'")}
@@ -174,7 +174,7 @@ def test_steps_are_posteriors_by_bayes_rule(name, T): judge_steps(name, T)
 DELETING = {f'{kind}-{n}':(shares, n) for (kind,shares),n in product(dict(mask_delete=(1,0,1), all_three=(.5,.2,.3), delete=(0,0,1), uniform_delete=(0,1,2)).items(), ALPHA)} | {
     'own schedules, all three':((5,2,3), ('cosine','half_cosine','log_linear')), 'own schedules, masks':((1,0,3), ('half_cosine','cosine','polynomial'))}
 
-def masses(shares, names):
+def state_probs(shares, names):
     "Kept, masked, substituted and deleted at a time, by hand"
     shares = np.array([*shares, 0., 0.][:3])/sum(shares)
     alphas = [ALPHA[n][0] for n in ((names,)*3 if isinstance(names, str) else (*names, names[0])[:3])]
@@ -191,7 +191,7 @@ def rates(at, t):
     return np.linalg.solve([[1, 1], [A-u, -u]], [-dk/k, du])
 
 def reverse_rates(shares, n):
-    at = masses(shares, n)
+    at = state_probs(shares, n)
     def token(logits, x, z, t):
         (k,m,u,d),(to_token,to_mask) = at(t),rates(at, t)
         q,qhat = ([k*o+u/V for o in p]+[m] for p in (onehot(x), softmax(logits)))
@@ -216,7 +216,7 @@ def test_bound_with_deletion_is_the_divergence_of_reverse_rates(name): judge_rev
 # Insertion: kappa (ghat - g - g log ghat)
 def judge_insertion(name):
     shares,n = DELETING[name]
-    at,g = masses(shares, n),torch.Generator().manual_seed(1)
+    at,g = state_probs(shares, n),torch.Generator().manual_seed(1)
     logits,gaps,real = torch.randn(4, 9, generator=g, dtype=torch.float64),torch.randint(0, 4, (4, 9), generator=g),torch.rand(4, 9, generator=g)<.8
     def gap(o, count, is_real, t):
         (k,m,u,d),dd = at(t),slope(at, t)[3]
@@ -232,14 +232,14 @@ def test_end_terms_as_defined(name):
     "At 0 the posterior of the clean token given its own symbol; at 1 the divergence of the jump to nothing but noise, of those alive"
     shares,n = {**ALIVE, **DELETING}[name]
     if shares=='gidd': at = lambda t: (lambda a,b: np.array([a(t), b(t)[V], V*b(t)[0], 0.]))(*interpolation(shares, n))
-    else: at = masses(shares, n)
+    else: at = state_probs(shares, n)
     def q(p, t): return [at(t)[0]*o+at(t)[2]/V for o in p]+[at(t)[1]]
     def opening(logits, x, z, t):
         if q(onehot(x), 0.)[z]<=0: return 0.
         return -math.log(softmax(logits)[x]*q(onehot(x), 0.)[z]/q(softmax(logits), 0.)[z])
     def closing(logits, x, z, t): return sum(a*math.log(a/b) for a,b in zip(q(onehot(x), 1.), q(softmax(logits), 1.)) if a>0)/(1-at(1.)[3])
     logits,x0,xt,t = problem(**(possible(shares) if shares!='gidd' else {}))
-    for got,f in ((reconstruction_term(logits, x0, xt, noise_of(shares, n)), opening), (closing_term(logits, x0, noise_of(shares, n)), closing)):
+    for got,f in ((reconstruction_term(logits, x0, xt, noise_of(shares, n)), opening), (prior_term(logits, x0, noise_of(shares, n)), closing)):
         assert got.shape==x0.shape and (got-slow(f, logits, x0, xt, t)).abs().max()<1e-8, f.__name__
 
 @pytest.mark.parametrize('name', [*ALIVE, *INSERTING])
@@ -247,7 +247,7 @@ def test_integrand_is_the_sum_over_the_symbols_there_are(name):
     "Texts of different lengths, sampled; those behind the end do not count"
     shares,n = {**ALIVE, **DELETING}[name]
     c,(_,x0,_,t),lengths = noise_of(shares, n),problem(L=12),torch.tensor([12, 0, 5, 9])
-    noisy,o = c.sample(x0, t, torch.Generator().manual_seed(0), lengths),problem(L=12)[0]
+    noisy,o = c.corrupt(x0, t, torch.Generator().manual_seed(0), lengths),problem(L=12)[0]
     tokens = hybrid_nelbo(o, noisy.x0, noisy.xt, t, c) if name!='mask-cosine' else masked_nelbo(o, noisy.x0, noisy.xt, t, get_schedule('cosine'))     # each of them judged above
     want = torch.zeros(4, dtype=torch.float64)
     for b in range(4):
@@ -263,7 +263,7 @@ def test_integrand_is_the_sum_over_the_symbols_there_are(name):
 GRADIENTS = {'masked':(lambda o, *a: masked_nelbo(o, *a, LogLinear()), {'tokens':False}), 'masked, 100 steps':(lambda o, *a: masked_nelbo(o, *a, LogLinear(), 100), {'tokens':False}), 'uniform':(lambda o, *a: uniform_nelbo(o, *a, CosineSquared()), {'masks':False}),
              'score entropy, absorb':(lambda o, *a: score_entropy(o, *a, LogLinear(), 'absorb'), {'tokens':False}), 'score entropy, uniform':(lambda o, *a: score_entropy(o, *a, LogLinear(), 'uniform'), {'masks':False}),
              'scores of a denoiser':(lambda o, x0, xt, t: log_scores(o, xt, t, Corruption(V, 1, 1)), {}), 'reconstruction':(lambda o, x0, xt, t: reconstruction_term(o, x0, xt, Corruption(V, 1, 1, schedule=get_schedule('geometric'))), {}),
-             'closing':(lambda o, x0, xt, t: closing_term(o, x0, Corruption(V, 1, 1, schedule=LogLinear(.1))), {})}
+             'closing':(lambda o, x0, xt, t: prior_term(o, x0, Corruption(V, 1, 1, schedule=LogLinear(.1))), {})}
 GRADIENTS |= {f'hybrid, {k}':(lambda o, *a, c=c: hybrid_nelbo(o, *a, c), {'tokens':k!='mask, delete'}) for k,c in {'10%':Corruption(V, 9, 1), 'own schedules':noise_of((2,1), ('half_cosine','log_linear')), 'gidd':GIDDCorruption(V),
               '100 steps':Corruption(V, 1, 1, T=100), 'gidd, 100 steps':GIDDCorruption(V, T=100), 'mask, delete':Corruption(V, 1, 0, 1), 'all three':Corruption(V, 1, 1, 1)}.items()}
 @pytest.mark.parametrize('name', GRADIENTS)
@@ -309,8 +309,8 @@ def test_finite_at_the_ends_of_time_and_for_extreme_logits(name, dtype):
             if name=='root' and c.deletes: times = [max(t, 1e-9) for t in times]                 # at 0 insertions come infinitely fast
             o,x0,_,t = problem(L=12, scale=1, times=times)
             o = (o if scale==1 else scale*o.sign()).to(dtype).requires_grad_()
-            noisy = c.sample(x0, t, torch.Generator().manual_seed(0), lengths)
-            gaps = (o[...,0].detach().clamp(-20, 20)[:,:1]*torch.ones(13)).to(dtype).requires_grad_() if c.deletes and c.shares['mask'] else None
+            noisy = c.corrupt(x0, t, torch.Generator().manual_seed(0), lengths)
+            gaps = (o[...,0].detach().clamp(-20, 20)[:,:1]*torch.ones(13)).to(dtype).requires_grad_() if c.deletes and c.weights['mask'] else None
             if c.deletes and gaps is None: loss = torch.where(noisy.text, hybrid_nelbo(o, noisy.x0, noisy.xt, t, c), 0.).sum(1)
             else: loss = bound_integrand(o, noisy, t, c, gaps)
             grads = torch.autograd.grad(loss.sum(), [o]+([gaps] if gaps is not None else []))
@@ -327,16 +327,16 @@ def test_first_step_from_a_rounded_time():
 
 # Faults that the judges above must refuse
 def times_(f, by=1.01): return lambda *a, **kw: f(*a, **kw)*by
-def swapped(f): return lambda self, t: Rates(*(lambda r: (r.to_token, r.to_mask, r.delete))(f(self, t)))
+def swapped(f): return lambda self, t: EventRates(*(lambda r: (r.to_token, r.to_mask, r.delete))(f(self, t)))
 def fault(where, name, how): return where, name, how(getattr(where, name))
 FAULTS = {'weight of time':(fault(objective, 'time_weight', times_), [judge_mdlm], 'log_linear'), 'weight of a step':(fault(objective, 'time_weight', times_), [lambda n: judge_mdlm(n, 7)], 'cosine'),
           'derivative of alpha':(fault(LogLinear, 'dalpha', times_), [judge_mdlm, judge_udlm, lambda n: judge_sedd(n, 'absorb'), lambda n: judge_sedd(n, 'uniform'), lambda n: judge_gidd(f'hybrid-{n}'), lambda n: judge_reverse(f'all_three-{n}'), lambda n: judge_insertion(f'all_three-{n}')], 'log_linear'),
           'alpha':(fault(LogLinear, 'alpha', times_), [judge_mdlm, judge_udlm, lambda n: judge_steps(f'hybrid-{n}', 50)], 'log_linear'), 'noise rate':(fault(Schedule, 'dsigma', times_), [lambda n: judge_sedd(n, 'absorb'), lambda n: judge_sedd(n, 'uniform')], 'cosine'),
           'rates swapped':(fault(Corruption, 'event_rates', swapped), [lambda n: judge_gidd(f'hybrid-{n}'), lambda n: judge_reverse(f'all_three-{n}'), judge_udlm], 'cosine'),
-          'marginals of the network':(fault(objective, 'log_mix', lambda f: lambda p, m: f(p, m)+.001), [judge_udlm, lambda n: judge_gidd(f'mask-{n}'), lambda n: judge_reverse(f'mask_delete-{n}')], 'cosine'),
+          'marginals of the network':(fault(objective, 'log_marginals', lambda f: lambda p, m: f(p, m)+.001), [judge_udlm, lambda n: judge_gidd(f'mask-{n}'), lambda n: judge_reverse(f'mask_delete-{n}')], 'cosine'),
           'posterior':(fault(Corruption, 'reverse_posterior', lambda f: lambda self, p, z, s, t: f(self, p, z, s*.99, t)), [lambda n: judge_steps(f'uniform-{n}', 50), lambda n: judge_steps(f'mask-{n}', 4), lambda _: judge_steps('gidd', 4)], 'cosine'),
           'expected gaps':(fault(objective, 'expected_gaps', lambda f: lambda *a: f(*a)+.01), [lambda n: judge_insertion(f'mask_delete-{n}')], 'cosine'),
-          'shares of gidd':(fault(GIDDCorruption, 'masses', lambda f: lambda self, t: f(self, t*.99)), [lambda _: judge_gidd('gidd')], '')}
+          'shares of gidd':(fault(GIDDCorruption, 'state_probs', lambda f: lambda self, t: f(self, t*.99)), [lambda _: judge_gidd('gidd')], '')}
 @pytest.mark.parametrize('name', FAULTS)
 def test_judges_refuse_a_fault(name, monkeypatch):
     patch,judges,schedule = FAULTS[name]

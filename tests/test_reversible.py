@@ -7,7 +7,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from bijdiff.layers.lattice import to_lattice
-from bijdiff.layers.reversible import TwoStage
+from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.layers.block import BijectiveTransformer
 import reversible_job as job
 
@@ -42,16 +42,16 @@ def differing(a, b):
 def alike(a, b, tol=1e-4): return all((a[n] is b[n] is None) or (a[n]-b[n]).abs().max() <= tol*b[n].abs().max() for n in b)
 
 @settings(max_examples=80, deadline=None)
-@given(n=st.integers(1, 5), heads=st.sampled_from([1, 2]), d=st.sampled_from([2, 4, 10]), B=st.integers(1, 4), L=st.integers(1, 40), window=st.sampled_from([0, 3, 7]), dropout=st.sampled_from([0., .3]), min_rows=st.sampled_from([4, 256]),
+@given(n=st.integers(1, 5), heads=st.sampled_from([1, 2]), d=st.sampled_from([2, 4, 10]), B=st.integers(1, 4), L=st.integers(1, 40), window=st.sampled_from([0, 3, 7]), dropout=st.sampled_from([0., .3]), min_chunk_rows=st.sampled_from([4, 256]),
        bf16=st.booleans(), masked=st.booleans(), timed=st.booleans(), ratio=st.sampled_from([1., .5, 0.]), train=st.booleans(), seed=st.integers(0, 10**6))
-@example(n=3, heads=2, d=4, B=4, L=40, window=7, dropout=.3, min_rows=4, bf16=False, masked=True, timed=True, ratio=1., train=True, seed=0)
-@example(n=4, heads=1, d=10, B=4, L=40, window=7, dropout=.3, min_rows=4, bf16=True, masked=True, timed=True, ratio=.5, train=True, seed=1)
-def test_gradients_are_those_of_stored_activations(n, heads, d, B, L, window, dropout, min_rows, bf16, masked, timed, ratio, train, seed):
+@example(n=3, heads=2, d=4, B=4, L=40, window=7, dropout=.3, min_chunk_rows=4, bf16=False, masked=True, timed=True, ratio=1., train=True, seed=0)
+@example(n=4, heads=1, d=10, B=4, L=40, window=7, dropout=.3, min_chunk_rows=4, bf16=True, masked=True, timed=True, ratio=.5, train=True, seed=1)
+def test_gradients_are_those_of_stored_activations(n, heads, d, B, L, window, dropout, min_chunk_rows, bf16, masked, timed, ratio, train, seed):
     a,b = pair(n, d*heads, heads, local_window=window, dropout=dropout, time_conditioning=timed, bijective_ratio=ratio)
     x = state(B, L, d*heads, seed)
     ctx = (dict(mask=torch.rand(B, L)<torch.rand(B, 1)*1.5-.25) if masked else {}) | (dict(t=torch.rand(B)) if timed else {})
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(TwoStage, 'min_rows', min_rows)                                                      # several portions, or one
+        mp.setattr(ChunkedUpdate, 'min_chunk_rows', min_chunk_rows)                                                      # several portions, or one
         got,want = (trial(m.train(train), x, bf16=bf16, **ctx) for m in (a, b))
     assert not differing(got, want)
     assert masked or any(g is not None and g.any() for k,g in got.items() if 'blocks.0.' in k)

@@ -9,14 +9,14 @@ from torch.nn.functional import pad
 from chi_square import chi_square
 from bijdiff.sampling import generate, insertion, rules, samplers
 from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
-from bijdiff.diffusion.corruption import Corruption, GIDDCorruption, Step
+from bijdiff.diffusion.corruption import Corruption, GIDDCorruption, StepProbs
 from bijdiff.diffusion.objective import masked_nelbo, score_entropy, uniform_nelbo
 from bijdiff.model.config import DenoiserConfig
-from bijdiff.model.denoiser import BijectiveDenoiser, Reading
+from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
 from bijdiff.model.predictions import output_integrand
-from bijdiff.sampling.rules import reveal_counts, RULES
-from bijdiff.sampling.samplers import Run
-from bijdiff.sampling.insertion import Growing
+from bijdiff.sampling.rules import reveal_counts, UnmaskingRule
+from bijdiff.sampling.samplers import SamplerState
+from bijdiff.sampling.insertion import VariableLengthBatch
 from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.sampling.repair import self_correct
 from bijdiff.pictures import film_strip
@@ -37,7 +37,7 @@ class Toy(BijectiveDenoiser):
         V,L,w = self.config.vocab_size,self.config.seq_len,xt.shape[1]
         code = pad(xt if mask is None else torch.where(mask, xt, V+1), (0, L-w), value=V+1)@(V+2)**torch.arange(L)
         at = lambda o: o[0][code] if t is None else o[0][code]+2*t.double().view(-1, *[1]*(o.ndim-2))*o[1][code]
-        return Reading((at(self.table)[:,:w], .3*at(self.gap_table)[:,:w+1])) if self.config.gap_head else at(self.table)[:,:w]
+        return DenoiserOutput((at(self.table)[:,:w], .3*at(self.gap_table)[:,:w+1])) if self.config.gap_head else at(self.table)[:,:w]
 
 def of(alpha, m, u, d=0.): return lambda t: np.array([alpha(t), *(o*(1-alpha(t)) for o in (m, u, d))])
 def cosine(t): return 1-.99*math.cos(math.pi/2*(1-t))
@@ -61,7 +61,7 @@ def quick(monkeypatch):
     "What is the same for all texts is computed once"
     monkeypatch.setattr(rules, 'reveal_counts', lru_cache(None)(reveal_counts))
     one = lru_cache(None)(lambda c, s, t, f=Corruption.step: f(c, torch.tensor([s], dtype=torch.float64), torch.tensor([t], dtype=torch.float64)))
-    def step(self, s, t): return Step(*(o.expand(len(s)) for o in one(self, s[0].item(), t[0].item()))) if len(s)>1 and (s==s[0]).all() and (t==t[0]).all() else Corruption_step(self, s, t)
+    def step(self, s, t): return StepProbs(*(o.expand(len(s)) for o in one(self, s[0].item(), t[0].item()))) if len(s)>1 and (s==s[0]).all() and (t==t[0]).all() else Corruption_step(self, s, t)
     Corruption_step = Corruption.step
     monkeypatch.setattr(Corruption, 'step', step)
 
@@ -87,20 +87,20 @@ def between(a, b):
     "What a symbol becomes between two times, row: from"
     k = b[0]/a[0]
     return k*np.eye(V+1)+noise_of(b)-k*noise_of(a)
-def redraws(masses, t):
+def redraws(state_probs, t):
     "Rate at which any symbol is redrawn as each one"
-    (k,_,u,_),(dk,_,du,_) = masses(t),slope(masses, t)
+    (k,_,u,_),(dk,_,du,_) = state_probs(t),slope(state_probs, t)
     return np.array([(du-dk/k*u)/V]*V+[-dk/k*(1-u)-du])
 
-def posterior(x, masses, s, t, last, first):
+def posterior(x, state_probs, s, t, last, first):
     "The ancestral sampler: Bayes' rule; what stands there at first says nothing"
-    if first: return mixed(x, [1, 0, 0] if last else masses(s))
-    if last: return np.pad(x*mixed(np.eye(V), masses(t)).T[Z], ((0, 0), (0, 0), (0, 1)))
-    return mixed(x, masses(s))*between(masses(s), masses(t)).T[Z]
+    if first: return mixed(x, [1, 0, 0] if last else state_probs(s))
+    if last: return np.pad(x*mixed(np.eye(V), state_probs(t)).T[Z], ((0, 0), (0, 0), (0, 1)))
+    return mixed(x, state_probs(s))*between(state_probs(s), state_probs(t)).T[Z]
 
-def reveal(x, masses, s, t, last, first):
+def reveal(x, state_probs, s, t, last, first):
     "The ancestral sampler for masks"
-    a,b = 0. if first else masses(t)[0],1. if last else masses(s)[0]
+    a,b = 0. if first else state_probs(t)[0],1. if last else state_probs(s)[0]
     r = (b-a)/(1-a)
     return np.where(OWN==V, mixed(r*x, [1, 1-r, 0]), np.eye(V+1)[Z])
 
@@ -111,15 +111,15 @@ def ratios(model, out, x, m):
     if not model.config.score_head: return s
     return np.where(OWN==np.arange(V+1), s, s*np.exp(np.pad(out, ((0, 0), (0, 0), (0, 1)))))
 
-def tweedie(score, masses, s, t, last):
+def tweedie(score, state_probs, s, t, last):
     "SEDD's analytic sampler, theorem 4.2, with matrices: one step of the noise is inverted"
-    P = between(masses(s), masses(t))
+    P = between(state_probs(s), state_probs(t))
     p = (score@np.linalg.inv(P)).clip(0)*P.T[Z]
     return np.where((np.arange(V+1)==V)&last, 0, p)
 
-def euler(score, masses, s, t, last):
+def euler(score, state_probs, s, t, last):
     "SEDD's Euler sampler: reverse rates times the step"
-    p = np.where(OWN==np.arange(V+1), 0., (t-s)*redraws(masses, t)[OWN]*score)
+    p = np.where(OWN==np.arange(V+1), 0., (t-s)*redraws(state_probs, t)[OWN]*score)
     return np.where(OWN==np.arange(V+1), (1-p.sum(-1, keepdims=True)).clip(0), p)
 
 def walk(dist, K, free):
@@ -136,45 +136,45 @@ def surest(x, rule):
         for i in sorted((i for i in range(L) if z[i]==V), key=lambda i: -sure[i])[:1]: K[k,i] = [*p[i], 0.]
     return K
 
-def one_by_one(ask, template, rule):
+def one_by_one(predict, template, rule):
     "One mask a step; the network is told the share that is hidden"
     dist,free = (Z==np.array(template)).all(1)*1.,np.array(template)==V
-    for hidden in range(free.sum(), 0, -1): dist = walk(dist, surest(ask(hidden), rule), free)
+    for hidden in range(free.sum(), 0, -1): dist = walk(dist, surest(predict(hidden), rule), free)
     return dist
 
 def exact(name, how, template=(V,)*L, steps=STEPS, **kw):
     "Distribution over all texts"
-    (noise,masses,_),model,free = NOISES[name],toy(name),np.array(template)==V
-    def ask(t):
+    (noise,state_probs,_),model,free = NOISES[name],toy(name),np.array(template)==V
+    def predict(t):
         out = model(torch.tensor(Z), torch.full((len(Z),), t, dtype=torch.float64) if model.config.time_conditioning else None).numpy()
         return out, tilt(out, **kw)
-    if how in RULES: return one_by_one(lambda hidden: ask(hidden/L)[1], template, how)
-    if how=='first_hitting': return hitting(lambda t: ask(t)[1], tuple(template), model.config.time_conditioning)
-    start = noise_of(masses(1.))
+    if how in UnmaskingRule.names: return one_by_one(lambda hidden: predict(hidden/L)[1], template, how)
+    if how=='first_hitting': return hitting(lambda t: predict(t)[1], tuple(template), model.config.time_conditioning)
+    start = noise_of(state_probs(1.))
     dist = np.array([np.prod([start[a] if f else a==b for a,f,b in zip(z, free, template)]) for z in Z])/start.sum()**free.sum()
     ts = np.linspace(1, 0, steps+1)
-    if how in ('tweedie', 'euler'): ts[0] = max(i for i in range(100_001) if masses(i*1e-5)[0]>=1e-4)*1e-5        # later there are no scores to speak of
+    if how in ('tweedie', 'euler'): ts[0] = max(i for i in range(100_001) if state_probs(i*1e-5)[0]>=1e-4)*1e-5        # later there are no scores to speak of
     for i,(t,s) in enumerate(zip(ts, ts[1:])):
-        (out,x),last = ask(t),i==steps-1
-        if how=='ancestral': K = (reveal if noise.masks_only else posterior)(x, masses, s, t, last, i==0)
+        (out,x),last = predict(t),i==steps-1
+        if how=='ancestral': K = (reveal if noise.masks_only else posterior)(x, state_probs, s, t, last, i==0)
         else:
-            score = ratios(model, out, x, masses(t))
-            K = (tweedie if how=='tweedie' or last else euler)(score, masses, s, t, last)
+            score = ratios(model, out, x, state_probs(t))
+            K = (tweedie if how=='tweedie' or last else euler)(score, state_probs, s, t, last)
             if noise.masks_only: K = np.where(OWN==V, K, np.eye(V+1)[Z])
         dist = walk(dist, K, free)
     return dist
 
-def hitting(ask, template, timed, n=8):
+def hitting(predict, template, timed, n=8):
     "The mean over all orders of the products of conditionals; if the network is told the time, over the times 1-alpha = t of n masks, which fall by a factor u^(1/n)"
     us,ws = np.polynomial.legendre.leggauss(n) if timed else ([1.], [2.])
-    ask,empty = lru_cache(None)(ask),np.eye(len(Z))
+    predict,empty = lru_cache(None)(predict),np.eye(len(Z))
     def f(z, hidden):
         masks = [i for i in range(L) if z[i]==V]
         if not masks: return empty[index(z)]
         out = 0.
         for u,w in zip(us, ws):
             t = hidden*(u+1)/2                                                                     # density k t^(k-1)/hidden^k of the largest of k
-            p,weight = ask(t)[index(z)],w/2*(((u+1)/2)**(len(masks)-1) if timed else 1/len(masks))
+            p,weight = predict(t)[index(z)],w/2*(((u+1)/2)**(len(masks)-1) if timed else 1/len(masks))
             out = out+weight*sum(p[i,v]*f((*z[:i], v, *z[i+1:]), t) for i in masks for v in range(V))
         return out
     return f(template, 1.)
@@ -222,16 +222,16 @@ def with_evidence_twice(f):
         return f(model, out, xt, m)+torch.where(xt[...,None]==V, 1., kept*(xt[...,None]==torch.arange(V))+sub/V).clamp(min=1e-9).log()
     return g
 def faster(f): return lambda self, t: type(r := f(self, t))(*(1.2*o for o in r))
-real = {k:getattr(samplers, k) for k in ('token_probs', 'reveal_probs', '_tweedie', 'draw')}
+real = {k:getattr(samplers, k) for k in ('token_probs', 'reveal_probs', '_tweedie', 'sample_categorical')}
 def warm(module):
     "Too high a temperature wherever a module draws tokens"
     return module, 'token_probs', lambda o, temperature=1., top_p=1.: real['token_probs'](o, 1.1*temperature, top_p)
 FAULTS = {f'too warm: {name}, {how}':(name, how, warm(samplers)) for name,how in (('mask', 'ancestral'), ('mask', 'tweedie'), ('mask', 'first_hitting'), ('uniform', 'tweedie'), ('hybrid', 'ancestral'), ('gidd', 'euler'))} | {
-    'revealed as another schedule says':('mask', 'ancestral', (samplers, 'reveal_probs', lambda n, _: real['reveal_probs'](n, HalfCosine()))), 'symbols say nothing in the end':('uniform', 'ancestral', (samplers, 'with_own_evidence', lambda probs, z, masses, V: probs)),
+    'revealed as another schedule says':('mask', 'ancestral', (samplers, 'reveal_probs', lambda n, _: real['reveal_probs'](n, HalfCosine()))), 'symbols say nothing in the end':('uniform', 'ancestral', (samplers, 'condition_on_observed', lambda probs, z, state_probs, V: probs)),
     'posterior, not leave-one-out: uniform':('uniform', 'ancestral', (samplers, 'clean_logits', with_evidence_twice(samplers.clean_logits))), 'posterior, not leave-one-out: hybrid':('hybrid', 'tweedie', (samplers, 'clean_logits', with_evidence_twice(samplers.clean_logits))), 'score not taken back':('hybrid', 'tweedie', (samplers, '_tweedie', lambda score, z, step, V: real['_tweedie'](score, z, step._replace(token_to_token=.9*step.token_to_token), V))),
     'scores too large':('uniform, scores', 'tweedie', (samplers, 'output_scores', lambda *a, f=samplers.output_scores: 1.05*f(*a))), 'rates too high':('hybrid', 'euler', (Corruption, 'event_rates', faster(Corruption.event_rates))), 'rates of masks too high':('mask', 'euler', (Corruption, 'event_rates', faster(Corruption.event_rates))),
-    'confidence of the drawn token':('mask', 'confidence', (rules, 'certainty', by_drawn_token)), 'rules swapped':('mask', 'entropy', (rules, 'certainty', lambda p, rule: p.max(-1).values)), 'from left to right':('mask', 'first_hitting', (generate, 'first_hitting', left_to_right)),
-    'told another time':('gidd', 'ancestral', (Run, 'ask', lambda self, t, f=Run.ask: f(self, .9*t))), 'draws not independent':('mask', 'ancestral', (samplers, 'draw', lambda p, g: real['draw'](p, g)[torch.arange(p.shape[0])//2*2]))}
+    'confidence of the drawn token':('mask', 'confidence', (rules, 'confidence', by_drawn_token)), 'rules swapped':('mask', 'entropy', (rules, 'confidence', lambda p, rule: p.max(-1).values)), 'from left to right':('mask', 'first_hitting', (generate, 'first_hitting', left_to_right)),
+    'told another time':('gidd', 'ancestral', (SamplerState, 'predict', lambda self, t, f=SamplerState.predict: f(self, .9*t))), 'draws not independent':('mask', 'ancestral', (samplers, 'sample_categorical', lambda p, g: real['sample_categorical'](p, g)[torch.arange(p.shape[0])//2*2]))}
 @pytest.mark.parametrize('name', FAULTS)
 def test_the_chi_square_refuses(name, monkeypatch):
     noise,how,fault = FAULTS[name]
@@ -246,9 +246,9 @@ AT = {z:i for i,z in enumerate(STRINGS)}
 GROWING = {'mask, delete':(Corruption(W, .5, 0, .5, schedule=Cosine(.01)), of(cosine, .5, 0, .5)), 'all three':(Corruption(W, .4, .3, .3, schedule=HalfCosine(.01)), of(half_cosine, .4, .3, .3)),
            'mostly deletion':(Corruption(W, .2, .1, .7, schedule=Geometric(.05, 5.)), of(geometric, .2, .1, .7))}
 
-def generator(masses, t):
+def generator(state_probs, t):
     "Redraws as any token and as the mask, and masks that vanish; row: from"
-    (k,m,u,d),(dk,_,du,dd) = masses(t),slope(masses, t)
+    (k,m,u,d),(dk,_,du,dd) = state_probs(t),slope(state_probs, t)
     token = (du-dk/k*u)/(1-d)
     Q = np.zeros((W+2, W+2))
     Q[:W+1,:W],Q[:W+1,W],Q[W,W+1] = token/W,-dk/k-token,dd/m
@@ -278,12 +278,12 @@ def grower(name): return Toy(W, ROOM, GROWING[name][0], 3)
 
 def exact_growth(name, given=0, steps=STEPS, **kw):
     "Distribution over all texts; the first `given` symbols are given zeros, with no gap before them"
-    masses = GROWING[name][1]
-    def ask(t):
+    state_probs = GROWING[name][1]
+    def predict(t):
         z = torch.tensor([[*z, *[W]*(ROOM-len(z))] for z in STRINGS])
         logits,gaps = grower(name)(z, torch.full((len(z),), t), torch.arange(ROOM) < torch.tensor([len(z) for z in STRINGS])[:,None])
-        with np.errstate(divide='ignore'): return tilt(logits.numpy(), **kw), np.exp(gaps.numpy())*masses(t)[3]/(1-masses(t)[3])
-    m = masses(1.)
+        with np.errstate(divide='ignore'): return tilt(logits.numpy(), **kw), np.exp(gaps.numpy())*state_probs(t)[3]/(1-state_probs(t)[3])
+    m = state_probs(1.)
     start,dist = np.array([m[2]/W]*W+[m[1]])/(m[1]+m[2]),np.zeros(len(STRINGS))
     for z in STRINGS:
         n = len(z)-given
@@ -297,10 +297,10 @@ def exact_growth(name, given=0, steps=STEPS, **kw):
         return out
     ts = np.linspace(1, 0, steps+1)
     for t,s in zip(ts, ts[1:]):
-        x,gaps = ask(t)
-        if s>0: P,before = passage(name, s, t),symbols(x, masses(s))
-        else: P,before = symbols(np.eye(W), masses(t)),x                                              # the last step gives clean tokens
-        back = 1-masses(s)[3]/masses(t)[3] if s>0 else 1.
+        x,gaps = predict(t)
+        if s>0: P,before = passage(name, s, t),symbols(x, state_probs(s))
+        else: P,before = symbols(np.eye(W), state_probs(t)),x                                              # the last step gives clean tokens
+        back = 1-state_probs(s)[3]/state_probs(t)[3] if s>0 else 1.
         def K(z):
             free = range(given, len(z))
             post = [pad_to(before[AT[z],i]*P[:,z[i]], z[i]) for i in free]
@@ -343,9 +343,9 @@ class Oracle(Toy):
     place = torch.zeros((W+2)**ROOM, dtype=torch.long).index_put_((torch.tensor(rows(STRINGS, W+1)@(W+2)**np.arange(ROOM)),), torch.arange(len(STRINGS)))
     def __init__(self, name, wrong=0.):
         super().__init__(W, ROOM, GROWING[name][0])
-        self.masses,self.wrong,self.tables = GROWING[name][1],wrong,lru_cache(None)(self.at_time)
+        self.state_probs,self.wrong,self.tables = GROWING[name][1],wrong,lru_cache(None)(self.at_time)
     def at_time(self, t):
-        m = self.masses(t)
+        m = self.state_probs(t)
         like = np.where(self.there, symbols(np.eye(W), m)[self.clean,self.seen], 1.)
         others = np.stack([np.delete(like, i, 1).prod(1) for i in range(ROOM)], 1)*(self.word*m[3]**self.lost)[:,None]*self.there
         total,gaps,clean = np.zeros(len(STRINGS)),np.zeros((len(STRINGS), ROOM+1)),np.zeros((len(STRINGS), ROOM, W))
@@ -357,7 +357,7 @@ class Oracle(Toy):
     def forward(self, xt, t=None, mask=None):
         i = self.place[pad(torch.where(mask, xt, W+1), (0, ROOM-xt.shape[1]), value=W+1)@(W+2)**torch.arange(ROOM)]
         logits,gaps = self.tables(t[0].item())
-        return Reading((logits[i,:xt.shape[1]], gaps[i,:xt.shape[1]+1]))
+        return DenoiserOutput((logits[i,:xt.shape[1]], gaps[i,:xt.shape[1]+1]))
 
 def language_after_start(name):
     "Three binomial symbols of noise at the start, whatever the language would have there; then the texts that so many belong to"
@@ -377,7 +377,7 @@ def test_insertion_with_the_best_network_writes_the_language():
     assert distance_from_the_language('mask, delete', wrong=.2)>.04
 
 GROWTH_FAULTS = {'too many come back':(insertion, '_poisson', lambda mean, run, f=insertion._poisson: f(1.05*mean, run)), 'too warm':warm(insertion), 'expects too few':(insertion, 'expected_gaps', lambda *a, f=insertion.expected_gaps: f(*a)-.05),
-                 'starts too long':(Growing, 'delete', lambda self, which, f=Growing.delete: f(self, which&(torch.rand(which.shape)<.95))), 'symbols from another time':(Corruption, 'reverse_posterior', lambda self, p, z, s, t, f=Corruption.reverse_posterior: f(self, p, z, .9*s, t))}
+                 'starts too long':(VariableLengthBatch, 'delete', lambda self, which, f=VariableLengthBatch.delete: f(self, which&(torch.rand(which.shape)<.95))), 'symbols from another time':(Corruption, 'reverse_posterior', lambda self, p, z, s, t, f=Corruption.reverse_posterior: f(self, p, z, .9*s, t))}
 @pytest.mark.parametrize('name', GROWTH_FAULTS)
 def test_the_chi_square_of_texts_that_grow_refuses(name, monkeypatch):
     monkeypatch.setattr(*GROWTH_FAULTS[name])
@@ -387,25 +387,25 @@ def test_the_chi_square_of_texts_that_grow_refuses(name, monkeypatch):
 class Poisson(Toy):
     def __init__(self, noise, mean):
         super().__init__(W, 1, noise)
-        self.config.seq_len,self.mean,self.alive = 60,mean,float(1-noise.masses(torch.ones(1))[3])
+        self.config.seq_len,self.mean,self.surviving = 60,mean,float(1-noise.state_probs(torch.ones(1))[3])
     def forward(self, xt, t=None, mask=None):
         n = mask.sum(1, keepdim=True)
-        m = self.corruption.masses(t[:1].double())
-        gaps = math.log(self.mean*m.alive.item())-torch.log(n+1.)
-        return Reading((torch.zeros(*xt.shape, W), gaps.expand(-1, xt.shape[1]+1)))
+        m = self.corruption.state_probs(t[:1].double())
+        gaps = math.log(self.mean*m.surviving.item())-torch.log(n+1.)
+        return DenoiserOutput((torch.zeros(*xt.shape, W), gaps.expand(-1, xt.shape[1]+1)))
 BLANKS = {'mask, delete':Corruption(W, .4, 0, .6, schedule=LogLinear(0.)), 'all three':Corruption(W, .3, .3, .4, schedule=LogLinear(0.))}
 def judge_lengths(lengths, mean): judge(np.bincount(lengths, minlength=61), np.append(poisson.pmf(np.arange(60), mean), poisson.sf(59, mean)))
 
 @pytest.mark.parametrize('name', BLANKS)
 def test_settling_leaves_true_noise_as_it_is(name):
     model = Poisson(BLANKS[name], 12.)
-    n,mean = 20_000,12*model.alive
+    n,mean = 20_000,12*model.surviving
     for passes in (1, 3, 10):
         lengths = torch.poisson(torch.full((n,), mean), generator=torch.Generator().manual_seed(passes))
-        w = Growing(torch.full((n, 40), W), W, 60)
+        w = VariableLengthBatch(torch.full((n, 40), W), W, 60)
         w.delete(torch.arange(61)>=lengths[:,None])
         assert torch.equal(w.lengths, lengths.long().clamp(max=40))
-        with torch.no_grad(): insertion._settle(Run(model, w.x, model.corruption, seed=passes), w, passes)
+        with torch.no_grad(): insertion._find_lengths(SamplerState(model, w.x, model.corruption, seed=passes), w, passes)
         judge_lengths(w.lengths.numpy(), mean)
 
 @pytest.mark.parametrize('name', BLANKS)
@@ -413,7 +413,7 @@ def test_a_blank_of_a_wrong_length_settles(name):
     "Far too long or too short: when it has settled, texts have the lengths of the language, in however many steps; before, they do not"
     model = Poisson(BLANKS[name], 12.)
     for length in (2, 50):
-        settled,not_ = ([len(o) for o in sample(model, 5000, 3, length=length, settle=k)] for k in (40, 0))
+        settled,not_ = ([len(o) for o in sample(model, 5000, 3, length=length, length_steps=k)] for k in (40, 0))
         judge_lengths(settled, 12.)
         with pytest.raises(AssertionError, match='p-value|impossible'): judge_lengths(not_, 12.)
 
@@ -475,7 +475,7 @@ def test_passes_and_frames(name, how, monkeypatch):
         assert frames[0].tolist()==[template or [5]*12]*n and lists(frames[-1])==lists(out) and len(film_strip(frames, type('', (), dict(decode=lambda self, o: ' '.join(map(str, o))))()).split('\n'))==min(6, len(frames))
         if how!='insertion': assert all((a!=b).any() for a,b in zip(frames[1:], frames[2:])), 'each shows a change'
     if how=='insertion':
-        asked.clear(); sample(m, 2, 5, settle=4)
+        asked.clear(); sample(m, 2, 5, length_steps=4)
         assert len(asked)<=5+1+4
 
 def constant(V, L, logits, noise=None, **kw):
@@ -483,7 +483,7 @@ def constant(V, L, logits, noise=None, **kw):
     m = BijectiveDenoiser(DenoiserConfig(V, seq_len=L, d_model=2, n_heads=1, n_layers=1, noise=noise and noise.to_dict(), gap_head=bool(noise and noise.deletes), time_conditioning=bool(noise), **kw)).eval()
     def forward(x, t=None, mask=None):
         out = logits.expand(*x.shape, V)
-        return Reading((out, torch.zeros(len(x), x.shape[1]+1))) if m.config.gap_head else out
+        return DenoiserOutput((out, torch.zeros(len(x), x.shape[1]+1))) if m.config.gap_head else out
     m.forward = forward
     return m
 
@@ -539,7 +539,7 @@ def draw_in_float32(probs, g): return (probs.float().log()-(-torch.rand(probs.sh
 def count_draws(draw, rows, p=1e-3, seed=0):
     "How often anything but the last is drawn from many probabilities far below the resolution of float32"
     probs,g = torch.cat([torch.full((BIG,), p/BIG, dtype=torch.float64), torch.tensor([1-p], dtype=torch.float64)]).expand(50, -1),torch.Generator().manual_seed(seed)
-    return sum((draw(probs, g)<BIG).sum().item() for _ in range(rows//50))
+    return sum((sample_categorical(probs, g)<BIG).sum().item() for _ in range(rows//50))
 def test_draws_of_tiny_probabilities(): assert binom.ppf(.05, 8000, 1e-3)<=count_draws(samplers.draw, 8000, seed=1)<=binom.isf(5e-4, 8000, 1e-3)
 
 # Repair
@@ -550,7 +550,7 @@ class Speller(Toy):
         super().__init__(4, 1, noise)
         self.config.seq_len,self.words = 8,torch.tensor(WORDS)
     def forward(self, xt, t=None, mask=None):
-        k,m,u,_ = (o[:,None,None].to(torch.float64) for o in self.corruption.masses(t.double()))
+        k,m,u,_ = (o[:,None,None].to(torch.float64) for o in self.corruption.state_probs(t.double()))
         like = torch.where(xt[:,None]==4, m, k*(xt[:,None]==self.words)+u/4).log()           # (B, words, L)
         others = (like.sum(-1, keepdim=True)-like).softmax(1)
         return torch.einsum('bwl,wlv->blv', others, torch.nn.functional.one_hot(self.words, 4).double()).clamp(min=1e-300).log()
@@ -583,7 +583,7 @@ BAD = {'no steps':(from_('mask', steps=0), 'steps is 0'), 'negative steps':(from
        'id too large':(from_('mask', template=[0, 6]), 'ids from 0 to 6; expected 0 to 5'), 'negative id':(from_('all three', template=[-1, 5]), 'ids from -1'), 'template too long':(from_('mask', template=[5]*13), 'at most seq_len=12'), 'too long':(from_('hybrid', length=13), 'at most seq_len=12'), 'too long to insert':(from_('mask, delete', length=13), 'at most seq_len=12'),
        'template of another number of texts':(from_('mask', 2, template=torch.full((3, 4), 5)), 'template has shape'), 'template of too many axes':(from_('mask', 1, template=torch.full((1, 1, 4), 5)), 'template has shape'), 'not even a sampler':(from_('mask', sampler='beam'), "sampler is 'beam'"),
        'temperature 0':(from_('mask', temperature=0), 'temperature is 0'), 'temperature nan':(from_('mask', temperature=math.nan), 'temperature is nan'), 'negative temperature':(from_('all three', temperature=-1.), 'temperature is -1'), 'top_p 0':(from_('uniform', top_p=0), 'top_p is 0'), 'top_p above 1':(from_('mask', top_p=1.1), 'top_p is 1.1'), 'top_p nan':(from_('mask, delete', top_p=math.nan), 'top_p is nan'),
-       'temperature of scores':(from_('uniform, scores', temperature=.5), 'the scores of this model know neither'), 'settling without insertion':(from_('hybrid', settle=1), 'settle is 1'), 'schedule of another noise':(from_('hybrid', schedule=Cosine()), 'leave it out'), 'schedule though told the time':(from_('mask, told the time', schedule=Cosine()), 'leave it out'),
+       'temperature of scores':(from_('uniform, scores', temperature=.5), 'the scores of this model know neither'), 'settling without insertion':(from_('hybrid', length_steps=1), 'settle is 1'), 'schedule of another noise':(from_('hybrid', schedule=Cosine()), 'leave it out'), 'schedule though told the time':(from_('mask, told the time', schedule=Cosine()), 'leave it out'),
        'no gap head':(lambda: DenoiserConfig(5, noise=Corruption(5, 1, 0, 1).to_dict()), 'gap_head is False'), 'scores of a hybrid':(lambda: DenoiserConfig(5, noise=Corruption(5, 1, 1).to_dict(), score_head=True), 'score_head is True'),
        'wrong 0':(lambda: self_correct(real_network('hybrid'), torch.zeros(1, 12).long(), 0.), 'expected a number between 0 and 1'), 'wrong nan':(lambda: self_correct(real_network('hybrid'), torch.zeros(1, 12).long(), math.nan), 'expected a number between 0 and 1'), 'correcting texts that grow':(lambda: self_correct(real_network('all three'), torch.zeros(1, 12).long()), 'deletes'),
        'correcting a mask':(lambda: self_correct(real_network('hybrid'), torch.full((1, 12), 5)), 'ids from 5'), 'correcting what is no id':(lambda: self_correct(real_network('uniform'), torch.full((1, 12), -1)), 'ids from -1'), 'correcting a text too long':(lambda: self_correct(real_network('uniform'), torch.zeros(1, 13).long()), 'at most seq_len=12'),
@@ -667,7 +667,7 @@ def judge_guest_losses(name):
     if name in ('mask', 'mask, told the time'): losses.append(mdlm_loss(m.as_mdlm(), x0, noisy.xt, sigma, dsigma))
     for loss in losses:
         assert (loss-want).abs().max()<1e-4*want.abs().max() and loss.std()>.1
-        a,b = (torch.autograd.grad(o.sum(), m.readout.weight, retain_graph=True)[0] for o in (loss, want))
+        a,b = (torch.autograd.grad(o.sum(), m.output_head.weight, retain_graph=True)[0] for o in (loss, want))
         assert (a-b).abs().max()<1e-4*b.abs().max()
 @pytest.mark.parametrize('name', GUESTS)
 def test_losses_of_other_code(name): judge_guest_losses(name)
@@ -681,14 +681,14 @@ def test_samplers_of_other_code(name, how): judge(guest_counts(name, how), exact
 
 def test_a_guest_who_misreads_is_noticed(monkeypatch):
     "Scores relative to another time, clean tokens relative to others"
-    from bijdiff.model.adapters import MDLMGuest, SEDDGuest
-    monkeypatch.setattr(SEDDGuest, 'outputs', lambda self, x, sigma, f=SEDDGuest.outputs: f(self, x, sigma*1.03))
+    from bijdiff.model.adapters import MDLMAdapter, SEDDAdapter
+    monkeypatch.setattr(SEDDAdapter, 'outputs', lambda self, x, sigma, f=SEDDAdapter.outputs: f(self, x, sigma*1.03))
     for name in GUESTS:
         with pytest.raises(AssertionError): judge_guest_losses(name)
-    monkeypatch.setattr(SEDDGuest, 'forward', lambda self, x, sigma, f=SEDDGuest.forward: 1.1*f(self, x, sigma))
+    monkeypatch.setattr(SEDDAdapter, 'forward', lambda self, x, sigma, f=SEDDAdapter.forward: 1.1*f(self, x, sigma))
     for name in ('mask', 'uniform'):
         with pytest.raises(AssertionError, match='p-value'): judge(guest_counts(name, 'euler'), exact(name, 'euler'))
     monkeypatch.undo()
-    monkeypatch.setattr(MDLMGuest, 'forward', lambda self, x, sigma, f=MDLMGuest.forward: 1.1*f(self, x, sigma))
+    monkeypatch.setattr(MDLMAdapter, 'forward', lambda self, x, sigma, f=MDLMAdapter.forward: 1.1*f(self, x, sigma))
     with pytest.raises(AssertionError): judge_guest_losses('mask')
     with pytest.raises(AssertionError, match='p-value'): judge(guest_counts('mask', 'mdlm'), exact('mask', 'tweedie'))

@@ -4,7 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from bijdiff.layers.reversible import TwoStage
+from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.loaders import text_dls
 from bijdiff.model.config import DenoiserConfig
@@ -295,11 +295,11 @@ def test_rows_written_at_once_do_not_mix(place):
 TINY = dict(steps=64, epochs=2, seq_len=16, bs=8, lrs=[.01, .02], seeds=[0, 1], fields=dict(d_model=8, n_heads=2, n_layers=2, reversible=False),
             configs={'plain':{}, 'front':dict(n_bijective_layers=1), 'behind':dict(n_bijective_layers=1, standard_first=True), 'terms':dict(epochs=1, lrs=[.02], learner=dict(lambda_likelihood=.1, lambda_invert=.1))})
 SHORT = {**TINY, 'steps':12, 'epochs':1}
-FIELDS = {'study', 'name', 'seed', 'lr', 'bits_per_char', 'se', 'error', 'n_params', 'epochs', 'seconds', 'peak_mib', 'valid_bits_by_epoch', 'losses', 'probe_every', 'probe', 'stream_range', 'log_det', 'inverse_error', 'norms', 'terms', 'last_terms', 'config', 'fields', 'machine', 'torch', 'fastai', 'command'}
+FIELDS = {'study', 'name', 'seed', 'lr', 'bits_per_char', 'se', 'error', 'n_params', 'epochs', 'seconds', 'peak_mib', 'valid_bits_by_epoch', 'losses', 'probe_every', 'probe', 'lattice_usage', 'log_det', 'inverse_error', 'norms', 'terms', 'last_terms', 'config', 'fields', 'machine', 'torch', 'fastai', 'command'}
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(study, 'STUDIES', tmp_path)
-    monkeypatch.setattr(TwoStage, 'min_rows', TwoStage.min_rows)              # run changes it
+    monkeypatch.setattr(ChunkedUpdate, 'min_chunk_rows', ChunkedUpdate.min_chunk_rows)              # run changes it
     for k,g in dict(tiny=TINY, short=SHORT).items(): (tmp_path/f'{k}.json').write_text(json.dumps(g))
     (tmp_path/'text.txt').write_text(pydoc_corpus()[:20_000])
     return tmp_path
@@ -314,8 +314,8 @@ def test_a_run_by_the_command(tiny, capsys):
     assert len(r['losses'])==2*per_epoch and 30<=per_epoch<=32 and sum(r['losses'][-9:])<sum(r['losses'][:9])
     assert r['probe_every']==10 and len(r['probe'])==2*per_epoch//10 and r['probe'][-1]<r['probe'][0]
     assert len(r['valid_bits_by_epoch'])==2 and 1<r['bits_per_char']<8 and abs(r['bits_per_char']-r['valid_bits_by_epoch'][-1])<.5 and r['se']>0
-    assert len(r['stream_range'][0])==2 and 0<max(r['stream_range'][0])<1 and r['log_det']==r['inverse_error']==0
-    assert r['norms'][0]['step']==50 and list(r['norms'][0]['gradient'])==['embed', 'layer 0', 'layer 1', 'norm', 'readout']
+    assert len(r['lattice_usage'][0])==2 and 0<max(r['lattice_usage'][0])<1 and r['log_det']==r['inverse_error']==0
+    assert r['norms'][0]['step']==50 and list(r['norms'][0]['gradient'])==['embed', 'layer 0', 'layer 1', 'norm', 'output_head']
     assert r['terms'] is r['last_terms'] is None and r['fields']==TINY['fields'] and r['config']==dict(epochs=2, learner={})
     dls = text_dls(pydoc_corpus()[:int(64/2*16*8/.9)+1], seq_len=16, bs=8)
     assert r['n_params']==sum(p.numel() for p in BijectiveDenoiser(DenoiserConfig(dls.tokenizer.vocab_size, 16, **TINY['fields'])).parameters()) and len(dls.train)==per_epoch
@@ -333,7 +333,7 @@ def test_a_run_with_terms_and_again(tiny):
 def test_front_and_behind_are_trained(tiny):
     a,b = short(tiny, 'front'),short(tiny, 'behind')
     assert a['n_params']==b['n_params'] and a['losses']!=b['losses'] and b['config']['standard_first'] and a['losses'][0]==pytest.approx(b['losses'][0], abs=1e-3)
-    assert a['stream_range']==b['stream_range']==[] and math.isnan(a['log_det'])
+    assert a['lattice_usage']==b['lattice_usage']==[] and math.isnan(a['log_det'])
 
 # Standard blocks in front
 

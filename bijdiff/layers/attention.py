@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['rotary_angles', 'rotate', 'attention_weights', 'visible_keys', 'attend', 'head_dim', 'BidirectionalAttention',
-           'at_rows']
+           'gather_rows']
 
 # %% ../../nbs/layers/07_attention.ipynb #f4b8d061
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .coupling import at_text
+from .coupling import zero_padding
 
 # %% ../../nbs/layers/07_attention.ipynb #be97278f
 def rotary_angles(
@@ -93,14 +93,14 @@ class BidirectionalAttention(nn.Module):
     )->Tensor: # (B, L, d_model), or (B, R, d_model)
         B,L,D = x.shape
         if rotary is None: rotary = rotary_angles(L, self.d_head, x.device)
-        x = at_text(x, mask)                                            # not even NaN at padding may spread: 0 times NaN is NaN
-        if rows is not None: return self._ask(x, rows, mask, rotary)
+        x = zero_padding(x, mask)                                            # not even NaN at padding may spread: 0 times NaN is NaN
+        if rows is not None: return self._attend_at(x, rows, mask, rotary)
         qk,v = self.qkv(x).view(B, L, 3*self.n_heads, self.d_head).transpose(1, 2).split([2*self.n_heads, self.n_heads], 1)
         q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary).chunk(2, 1)
         return self.dropout(self.out(attend(q, k, v, visible_keys(mask)).transpose(1, 2).reshape(B, L, D)))
 
 # %% ../../nbs/layers/07_attention.ipynb #7e130215
-def at_rows(
+def gather_rows(
     x:Tensor, # (B, L, D)
     rows:Tensor, # Numbers of positions, (B, R)
 )->Tensor: # (B, R, D)
@@ -108,11 +108,11 @@ def at_rows(
     return x.gather(1, rows[...,None].expand(-1, -1, x.shape[-1]))
 
 @patch
-def _ask(self:BidirectionalAttention, x, rows, mask, rotary):
+def _attend_at(self:BidirectionalAttention, x, rows, mask, rotary):
     "Attention for the queries of some positions"
     D = x.shape[-1]
     split = lambda t: t.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-    q = split(F.linear(at_rows(x, rows), self.qkv.weight[:D]))
+    q = split(F.linear(gather_rows(x, rows), self.qkv.weight[:D]))
     k,v = split(F.linear(x, self.qkv.weight[D:])).chunk(2, 1)
     q = rotate(F.layer_norm(q, (self.d_head,)), *(a[rows][:,None] for a in rotary))
     k = rotate(F.layer_norm(k, (self.d_head,)), *rotary)

@@ -14,7 +14,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from ..checks import check_seed
 from .bijection import Bijection, sum_log_determinants
-from .coupling import AdditiveCoupling, at_padding, bounded, check_mask, halves
+from .coupling import AdditiveCoupling, restore_padding, bounded, check_mask, split_halves
 from .linear import BijectiveLinear
 from .attention import attention_weights, BidirectionalAttention, head_dim, rotary_angles
 from .attention import rotate, visible_keys
@@ -81,12 +81,12 @@ class MixingAttention(Bijection):
     def _logdet(self, M, x): return sum_log_determinants([self.d_head*torch.linalg.slogdet(M)[1]], x)
 
     def forward(self, x:Tensor, mask:Tensor|None=None, **context):
-        x1,x2 = halves(x)
+        x1,x2 = split_halves(x)
         M = self._matrix(x2, mask)
         with _full_precision(x): return torch.cat([(M@self._heads(x1)).transpose(1, 2).flatten(2), x2], -1), self._logdet(M, x)
 
     def inverse(self, y:Tensor, mask:Tensor|None=None, **context):
-        y1,y2 = halves(y)
+        y1,y2 = split_halves(y)
         M = self._matrix(y2, mask)
         with _full_precision(y): return torch.cat([torch.linalg.solve(M, self._heads(y1)).transpose(1, 2).flatten(2), y2], -1), -self._logdet(M, y)
 
@@ -128,7 +128,7 @@ class CachedAttention(Bijection):
         self.weights = A.detach()
         v,dv = self.v(x, mask=mask)
         y,dy = self.out(self._flat(A@self._heads(v)), mask=mask)
-        return at_padding(y, x, mask), self._logdet(A, x, [dv, dy])
+        return restore_padding(y, x, mask), self._logdet(A, x, [dv, dy])
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #c8807d63
 def solve_values(
@@ -157,7 +157,7 @@ def inverse(self:CachedAttention,
     u,du = self.out.inverse(y, mask=mask)
     with _full_precision(y): v,condition = solve_values(A, self._heads(u))
     x,dv = self.v.inverse(self._flat(v), mask=mask)
-    x = at_padding(x, y, mask)
+    x = restore_padding(x, y, mask)
     kept = self.weights
     with torch.no_grad(): image_error = (self(x, mask=mask)[0]-y).abs().flatten(1).amax(1)
     self.weights = kept

@@ -14,9 +14,9 @@ from torch import nn, Tensor
 from ..checks import is_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, at_text, check_mask, CouplingNet
-from .reversible import couple_all, TwoStage, uncouple_all
-from .attention import at_rows, BidirectionalAttention, rotary_angles
+from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
+from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .attention import gather_rows, BidirectionalAttention, rotary_angles
 
 # %% ../../nbs/layers/10_block.ipynb #dd224d21
 class LocalMixing(nn.Module):
@@ -34,7 +34,7 @@ class LocalMixing(nn.Module):
         mask:Tensor|None=None, # (B, L), True where there is text; padding counts as 0
     )->Tensor: # (B, L, d_model)
         if not x.shape[1]: return x                                       # which a convolution does not take
-        return F.conv1d(at_text(x, mask).transpose(1, 2), self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
+        return F.conv1d(zero_padding(x, mask).transpose(1, 2), self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
 
 # %% ../../nbs/layers/10_block.ipynb #7b71d8c2
 class AdaptiveNorm(nn.Module):
@@ -87,7 +87,7 @@ class BlockMixer(nn.Module):
         n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
         a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
         r = (h if read is None else read)+n
-        return a, self.mlp_norm((r if rows is None else at_rows(r, rows))+a, cond)
+        return a, self.mlp_norm((r if rows is None else gather_rows(r, rows))+a, cond)
 
 def _check_kind(name, value):
     if value not in ('bijective','standard'): raise ValueError(f"{name} is {value!r}; expected 'bijective' or 'standard'")
@@ -107,7 +107,7 @@ class BijectiveTransformerBlock(AdditiveCoupling):
         cond_dim:int|None=None, # Features of a conditioning vector; None for none
     ):
         _check_kind('attention', attention); _check_kind('ffn', ffn)
-        super().__init__(TwoStage(BlockMixer(d_model, n_heads, local_window, dropout, cond_dim),
+        super().__init__(ChunkedUpdate(BlockMixer(d_model, n_heads, local_window, dropout, cond_dim),
                                   CouplingNet(d_model, coupling_hidden_dim, coupling_depth, dropout)), lattice_bits)
         store_attr('attention,ffn')
 
@@ -130,7 +130,7 @@ def update(self:BijectiveTransformerBlock,
     "What the block adds to the active stream"
     x2,cond = x2.view_as(x2),None if cond is None else cond.view_as(cond)
     read = None if self.attention==self.ffn else _read(self.ffn, x1, x2)
-    return at_text(self.f(_read(self.attention, x1, x2).contiguous(), mask=mask, cond=cond, rotary=rotary, read=read), mask)
+    return zero_padding(self.f(_read(self.attention, x1, x2).contiguous(), mask=mask, cond=cond, rotary=rotary, read=read), mask)
 
 @patch
 def forward(self:BijectiveTransformerBlock,

@@ -9,7 +9,7 @@ __all__ = ['lambert_w', 'L2Attention']
 import math
 import torch
 from torch import nn, Tensor
-from .coupling import at_text, check_mask
+from .coupling import zero_padding, check_mask
 from .attention import visible_keys
 
 # %% ../../nbs/layers/08_l2_attention.ipynb #ce4bf9d4
@@ -50,7 +50,7 @@ class L2Attention(nn.Module):
         keys = visible_keys(mask)
         P = (logits if keys is None else logits.masked_fill(~keys, float('-inf'))).softmax(-1)
         h = (P@xw)@(s*self.W.mT@self.V)
-        return at_text(h.transpose(1, 2).flatten(2)@self.O, mask)
+        return zero_padding(h.transpose(1, 2).flatten(2)@self.O, mask)
 
     def forward(self,
         x:Tensor, # (B, L, d_model)

@@ -13,7 +13,7 @@ from fastcore.basics import store_attr
 from torch import nn, Tensor
 from .bijection import Bijection, BijectiveSequential, sum_log_determinants
 from .lattice import lattice_add, require_lattice
-from .coupling import at_padding, at_text, bounded, check_mask
+from .coupling import restore_padding, zero_padding, bounded, check_mask
 
 # %% ../../nbs/layers/04_linear.ipynb #9b17315a
 class PairRotation(Bijection):
@@ -149,9 +149,9 @@ class LinearCoupling(Bijection):
         check_mask(mask, x)
         require_lattice(x, self.lattice_bits)
         a,b = self._parts(x)
-        t = sign*at_text(F.linear(b.contiguous(), self.weight), mask)            # one layout in both directions: same sums
+        t = sign*zero_padding(F.linear(b.contiguous(), self.weight), mask)            # one layout in both directions: same sums
         if self.log_scale is None: return self._join(lattice_add(a, t, self.lattice_bits), b), sum_log_determinants([], x)
-        s = at_text(sign*bounded(self.log_scale, self.max_log_scale).to(x.dtype).expand_as(a), mask)
+        s = zero_padding(sign*bounded(self.log_scale, self.max_log_scale).to(x.dtype).expand_as(a), mask)
         return self._join(a*s.exp()+t.to(x.dtype) if sign>0 else (a+t.to(x.dtype))*s.exp(), b), sum_log_determinants([s], x)
 
     def forward(self, x:Tensor, mask:Tensor|None=None, **context): return self._either(x, mask, 1)
@@ -197,7 +197,7 @@ class BijectiveLinear(Bijection):
             y,d = f(y, mask=mask)
             dets.append(d)
         if self.bias is not None: y = lattice_add(y, self.bias.expand_as(y), self.lattice_bits)
-        return at_padding(y, x, mask), sum_log_determinants(dets, x)
+        return restore_padding(y, x, mask), sum_log_determinants(dets, x)
 
     def inverse(self,
         y:Tensor, # State, (..., dim)
@@ -210,7 +210,7 @@ class BijectiveLinear(Bijection):
         for _,f in reversed(list(self._maps())):
             x,d = f(x, mask=mask)
             dets.append(d)
-        return at_padding(x, y, mask), sum_log_determinants(dets, y)
+        return restore_padding(x, y, mask), sum_log_determinants(dets, y)
 
     @torch.no_grad()
     def matrix(self)->Tensor: # (dim, dim), so that the layer without its bias is x @ matrix.T

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
 from torch import nn, Tensor
-from ..checks import check_length
+from ..checks import check_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, at_text, check_mask, CouplingNet
-from .reversible import couple_all, TwoStage, uncouple_all
+from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
+from .reversible import couple_all, ChunkedUpdate, uncouple_all
 from .block import AdaptiveNorm, BijectiveTransformer, LocalMixing
 
 # %% ../../nbs/layers/11_multiscale.ipynb #cec1a289
@@ -36,7 +36,7 @@ class ScaleMixer(nn.Module):
         cond:Tensor|None=None, # (B, cond_dim)
         **other, # Context for blocks of the same stack; ignored
     )->tuple[Tensor,Tensor]: # Zero, and the input of the MLP, (B, L, d_model) each
-        u = at_text(self.norm(h, cond), mask)
+        u = zero_padding(self.norm(h, cond), mask)
         return u.new_zeros(()).expand_as(u), u + self.context(u, mask)
 
 # %% ../../nbs/layers/11_multiscale.ipynb #e7d77f90
@@ -49,7 +49,7 @@ def scale_width(
     if coupling_hidden_dim<1: raise ValueError(f'coupling_hidden_dim is {coupling_hidden_dim}; expected at least 1')
     return coupling_hidden_dim
 
-class ScaleUpdate(TwoStage):
+class ScaleUpdate(ChunkedUpdate):
     "What one scale adds to the active half, zero at initialisation"
     def __init__(self,
         context:nn.Module, # Module that computes the context of the scale
@@ -68,7 +68,7 @@ class LocalUpdate(ScaleUpdate):
         window:int=7, # Positions of the window, odd
         **kwargs, # Further keywords of ScaleUpdate
     ):
-        check_length('window', window, odd=True)
+        check_whole('window', window, odd=True)
         super().__init__(LocalMixing(d_model, window), d_model, **kwargs)
 
 # %% ../../nbs/layers/11_multiscale.ipynb #08c71d9b
@@ -158,7 +158,7 @@ class SegmentUpdate(ScaleUpdate):
         coupling_hidden_dim:int|None=None, # Width inside the MLPs; a quarter of d_model if None
         **kwargs, # Further keywords of ScaleUpdate
     ):
-        check_length('segment_length', segment_length)
+        check_whole('segment_length', segment_length)
         hidden = scale_width(d_model, coupling_hidden_dim)
         super().__init__(SegmentContext(d_model, n_heads, segment_length, hidden), d_model, hidden, **kwargs)
 

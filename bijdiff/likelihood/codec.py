@@ -16,10 +16,10 @@ from fastcore.meta import delegates
 from ..checks import check_whole
 from ..layers.lattice import LatticeError
 from ..model.saving import tensors_hash, write_synced
-from ..model.denoiser import BijectiveDenoiser, evaluating
+from ..model.denoiser import BijectiveDenoiser, eval_mode
 from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options
 from ..sampling.rules import unmask, UnmaskingRule
-from .bounds import pieces
+from .bounds import chunk_batches
 
 # %% ../../nbs/likelihood/62_codec.ipynb #2f7a1cbe
 _family = stream.model.Categorical(perfect=False)
@@ -47,19 +47,19 @@ def _same_arithmetic(model, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with evaluating(model), torch.autocast(model.device.type, enabled=False): yield
+        with eval_mode(model), torch.autocast(model.device.type, enabled=False): yield
     finally: torch.set_num_threads(before)
 
 def _encode(model, ids, rule, bs, progress):
     "Bits of a text, uint32"
     coder = stream.queue.RangeEncoder()
-    for x in pieces(ids, model.config.seq_len, bs): unmask(model, torch.full_like(x, model.mask_id), rule, _writer(coder, x), progress=progress)
+    for x in chunk_batches(ids, model.config.seq_len, bs): unmask(model, torch.full_like(x, model.mask_id), rule, _writer(coder, x), progress=progress)
     return coder.get_compressed()
 
 def _decode(model, words, n, rule, bs, progress):
     "n tokens from bits; None if these bits cannot have come from these probabilities"
     coder = stream.queue.RangeDecoder(words)
-    blocks = pieces(torch.full((n,), model.mask_id), model.config.seq_len, bs)
+    blocks = chunk_batches(torch.full((n,), model.mask_id), model.config.seq_len, bs)
     try: return torch.cat([torch.zeros(0, dtype=torch.long)] + [unmask(model, x, rule, _reader(coder), progress=progress).flatten() for x in blocks])
     except AssertionError: return None                                       # the coder's own word for it
 

@@ -64,10 +64,10 @@ class DenoiserConfig:
             raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; {n_bijective} of them are')
         if not isinstance(self.noise, dict|None): raise ValueError(f'noise is a {type(self.noise).__name__}; expected a dictionary, as Corruption.to_dict gives it')
         noise = self.corruption()
-        if noise.deletes and not self.gap_head: raise ValueError(f'gap_head is False, but the noise deletes tokens ({noise.shares}); expected gap_head=True')
-        if self.gap_head and not (noise.deletes and noise.shares['mask']): raise ValueError(f'gap_head is True, but the noise is {noise.shares}; expected masking together with deletion')
+        if noise.deletes and not self.gap_head: raise ValueError(f'gap_head is False, but the noise deletes tokens ({noise.weights}); expected gap_head=True')
+        if self.gap_head and not (noise.deletes and noise.weights['mask']): raise ValueError(f'gap_head is True, but the noise is {noise.weights}; expected masking together with deletion')
         if self.score_head and noise.T: raise ValueError(f'score_head is True and the noise has T={noise.T} steps; score entropy is in continuous time: leave T out')
-        if self.score_head and (noise.deletes or not (noise.masks_only or noise.shares['substitute']==1)): raise ValueError(f'score_head is True, but the noise is {noise.shares}; expected masking alone or substitution alone')
+        if self.score_head and (noise.deletes or not (noise.masks_only or noise.weights['substitute']==1)): raise ValueError(f'score_head is True, but the noise is {noise.weights}; expected masking alone or substitution alone')
 
     def _check_mixture(self, n_bijective):
         if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")

@@ -13,9 +13,9 @@ from ..checks import check_ids, check_whole
 from ..diffusion.schedules import Schedule
 from ..diffusion.corruption import Corruption
 from ..data.tokens import Tokenizer
-from ..model.denoiser import BijectiveDenoiser, evaluating
-from .rules import get_rule, RULES, token_probs, UnmaskingRule
-from .samplers import ancestral, ancestral_masks, by_rule, by_scores, first_hitting, Run
+from ..model.denoiser import BijectiveDenoiser, eval_mode
+from .rules import get_rule, token_probs, UnmaskingRule
+from .samplers import ancestral, ancestral_masks, unmask_by_rule, reverse_by_scores, first_hitting, SamplerState
 from .insertion import insertion
 
 # %% ../../nbs/sampling/53_generate.ipynb #1c550255
@@ -40,14 +40,14 @@ def samplers_for(
     c = model.corruption
     if c.deletes: return ['insertion']
     if model.config.score_head and not c.masks_only: return ['tweedie', 'euler']
-    return ['ancestral', 'tweedie', 'euler'] + ['first_hitting', *RULES]*c.masks_only
+    return ['ancestral', 'tweedie', 'euler'] + ['first_hitting', *UnmaskingRule.names]*c.masks_only
 
 # %% ../../nbs/sampling/53_generate.ipynb #74a6d129
-def _write(run, sampler, steps, rule=None):
+def _run_sampler(run, sampler, steps, rule=None):
     "Let a sampler do its work"
-    if rule is not None: by_rule(run, rule)
+    if rule is not None: unmask_by_rule(run, rule)
     elif sampler=='first_hitting': first_hitting(run)
-    elif sampler in ('tweedie','euler'): by_scores(run, steps, sampler)
+    elif sampler in ('tweedie','euler'): reverse_by_scores(run, steps, sampler)
     else: (ancestral_masks if run.corruption.masks_only else ancestral)(run, steps)
 
 def _sampling_noise(model, schedule):
@@ -60,10 +60,10 @@ def _sampling_noise(model, schedule):
 def _sampling_rule(rule, sampler, steps, temperature, top_p, schedule, seed):
     "The unmasking rule, if there is one, and the name of the sampler"
     if rule is not None and sampler is not None: raise ValueError(f'rule and sampler are both given ({rule!r}, {sampler!r}); expected one of them')
-    if rule is None and sampler not in RULES: return None, sampler
+    if rule is None and sampler not in UnmaskingRule.names: return None, sampler
     own = {k:v for k,v in dict(temperature=temperature, top_p=top_p, schedule=schedule).items() if not isinstance(rule, UnmaskingRule) or v!=getattr(UnmaskingRule, k)}
-    if isinstance(rule, UnmaskingRule): return get_rule(rule, steps, **own), RULES[0]
-    return get_rule(sampler if rule is None else rule, steps, seed, **own), RULES[0]
+    if isinstance(rule, UnmaskingRule): return get_rule(rule, steps, **own), UnmaskingRule.names[0]
+    return get_rule(sampler if rule is None else rule, steps, seed, **own), UnmaskingRule.names[0]
 
 # %% ../../nbs/sampling/53_generate.ipynb #8947861a
 @torch.no_grad()
@@ -78,25 +78,25 @@ def sample(
     temperature:float=1., # Temperature of the tokens, above 0
     top_p:float=1., # Probability of the likeliest tokens that are kept, in (0, 1]
     schedule:str|Schedule|None=None, # When how much is revealed, for masking; if None Cosine(), and evenly by a rule
-    settle:int=0, # Passes in which blanks of a template find their length first, where tokens can be inserted
+    length_steps:int=0, # Passes in which blanks of a template find their length first, where tokens can be inserted
     seed:int=0, # Seed of all random numbers, also of the random order of a rule
     frames:list|None=None, # Collects a copy of the ids after every step that changed something
 )->Tensor|list: # Ids without masks, (n, L), on the CPU; a list of n tensors where lengths differ, as tokens can be inserted
     "Write texts by undoing noise"
-    known,shares = samplers_for(model),model.corruption.shares
-    if rule is not None and not model.corruption.masks_only: raise ValueError(f"rule is {rule!r}, which is for masking alone; for this model's noise ({shares}) leave it out")
-    if sampler is not None and sampler not in known: raise ValueError(f"sampler is {sampler!r}; for this model's noise ({shares}) expected one of {', '.join(known)}")
+    known,weights = samplers_for(model),model.corruption.weights
+    if rule is not None and not model.corruption.masks_only: raise ValueError(f"rule is {rule!r}, which is for masking alone; for this model's noise ({weights}) leave it out")
+    if sampler is not None and sampler not in known: raise ValueError(f"sampler is {sampler!r}; for this model's noise ({weights}) expected one of {', '.join(known)}")
     rule,sampler = _sampling_rule(rule, sampler, steps, temperature, top_p, schedule, seed)
     sampler,steps = sampler or known[0],128 if steps is None else steps
     check_whole('steps', steps)
-    if settle<0: raise ValueError(f'settle is {settle}; expected at least 0')
-    if settle and sampler!='insertion': raise ValueError(f'settle is {settle}; only models that insert tokens have lengths that settle')
+    if length_steps<0: raise ValueError(f'settle is {length_steps}; expected at least 0')
+    if length_steps and sampler!='insertion': raise ValueError(f'settle is {length_steps}; only models that insert tokens have lengths that settle')
     token_probs(torch.zeros(1), temperature, top_p)                    # refuse bad values before any work
     if model.config.score_head and sampler in ('tweedie','euler') and (temperature,top_p)!=(1., 1.): raise ValueError(f'temperature is {temperature} and top_p is {top_p}; the scores of this model know neither: leave them out')
-    run = Run(model, _start(model, n, template, length), _sampling_noise(model, None if rule else schedule), temperature, top_p, seed, frames)
-    with evaluating(model):
-        if sampler=='insertion': return insertion(run, steps, settle)
-        _write(run, sampler, steps, rule)
+    run = SamplerState(model, _start(model, n, template, length), _sampling_noise(model, None if rule else schedule), temperature, top_p, seed, frames)
+    with eval_mode(model):
+        if sampler=='insertion': return insertion(run, steps, length_steps)
+        _run_sampler(run, sampler, steps, rule)
     return run.x
 
 # %% ../../nbs/sampling/53_generate.ipynb #1a11f4df

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..checks import check_ids
 from ..diffusion.corruption import Corruption
-from ..model.denoiser import BijectiveDenoiser, evaluating
+from ..model.denoiser import BijectiveDenoiser, eval_mode
 from ..model.predictions import clean_posterior
 
 # %% ../../nbs/sampling/54_repair.ipynb #4eb89d09
@@ -21,7 +21,7 @@ def time_of_errors(
     "The time at which so many of the tokens that are seen have been substituted; 0 where nothing ever is"
     if not 0<wrong<1: raise ValueError(f'wrong is {wrong}; expected a number between 0 and 1')
     t = torch.linspace(0, 1, 10001, dtype=torch.float64)
-    m = corruption.masses(t)
+    m = corruption.state_probs(t)
     enough = m.substitute >= wrong*(m.substitute+m.kept)
     return t[enough.nonzero()[0,0]].item() if enough.any() else 0.
 
@@ -40,7 +40,7 @@ def self_correct(
     check_ids(x, model.config.vocab_size-1, 'x')
     t,x = time_of_errors(model.corruption, wrong),x.long().clone().cpu()
     for _ in range(passes):
-        with evaluating(model): post = clean_posterior(model, x, torch.full((len(x),), t)).cpu()
+        with eval_mode(model): post = clean_posterior(model, x, torch.full((len(x),), t)).cpu()
         best,new = post.max(-1)
         gain = best.clamp(min=1e-30).log()-post.gather(-1, x[...,None])[...,0].clamp(min=1e-30).log()
         if fixed is not None: gain = gain.masked_fill(fixed.cpu(), 0.)

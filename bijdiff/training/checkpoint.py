@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
-from .callbacks import InFit
+from .callbacks import FitCallback
 
 # %% ../../nbs/training/76_checkpoint.ipynb #010ed423
 def _pack_opt(opt):
@@ -59,7 +59,7 @@ def check_options(
     if differ: raise ValueError(f"cannot resume with a different configuration: {'; '.join(differ)}")
 
 # %% ../../nbs/training/76_checkpoint.ipynb #0e347e64
-class CheckpointCallback(InFit):
+class CheckpointCallback(FitCallback):
     "Write a checkpoint after every epoch; go on from it with `resume=True`"
     order = SaveModelCallback.order+10
     def __init__(self,
@@ -83,7 +83,7 @@ class CheckpointCallback(InFit):
 def _records(cb):
     "Attributes of a callback that a checkpoint keeps"
     if isinstance(cb, Recorder): return 'lrs','iters','losses','values'
-    return ('best','wait') if isinstance(cb, TrackerCallback) else getattr(type(cb), 'records', ())
+    return ('best','wait') if isinstance(cb, TrackerCallback) else getattr(type(cb), 'saved_attrs', ())
 
 def _numbered(cbs):
     "Callbacks by name, and by number where there are several of a name"

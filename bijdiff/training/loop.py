@@ -12,7 +12,7 @@ from fastai.callback.all import * # fit_one_cycle and lr_find among them
 from torch import Tensor
 from ..layers.lattice import LatticeError
 from ..display import show_pairs
-from ..model.denoiser import evaluating
+from ..model.denoiser import eval_mode
 from ..model.predictions import clean_posterior
 from .noising import base_model
 from .precision import AutocastCallback, LossScaleCallback
@@ -80,9 +80,9 @@ def show_results(self:DiffusionLearner,
     x = (dl or self.dls[ds_idx]).one_batch()[0][:max_n].as_subclass(Tensor)
     t = (torch.arange(len(x))+.5)/len(x)
     corruption,model = self.corruption.corruption,base_model(self.model)
-    noisy = corruption.sample(x, t, torch.Generator().manual_seed(0))
+    noisy = corruption.corrupt(x, t, torch.Generator().manual_seed(0))
     xt = noisy.xt
-    with evaluating(model): probs = clean_posterior(model, xt, t, noisy.text if corruption.deletes else None, corruption)
+    with eval_mode(model): probs = clean_posterior(model, xt, t, noisy.text if corruption.deletes else None, corruption)
     best = probs.argmax(-1).to(x.device)
     if corruption.deletes: xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
     decode = self.dls.tokenizer.decode

@@ -14,7 +14,7 @@ from fastai.distributed import DistributedDL
 from torch import Tensor
 from ..checks import check_whole
 from ..diffusion.schedules import low_discrepancy_times
-from ..diffusion.packing import Noisy
+from ..diffusion.packing import NoisyBatch
 from ..diffusion.corruption import Corruption
 from ..model.denoiser import BijectiveDenoiser
 from ..model.predictions import output_integrand
@@ -36,7 +36,7 @@ class DiffusionLoss:
 
     def per_text(self, out, clean, xt, t, x0=None, text=None, gaps=None):
         "Nats per clean token, (B,); the last three are there where tokens are deleted"
-        noisy = Noisy(xt, clean if x0 is None else x0, torch.ones_like(xt, dtype=torch.bool) if text is None else text, gaps, None)
+        noisy = NoisyBatch(xt, clean if x0 is None else x0, torch.ones_like(xt, dtype=torch.bool) if text is None else text, gaps, None)
         return output_integrand(self.model, out, noisy, t, self.corruption)/clean.shape[1]
 
     def __call__(self, out, *target)->Tensor:
@@ -58,7 +58,7 @@ def noise_seed(
 
 class CorruptionCallback(Callback):
     "Turn a batch of clean ids into noisy ids, and clean ids, noisy ids and times"
-    order,records = -5,('n_fits',)
+    order,saved_attrs = -5,('n_fits',)
     n_fits = 0 # Fits that came to their end
     def __init__(self,
         corruption:Corruption, # The noise
@@ -86,16 +86,16 @@ def _train_noise(self:CorruptionCallback, x):
     rank,world = rank_distrib(),max(num_distrib(), 1)
     rows = slice(rank*len(x), (rank+1)*len(x))
     t = low_discrepancy_times(len(x)*world, self.corruption.T, self.generator)
-    return t[rows],[o[rows] for o in self.corruption.sample(x.repeat(world, 1), t, self.generator)]
+    return t[rows],[o[rows] for o in self.corruption.corrupt(x.repeat(world, 1), t, self.generator)]
 
 @patch
-def _valid_noise(self:CorruptionCallback, x, draw):
+def _valid_noise(self:CorruptionCallback, x, sample_categorical):
     "Times and noisy ids that depend on the draw and the numbers of the texts alone"
-    N,g = len(getattr(self.learn.dl, 'dataset', x)),lambda *key: torch.Generator().manual_seed(noise_seed(self.seed, 2, draw, *key))
+    N,g = len(getattr(self.learn.dl, 'dataset', x)),lambda *key: torch.Generator().manual_seed(noise_seed(self.seed, 2, sample_categorical, *key))
     first = rank_distrib()*math.ceil(N/max(num_distrib(), 1)) + self.iter*getattr(self.learn.dl, 'bs', len(x))
     texts = [(first+k)%N for k in range(len(x))]
     t = low_discrepancy_times(N, self.corruption.T, g())[texts]
-    return t,[torch.cat(o) for o in zip(*(self.corruption.sample(x[k:k+1], t[k:k+1], g(i)) for k,i in enumerate(texts)))]
+    return t,[torch.cat(o) for o in zip(*(self.corruption.corrupt(x[k:k+1], t[k:k+1], g(i)) for k,i in enumerate(texts)))]
 
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0d
 @patch(as_prop=True)
@@ -105,7 +105,7 @@ def n_draws(self:CorruptionCallback): return 1 if hasattr(self.learn, 'gather_pr
 def before_batch(self:CorruptionCallback):
     x = self.xb[0].as_subclass(Tensor)
     draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_draws)]
-    t,noisy = torch.cat([t for t,_ in draws]),Noisy(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
+    t,noisy = torch.cat([t for t,_ in draws]),NoisyBatch(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
     self.learn.xb,self.learn.yb = self.inputs(noisy, t),self.targets(x.repeat(len(draws), 1), noisy, t)
 
 @patch

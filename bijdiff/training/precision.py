@@ -31,7 +31,7 @@ class AutocastCallback(Callback):
 # %% ../../nbs/training/73_precision.ipynb #50c1a0b5
 class LossScaleCallback(Callback):
     "Multiply the loss so that small gradients are no zeros in float16, and leave out steps with gradients that overflow"
-    order,records = MixedPrecision.order,('scaling',)
+    order,saved_attrs = MixedPrecision.order,('scaling',)
     def __init__(self, **kwargs): self.kwargs = kwargs
     def before_fit(self): self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type, **self.kwargs)
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)

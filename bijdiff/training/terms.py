@@ -37,7 +37,7 @@ def _detached(o):
 
 class ObjectiveCallback(Callback):
     "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and keep each of the three terms"
-    order,run_valid,records = CorruptionCallback.order+1,False,('parts',)                # while autocast is still on
+    order,run_valid,saved_attrs = CorruptionCallback.order+1,False,('parts',)                # while autocast is still on
     def __init__(self,
         lambda_likelihood:float=0., # Weight of the latent density of the states
         lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
@@ -71,7 +71,7 @@ def weights(self:ObjectiveCallback)->dict:
     return dict(denoise=1., likelihood=self.lambda_likelihood, invert=self.lambda_invert)
 
 @patch
-def shares(self:ObjectiveCallback)->dict: # Fractions by term, which add up to 1
+def fractions(self:ObjectiveCallback)->dict: # Fractions by term, which add up to 1
     "Share of each weighted term in the sum of their sizes, mean over the steps so far"
     sizes = np.array([[abs(self.weights[k]*v) for k,v in p.items()] for p in self.parts])
     return dict(zip(self.parts[0], (sizes/sizes.sum(1, keepdims=True)).mean(0).tolist()))
