@@ -63,7 +63,7 @@ def learner_of(kind):
 
 def hash_of_ids(model):
     "Hash of eight samples: tensors of one length, or of different lengths where tokens are inserted"
-    free = model.corruption.masks_only and not model.config.time_conditioning
+    free = model.noise.masks_only and not model.config.time_conditioning
     samples = sample(model, 8, steps=16, seed=3, schedule='cosine' if free else None)
     return tensors_hash({str(i):o.contiguous() for i,o in enumerate(samples)})
 
@@ -86,7 +86,7 @@ def hashes(kind):
     assert hash_of_weights(again)==weights, f'{kind}: a saved model comes back with other weights'
     res = dict(weights=weights, losses=tensors_hash(dict(l=torch.tensor(learn.oscillation.losses))),
                samples=hash_of_ids(model), bound=tensors_hash(dict(b=bound)))
-    if not model.corruption.masks_only or model.config.score_head: return res
+    if not model.noise.masks_only or model.config.score_head: return res
     likelihood = log_prob(model, x[:,:12], 'confidence', steps=4)
     return res | dict(log_prob=tensors_hash(dict(p=likelihood)))
 

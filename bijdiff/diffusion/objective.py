@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['token_nll', 'time_weight', 'masked_nelbo', 'as_corruption', 'log_marginals', 'reconstruction_term', 'prior_term',
            'hybrid_nelbo', 'uniform_nelbo', 'score_entropy', 'log_scores', 'expected_gaps', 'insertion_nelbo',
-           'gap_mask', 'binomial_log_prior', 'length_term', 'insertion_jump', 'bound_integrand']
+           'gap_mask', 'binomial_log_prior', 'length_term', 'insertion_jump']
 
 # %% ../../nbs/diffusion/23_objective.ipynb #732737d8
 import math
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check_ids, check_T, check_times
+from ..checks import check, check_ids, check_one_of, check_T, check_times
 from .schedules import get_schedule, Schedule
 from .packing import NoisyBatch
-from .corruption import Corruption, marginal_probs
+from .corruption import Corruption, DeletingCorruption, marginal_probs
+from .corruption import MaskingCorruption
 
 # %% ../../nbs/diffusion/23_objective.ipynb #a5dd6f7e
+def _at_least_float32(x): return x if x.dtype==torch.float64 else x.float()
+
 def token_nll(
-    logits:Tensor, # (B, L, V)
+    logits:Tensor, # Logits of the clean tokens, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
 )->Tensor: # (B, L), nats
-    "Minus the log-probability of each clean token, computed in at least float32"
-    logits = logits if logits.dtype==torch.float64 else logits.float()
-    return F.cross_entropy(logits.transpose(1, 2), x0, reduction='none')
+    "Return the negative log-likelihood of each clean token, computed in at least float32"
+    return F.cross_entropy(_at_least_float32(logits).transpose(1, 2), x0, reduction='none')
 
 # %% ../../nbs/diffusion/23_objective.ipynb #16f653bd
 def time_weight(
@@ -32,34 +35,40 @@ def time_weight(
     schedule:str|Schedule, # alpha and its derivative, or its name
     T:int|None=None, # Number of steps; continuous time if None
 )->Tensor: # (B,)
-    "Weight of a masked token's loss at time t"
+    "Return the weight of a masked token's loss at each time"
     check_T(T)
     schedule = get_schedule(schedule)
     a = schedule.alpha(t)
     masked = (1-a).clamp(min=1e-12)
     rate = -schedule.dalpha(t) if T is None else T*(schedule.alpha((t-1/T).clamp(min=0))-a)
-    return torch.where(a<1, rate/masked, 0.)                            # nothing is masked where it is 1
+    return torch.where(a<1, rate/masked, 0.)                            # nothing is masked where alpha is 1
 
 # %% ../../nbs/diffusion/23_objective.ipynb #284e5f9d
 def _check(logits, **ids):
-    "Shapes and ids that do not go together are an error"
+    "Check that logits (B, L, V) and ids (B, L) fit together"
+    V = logits.shape[-1]
     for name,x in ids.items():
-        if logits.ndim!=3 or logits.shape[:2]!=x.shape: raise ValueError(f'logits have shape {tuple(logits.shape)} and {name} {tuple(x.shape)}; expected (B, L, V) and (B, L)')
-        check_ids(x, logits.shape[-1]-(name=='x0'), name)
+        if logits.ndim!=3 or logits.shape[:2]!=x.shape:
+            shapes = f'{tuple(logits.shape)} and {name} {tuple(x.shape)}'
+            raise ValueError(f'logits have shape {shapes}; expected (B, L, V) and (B, L)')
+        check_ids(x, V-1 if name=='x0' else V, name)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #e93d764d
 def masked_nelbo(
-    logits:Tensor, # Over the clean alphabet, (B, L, V)
+    logits:Tensor, # Logits over the clean tokens, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
     xt:Tensor, # Noisy ids: clean ids, or masks (id V), (B, L)
     t:Tensor, # Times, (B,)
     schedule:str|Schedule, # alpha(t), or its name
     T:int|None=None, # Number of steps; continuous time if None
 )->Tensor: # Integrand of the bound per token, nats, (B, L); 0 where nothing is masked
-    "The masked diffusion bound at one time, without its end terms"
+    "Return the integrand of the masked diffusion bound at one time, without its end terms"
     _check(logits, x0=x0, xt=xt)
     masked = xt==logits.shape[-1]
-    if (wrong := (xt!=x0) & ~masked).any(): raise ValueError(f'xt differs from x0 at {wrong.nonzero()[0].tolist()} and is no mask there; expected the same id, or {logits.shape[-1]}')
+    wrong = (xt!=x0) & ~masked
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(f'xt differs from x0 at {at}; expected the same id, or the mask {logits.shape[-1]}')
     nll = token_nll(logits, x0)
     w = time_weight(check_times(t, len(xt)), schedule, T).to(nll)                   # float64, which not every device has
     return torch.where(masked, nll*w[:,None], 0.)
@@ -69,90 +78,104 @@ def as_corruption(
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
     vocab_size:int, # V, the logits per token of the network
 )->Corruption:
-    "A schedule alone stands for masking"
+    "Return the noise itself, or masking under a schedule"
     if not isinstance(noise, Corruption): return Corruption(vocab_size, schedule=get_schedule(noise))
-    if noise.vocab_size!=vocab_size: raise ValueError(f'the corruption has a vocabulary of {noise.vocab_size}; the network gives {vocab_size} logits per token')
+    expected = f'{vocab_size}, the logits per token of the network'
+    check(noise.vocab_size==vocab_size, 'the vocab_size of the corruption', noise.vocab_size, expected)
     return noise
 
 # %% ../../nbs/diffusion/23_objective.ipynb #ca7ea2e3
 def log_marginals(
     log_probs:Tensor, # Log-probabilities of the clean token, (B, L, V)
-    state_probs, # Masses at the time of each text, each (B,)
+    state_probs, # State probabilities at the time of each sequence, each (B,)
 )->Tensor: # (B, L, V+1): tokens and mask
-    "Logarithm of the marginals over the symbols that are alive, for a distribution in place of the clean token"
+    "Return the logarithm of the marginals of the surviving symbols, for a distribution of the clean token"
     kept,mask,sub = (o.to(log_probs).log()[:,None,None] for o in state_probs[:3])
-    V = log_probs.shape[-1]
     tokens = log_probs+kept
-    if (state_probs.substitute>0).any(): tokens = torch.logaddexp(tokens, (sub-math.log(V)).clamp(min=-1e30))           # finite, for the gradient
+    if (state_probs.substitute>0).any():
+        uniform = sub-math.log(log_probs.shape[-1])
+        tokens = torch.logaddexp(tokens, uniform.clamp(min=-1e30))           # finite, for the gradient
     return torch.cat([tokens, mask.expand(*log_probs.shape[:2], 1)], -1)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #48faff53
 def _divergence(logits, x0, state_probs):
     "Log-marginals given the clean token and given the network, and the divergence of the two, (B, L)"
-    logits = logits if logits.dtype==torch.float64 else logits.float()
-    q,log_qhat = marginal_probs(F.one_hot(x0, logits.shape[-1]).to(logits), state_probs),log_marginals(logits.log_softmax(-1), state_probs)
-    log_q = q.log()
+    logits = _at_least_float32(logits)
+    q = marginal_probs(F.one_hot(x0, logits.shape[-1]).to(logits), state_probs)
+    log_q,log_qhat = q.log(),log_marginals(logits.log_softmax(-1), state_probs)
     return log_q, log_qhat, torch.where(q>0, q*(log_q-log_qhat), 0.).sum(-1)
+
+def _gather(values, ids): return values.gather(-1, ids[...,None])[...,0]
 
 # %% ../../nbs/diffusion/23_objective.ipynb #6b84116d
 def reconstruction_term(
-    logits:Tensor, # Given x_at_0, (B, L, V)
+    logits:Tensor, # Logits of the clean tokens given x_at_0, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
     x_at_0:Tensor, # Ids corrupted at t=0, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
 )->Tensor: # Nats per token, (B, L)
-    "Cost of the noise still there at time 0"
+    "Return the code length of the clean tokens given the noise that is there at time 0"
     _check(logits, x0=x0, x_at_0=x_at_0)
-    state_probs = as_corruption(noise, logits.shape[-1]).state_probs(torch.zeros(len(x0), dtype=torch.float64))
+    zero = torch.zeros(len(x0), dtype=torch.float64)
+    state_probs = as_corruption(noise, logits.shape[-1]).state_probs(zero)
     log_q,log_qhat,_ = _divergence(logits, x0, state_probs)
-    at = lambda o: o.gather(-1, x_at_0[...,None])[...,0]
-    return torch.where(at(log_q).isfinite(), token_nll(logits, x0)-at(log_q)+at(log_qhat), 0.)
+    log_q,log_qhat = _gather(log_q, x_at_0),_gather(log_qhat, x_at_0)
+    return torch.where(log_q.isfinite(), token_nll(logits, x0)-log_q+log_qhat, 0.)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #a170180c
 def prior_term(
-    logits:Tensor, # Given a text of nothing but noise, (B, L, V)
+    logits:Tensor, # Logits of the clean tokens given nothing but noise, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
 )->Tensor: # Nats per token, (B, L)
-    "Cost of the jump from alpha(1) to 0 that starts sampling from nothing but noise"
+    "Return the code length of the jump from alpha(1) to 0 with which sampling starts from pure noise"
     _check(logits, x0=x0)
-    state_probs = as_corruption(noise, logits.shape[-1]).state_probs(torch.ones(len(x0), dtype=torch.float64))
+    one = torch.ones(len(x0), dtype=torch.float64)
+    state_probs = as_corruption(noise, logits.shape[-1]).state_probs(one)
     return _divergence(logits, x0, state_probs)[2] / state_probs.surviving.to(logits)[:,None]
 
 # %% ../../nbs/diffusion/23_objective.ipynb #f2b2e628
-def _redraw(corruption, xt, t, like):
-    "Rate at which each symbol is what a redraw gives, (B, L)"
+def _resampling_rate(corruption, xt, t, like):
+    "Rate at which each symbol is the result of resampling, (B, L)"
     r = corruption.event_rates(t)
     to_mask,to_token = (o.to(like)[:,None] for o in (r.to_mask, r.to_token/corruption.vocab_size))
     return torch.where(xt==corruption.mask_id, to_mask, to_token)
 
 def _step_nelbo(logits, x0, xt, t, corruption, T):
     "T times the divergence of the posteriors of the step that ends at t"
-    s,cpu = (t-1/T).clamp(min=0),lambda o: o.cpu().double()                             # float64, which not every device has
-    q,qhat = (corruption.reverse_posterior(p, xt.cpu(), s, t) for p in (cpu(F.one_hot(x0, logits.shape[-1])), cpu(logits).softmax(-1)))
-    nats = T*torch.where(q>0, q*(q.clamp(min=1e-300).log()-qhat.clamp(min=1e-300).log()), 0.).sum(-1)
+    s = (t-1/T).clamp(min=0)
+    x0,xt_cpu = F.one_hot(x0, logits.shape[-1]).cpu().double(),xt.cpu()          # float64, which not every device has
+    q = corruption.reverse_posterior(x0, xt_cpu, s, t)
+    qhat = corruption.reverse_posterior(logits.cpu().double().softmax(-1), xt_cpu, s, t)
+    log_ratio = q.clamp(min=1e-300).log()-qhat.clamp(min=1e-300).log()
+    nats = T*torch.where(q>0, q*log_ratio, 0.).sum(-1)
     return nats.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
 
 # %% ../../nbs/diffusion/23_objective.ipynb #eef28154
+def _check_deletion_time(corruption):
+    expected = 'None: with deletion the bound is in continuous time'
+    check(not (corruption.T and corruption.deletes), 'T', corruption.T, expected)
+
 def hybrid_nelbo(
-    logits:Tensor, # Logits of the clean token, best when they leave out what the token itself says, (B, L, V)
+    logits:Tensor, # Logits of the clean token, best from all other symbols alone, (B, L, V)
     x0:Tensor, # Clean ids, (B, L)
     xt:Tensor, # Noisy ids 0..V, (B, L)
     t:Tensor, # Times, (B,)
-    corruption:Corruption, # The noise; with T steps if it has a T, which noise that deletes may not
+    corruption:Corruption, # The noise; with T steps if it has a T, which noise with deletion may not have
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
-    "The bound for masking and substitution at one time, without its end terms"
+    "Return the integrand of the bound for masking and substitution at one time, without its end terms"
     _check(logits, x0=x0, xt=xt)
     t,corruption = check_times(t, len(xt)),as_corruption(corruption, logits.shape[-1])
-    if corruption.T and corruption.deletes: raise ValueError(f'T is {corruption.T}; with deletion the bound is in continuous time: leave T out')
+    _check_deletion_time(corruption)
     if corruption.T: return _step_nelbo(logits, x0, xt, t, corruption, corruption.T)
     state_probs = corruption.state_probs(t)
     log_q,log_qhat,kl = _divergence(logits, x0, state_probs)
-    at = lambda o: o.gather(-1, xt[...,None])[...,0]
-    rate,log_ratio = _redraw(corruption, xt, t, kl),at(log_q)-at(log_qhat)
-    event = (rate>0) & rate.isfinite() & at(log_q).isfinite()
+    log_q,log_qhat = _gather(log_q, xt),_gather(log_qhat, xt)
+    rate = _resampling_rate(corruption, xt, t, kl)
+    event = (rate>0) & rate.isfinite() & log_q.isfinite()
     surviving = state_probs.surviving.to(kl)[:,None]
-    log_ratio,weight = torch.where(event, log_ratio, 0.).clamp(max=80.),torch.where(event, rate/at(log_q).exp(), 0.)
+    log_ratio = torch.where(event, log_q-log_qhat, 0.).clamp(max=80.)
+    weight = torch.where(event, rate/log_q.exp(), 0.)
     return weight*(kl+surviving*(log_ratio.expm1()-log_ratio))
 
 # %% ../../nbs/diffusion/23_objective.ipynb #fb470d57
@@ -163,11 +186,26 @@ def uniform_nelbo(
     t:Tensor, # Times, (B,)
     schedule:str|Schedule, # alpha(t), or its name
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
-    "The bound for substitution alone at one time, without its end terms"
+    "Return the integrand of the bound for substitution alone at one time, without its end terms"
     check_ids(xt, logits.shape[-1]-1, 'xt')
     return hybrid_nelbo(logits, x0, xt, t, Corruption(logits.shape[-1], 0., 1., schedule=schedule))
 
 # %% ../../nbs/diffusion/23_objective.ipynb #31818c38
+def _absorbing_entropy(log_score, x0, xt, sigma):
+    "Score entropy at masks, without the rate, (B, L); sigma is the total noise, (B,)"
+    r = (1/sigma.expm1().clamp(min=1e-12)).clamp(min=1e-30).to(log_score)[:,None]
+    terms = log_score.exp().sum(-1) - r*_gather(log_score, x0) + r*(r.log()-1)
+    return terms, xt==log_score.shape[-1]
+
+def _uniform_entropy(log_score, x0, xt, state_probs):
+    "Score entropy at tokens, without the rate, (B, L)"
+    V = log_score.shape[-1]
+    q = marginal_probs(F.one_hot(x0, V).to(log_score), state_probs)[...,:V]
+    token = xt.clamp(max=V-1)
+    r = q/q.gather(-1, token[...,None])
+    terms = log_score.exp() - r*log_score + torch.where(r>0, r*(r.clamp(min=1e-30).log()-1), 0.)
+    return terms.masked_fill(F.one_hot(token, V).bool(), 0.).sum(-1), xt<V
+
 def score_entropy(
     log_score:Tensor, # Log-ratios to each clean token, (B, L, V); the entry at xt is ignored
     x0:Tensor, # Clean ids, (B, L)
@@ -176,21 +214,18 @@ def score_entropy(
     schedule:str|Schedule, # Schedule whose total noise is sigma, or its name
     noise:str='absorb', # absorb or uniform
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
-    "The denoising score entropy at one time, its constant included"
-    if noise not in ('absorb','uniform'): raise ValueError(f"noise is {noise!r}; expected 'absorb' or 'uniform'")
+    "Return the denoising score entropy at one time, its constant included"
+    check_one_of('noise', noise, ('absorb','uniform'))
     _check(log_score, x0=x0, xt=xt)
     t,V,schedule = check_times(t, len(xt)),log_score.shape[-1],get_schedule(schedule)
-    log_score = log_score if log_score.dtype==torch.float64 else log_score.float()
-    to = lambda o: o.to(log_score)[:,None]
-    sigma,dsigma = schedule.sigma(t).clamp(max=700.),schedule.dsigma(t).nan_to_num(posinf=0.)     # a rate without bound at t=1 counts as the end of time
+    log_score = _at_least_float32(log_score)
+    rate = schedule.dsigma(t).nan_to_num(posinf=0.).to(log_score)[:,None]     # an infinite rate at t=1 counts as the end of time
     if noise=='absorb':
-        r = to((1/sigma.expm1().clamp(min=1e-12)).clamp(min=1e-30))
-        terms = log_score.exp().sum(-1) - r*log_score.gather(-1, x0[...,None])[...,0] + r*(r.log()-1)
-        return torch.where(xt==V, to(dsigma)*terms, 0.)
-    q = marginal_probs(F.one_hot(x0, V).to(log_score), Corruption(V, 0., 1., schedule=schedule).state_probs(t))[...,:V]
-    r = q/q.gather(-1, xt.clamp(max=V-1)[...,None])
-    terms = log_score.exp() - r*log_score + torch.where(r>0, r*(r.clamp(min=1e-30).log()-1), 0.)
-    return torch.where(xt<V, to(dsigma)/V*terms.masked_fill(F.one_hot(xt.clamp(max=V-1), V).bool(), 0.).sum(-1), 0.)
+        terms,at = _absorbing_entropy(log_score, x0, xt, schedule.sigma(t).clamp(max=700.))
+        return torch.where(at, rate*terms, 0.)
+    state_probs = Corruption(V, 0., 1., schedule=schedule).state_probs(t)
+    terms,at = _uniform_entropy(log_score, x0, xt, state_probs)
+    return torch.where(at, rate/V*terms, 0.)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #8b98f564
 def log_scores(
@@ -199,93 +234,103 @@ def log_scores(
     t:Tensor, # Times, (B,)
     corruption:Corruption, # The noise
 )->Tensor: # Log-ratios to each token and the mask, (B, L, V+1); 0 at xt
-    "Scores of a denoiser"
+    "Return the log-scores that belong to a distribution of the clean token"
     _check(logits, xt=xt)
-    logits = logits if logits.dtype==torch.float64 else logits.float()
-    log_q = log_marginals(logits.log_softmax(-1), as_corruption(corruption, logits.shape[-1]).state_probs(check_times(t, len(xt))))
+    state_probs = as_corruption(corruption, logits.shape[-1]).state_probs(check_times(t, len(xt)))
+    log_q = log_marginals(_at_least_float32(logits).log_softmax(-1), state_probs)
     return log_q - log_q.gather(-1, xt[...,None])
 
 # %% ../../nbs/diffusion/23_objective.ipynb #e572d6df
 def expected_gaps(
     gap_logits:Tensor, # Gap logits of the network, (B, L+1)
     t:Tensor, # Times, (B,)
-    corruption:Corruption, # The noise
+    corruption:Corruption, # The noise: masking together with deletion
 )->Tensor: # Logarithm of the expected number missing in each gap, (B, L+1)
-    "What gap logits mean: 0 stands for the mean of all gaps, deleted tokens per token alive"
-    if not corruption.deletes or not corruption.weights['mask']: raise ValueError(f'gaps belong to masking together with deletion; the noise is {corruption.weights}')
-    m = corruption.state_probs(check_times(t, len(gap_logits)))
-    gap_logits = gap_logits if gap_logits.dtype==torch.float64 else gap_logits.float()
-    return gap_logits + (m.delete/m.surviving).clamp(min=1e-30).log().to(gap_logits)[:,None]
+    "Return expected gaps; gap logits of 0 stand for the mean of all gaps, deleted per surviving token"
+    both = corruption.deletes and corruption.weights['mask']>0
+    check(both, 'the noise', corruption.weights, 'masking together with deletion, which gaps belong to')
+    p = corruption.state_probs(check_times(t, len(gap_logits)))
+    gap_logits = _at_least_float32(gap_logits)
+    return gap_logits + (p.delete/p.surviving).clamp(min=1e-30).log().to(gap_logits)[:,None]
 
 def insertion_nelbo(
     gap_logits:Tensor, # Gap logits of the network, (B, L+1)
-    gaps:Tensor, # Tokens missing in each gap, (B, L+1)
-    real:Tensor, # True at the gaps of the text, (B, L+1)
+    gaps:Tensor, # Number of tokens missing in each gap, (B, L+1)
+    gap_mask:Tensor, # True at the gaps of the sequence, (B, L+1)
     t:Tensor, # Times, (B,)
-    corruption:Corruption, # The noise
+    corruption:Corruption, # The noise: masking together with deletion
 )->Tensor: # Integrand of the bound per gap, nats, (B, L+1)
-    "What the insertions cost at one time, in the tight form"
+    "Return the integrand of the bound for insertions at one time, in the tight form"
     log_g = expected_gaps(gap_logits, t, corruption)
     t = check_times(t, len(gaps))
-    kappa = (corruption.state_prob_rates(t).delete/corruption.state_probs(t).delete.clamp(min=1e-30)).to(log_g)[:,None]
-    return torch.where(real, kappa*(log_g.exp()-gaps-gaps*log_g), 0.)
+    kappa = corruption.state_prob_rates(t).delete/corruption.state_probs(t).delete.clamp(min=1e-30)
+    return torch.where(gap_mask, kappa.to(log_g)[:,None]*(log_g.exp()-gaps-gaps*log_g), 0.)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #ce0a7c54
 def gap_mask(
-    text:Tensor, # True up to the end of each text, (B, L)
+    mask:Tensor, # True at symbols, False at padding, (B, L)
 )->Tensor: # (B, L+1)
-    "True at the gaps of a text: one more than it has symbols"
-    return torch.cat([torch.ones_like(text[:,:1]), text], 1)
+    "Return True at the gaps of a sequence: one more than it has symbols"
+    return torch.cat([torch.ones_like(mask[:,:1]), mask], 1)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #3f1b37db
+def _surviving_at_1(corruption):
+    return corruption.state_probs(torch.ones((), dtype=torch.float64)).surviving
+
 def binomial_log_prior(
-    n:int, # Length of the clean texts
+    n:int, # Length of the clean sequences
     corruption:Corruption, # The noise
 )->Tensor: # (n+1,), float64, nats
-    "Log-probabilities of the number of symbols at time 1, for texts of one length"
-    A = corruption.state_probs(torch.ones((), dtype=torch.float64)).surviving
+    "Return the log-probabilities of the number of symbols at time 1, for sequences of one length"
     k = torch.arange(n+1, dtype=torch.float64)
-    return torch.distributions.Binomial(n, A.clamp(max=1.)).log_prob(k)
+    return torch.distributions.Binomial(n, _surviving_at_1(corruption).clamp(max=1.)).log_prob(k)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #24d0e9ef
 def length_term(
-    lengths:Tensor, # Lengths of the clean texts, (B,)
+    lengths:Tensor, # Lengths of the clean sequences, (B,)
     corruption:Corruption, # The noise
     log_prior:Tensor, # Log-probability of each number of symbols at time 1, (N+1,), N at least the largest length
-)->Tensor: # Nats per text, (B,), float64
-    "Cost of the number of symbols that sampling starts with; may be negative"
-    A = corruption.state_probs(torch.ones((), dtype=torch.float64)).surviving
-    out = []
+)->Tensor: # Nats per sequence, (B,), float64
+    "Return the code length of the number of symbols that sampling starts with; may be negative"
+    A = _surviving_at_1(corruption)
+    terms = []
     for n in lengths.tolist():
         k = torch.arange(n+1, dtype=torch.float64)
         log_path = torch.xlogy(k, A)+torch.xlogy(n-k, 1-A)
-        prob = torch.distributions.Binomial(n, A.clamp(max=1.)).log_prob(k).exp()
-        out.append(torch.where(prob>0, prob*(log_path-log_prior[:n+1]), 0.).sum())
-    return torch.stack(out)
+        prob = binomial_log_prior(n, corruption).exp()
+        terms.append(torch.where(prob>0, prob*(log_path-log_prior[:n+1]), 0.).sum())
+    return torch.stack(terms)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #3219ce76
 def insertion_jump(
-    gap_logits:Tensor, # Given the text at time 0, (B, L+1)
-    gaps:Tensor, # Tokens missing in each gap, (B, L+1)
-    real:Tensor, # True at the gaps of the text, (B, L+1)
-    corruption:Corruption, # The noise
+    gap_logits:Tensor, # Gap logits of the network given the sequence at time 0, (B, L+1)
+    gaps:Tensor, # Number of tokens missing in each gap, (B, L+1)
+    gap_mask:Tensor, # True at the gaps of the sequence, (B, L+1)
+    corruption:Corruption, # The noise: masking together with deletion
 )->Tensor: # Nats per gap, (B, L+1)
-    "Cost of inserting at once what is missing at time 0"
+    "Return the code length of inserting at once the tokens that are missing at time 0"
     log_g = expected_gaps(gap_logits, torch.zeros(len(gaps)), corruption)
-    return torch.where(real, log_g.exp()-gaps*log_g+torch.lgamma(gaps+1.).to(log_g), 0.)
+    return torch.where(gap_mask, log_g.exp()-gaps*log_g+torch.lgamma(gaps+1.).to(log_g), 0.)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #e343cb51
-def bound_integrand(
+@patch
+def bound_integrand(self:Corruption,
     logits:Tensor, # Logits of the clean tokens, (B, L, V)
-    noisy:NoisyBatch, # From Corruption.corrupt
+    noisy:NoisyBatch, # Noisy sequences, from `corrupt`
     t:Tensor, # Times, (B,)
-    corruption:Corruption, # The noise
-    gap_logits:Tensor|None=None, # Where something is deleted, (B, L+1)
-)->Tensor: # Nats per text, (B,)
-    "Integrand of the bound at one time, summed over each text, without the end terms"
-    if corruption.masks_only: tokens = masked_nelbo(logits, noisy.x0, noisy.xt, t, corruption.schedule, corruption.T)
-    else: tokens = hybrid_nelbo(logits, noisy.x0, noisy.xt, t, corruption)
-    out = torch.where(noisy.text, tokens, 0.).sum(1)
-    if not corruption.deletes: return out
-    if gap_logits is None: raise ValueError('gap_logits are missing: with deletion the bound needs a network with a gap head (gap_head=True)')
-    return out + insertion_nelbo(gap_logits, noisy.gaps, gap_mask(noisy.text), t, corruption).sum(1)
+    gap_logits:Tensor|None=None, # Gap logits, (B, L+1), where tokens are deleted
+)->Tensor: # Nats per sequence, (B,)
+    "Return the integrand of the bound at one time, summed over each sequence, without the end terms"
+    tokens = hybrid_nelbo(logits, noisy.x0, noisy.xt, t, self)
+    return torch.where(noisy.text, tokens, 0.).sum(1)
+
+@patch
+def bound_integrand(self:MaskingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
+    tokens = masked_nelbo(logits, noisy.x0, noisy.xt, t, self.schedule, self.T)
+    return torch.where(noisy.text, tokens, 0.).sum(1)
+
+@patch
+def bound_integrand(self:DeletingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
+    tokens = Corruption.bound_integrand(self, logits, noisy, t)
+    check(gap_logits is not None, 'gap_logits', gap_logits, 'gap logits: deletion needs a network with gap_head=True')
+    return tokens + insertion_nelbo(gap_logits, noisy.gaps, gap_mask(noisy.text), t, self).sum(1)

@@ -6,38 +6,38 @@
 __all__ = ['SEDDAdapter', 'MDLMAdapter']
 
 # %% ../../nbs/model/44_adapters.ipynb #ead8015d
-import math
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from ..checks import check, check_type
 from ..diffusion.schedules import Schedule
 from ..diffusion.corruption import StateProbs
 from .denoiser import BijectiveDenoiser
-from .predictions import output_scores
+from .predictions import output_kind
 
 # %% ../../nbs/model/44_adapters.ipynb #04d1430a
-def _at_sigma(corruption, sigma):
-    "Masses of a corruption whose kept share is exp(-sigma)"
-    if (sigma<0).any(): raise ValueError(f'sigma is {sigma.tolist()}; expected total noise of at least 0')
+def _at_sigma(noise, sigma):
+    "State probabilities of a noise that keeps the fraction exp(-sigma)"
+    check(bool((sigma>=0).all()), 'sigma', sigma, 'total noise of at least 0')
     alpha = (-sigma.detach().cpu().double()).exp()
-    return StateProbs(alpha, *(c*(1-alpha) for c in corruption.weights.values()))
+    return StateProbs(alpha, *(w*(1-alpha) for w in noise.weights.values()))
 
 # %% ../../nbs/model/44_adapters.ipynb #17d49b24
 class _Adapter(nn.Module):
     "A denoiser that is called with the total noise"
     def __init__(self, model, schedule):
         super().__init__()
-        c = model.corruption
-        if c.deletes or not (c.masks_only or c.weights['substitute']==1): raise ValueError(f'the noise of this model is {c.weights}; SEDD and MDLM know masking alone or substitution alone')
-        if schedule is None: schedule = c.schedule
-        if not isinstance(schedule, Schedule): raise ValueError(f'schedule is {schedule!r}; expected one Schedule, which tells the time from the total noise')
+        noise = model.noise
+        check(noise.is_pure, 'the noise of the model', noise.weights, 'masking alone or substitution alone')
+        schedule = noise.schedule if schedule is None else schedule
+        check_type('schedule', schedule, Schedule)
         self.model,self.schedule = model,schedule
+
     def outputs(self, x, sigma):
-        "What the network gives, and the masses"
+        "Outputs of the network, and the state probabilities"
         sigma = sigma.reshape(-1).expand(len(x))
-        state_probs = _at_sigma(self.model.corruption, sigma)
-        t = self.schedule.t(state_probs.kept).to(x.device, self.model.embed.weight.dtype)
-        return self.model(x, t), state_probs
+        state_probs = _at_sigma(self.model.noise, sigma)
+        return self.model(x, self.schedule.t(state_probs.kept)), state_probs
 
 class SEDDAdapter(_Adapter):
     "Log-scores from ids and total noise"
@@ -46,10 +46,11 @@ class SEDDAdapter(_Adapter):
         sigma:Tensor, # Total noise, (B,)
     )->Tensor: # (B, L, V+1) for absorbing, (B, L, V) for uniform noise
         out,state_probs = self.outputs(x, sigma)
-        if not self.model.corruption.masks_only: return output_scores(self.model, out, x, state_probs)[...,:-1]
-        known = out.float() if self.model.config.score_head else out.float().log_softmax(-1)
+        kind = output_kind(self.model)
+        if not self.model.noise.masks_only: return kind.scores(out, x, state_probs)[...,:-1]
+        known = kind.log_probs(out.float())
         kept,mask = (o.to(known)[:,None,None] for o in (state_probs.kept, state_probs.mask))
-        s = known+(kept/mask.clamp(min=1e-12)).log()-self.model.config.score_head*math.log(out.shape[-1])
+        s = known+(kept/mask.clamp(min=1e-12)).log()
         return F.pad(s, (0, 1)).scatter(-1, x[...,None], 0.)
 
 # %% ../../nbs/model/44_adapters.ipynb #798a2f59
@@ -57,7 +58,7 @@ class MDLMAdapter(_Adapter):
     "Logits over clean tokens and the mask from ids and total noise"
     def __init__(self, model, schedule):
         super().__init__(model, schedule)
-        if not self.model.corruption.masks_only: raise ValueError(f'the noise of this model is {self.model.corruption.weights}; MDLM knows masking alone')
+        check(model.noise.masks_only, 'the noise of the model', model.noise.weights, 'masking alone')
     def forward(self,
         x:Tensor, # Ids 0..V, (B, L)
         sigma:Tensor, # Total noise, (B,)
@@ -68,12 +69,12 @@ class MDLMAdapter(_Adapter):
 def as_sedd(self:BijectiveDenoiser,
     schedule:Schedule|None=None, # Schedule of the other code, which gives the network its time; the model's own if None
 )->SEDDAdapter: # A module that shares the weights
-    "This model for code written for SEDD"
+    "Return this model as a module for code written for SEDD"
     return SEDDAdapter(self, schedule)
 
 @patch
 def as_mdlm(self:BijectiveDenoiser,
     schedule:Schedule|None=None, # Schedule of the other code, which gives the network its time; the model's own if None
 )->MDLMAdapter: # A module that shares the weights
-    "This model for code written for MDLM"
+    "Return this model as a module for code written for MDLM"
     return MDLMAdapter(self, schedule)

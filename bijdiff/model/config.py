@@ -6,27 +6,42 @@
 __all__ = ['DenoiserConfig']
 
 # %% ../../nbs/model/40_config.ipynb #5a59067a
-import math
 from dataclasses import dataclass
+from functools import partial
 import numpy as np
-from ..checks import check_whole, is_whole
+from ..checks import check, check_fields, check_number, check_one_of, check_type, check_whole
+from ..checks import optional
 from ..layers.attention import head_dim
 from ..layers.block import count_bijective
 from ..layers.coupled_experts import check_experts
-from ..diffusion.schedules import HalfCosine
 from ..diffusion.corruption import Corruption, corruption_from_dict
 
 # %% ../../nbs/model/40_config.ipynb #3eac07e2
+def _check_window(name, value):
+    check_whole(name, value, 0)
+    check(value==0 or value%2, name, value, 'an odd number, or 0 for no local mixing')
+
+_number = partial(check_number, least=0)
+_checks = dict(
+    vocab_size=check_whole, seq_len=check_whole, d_model=check_whole, n_heads=check_whole, n_layers=check_whole,
+    coupling_depth=check_whole, segment_length=check_whole, local_window=_check_window,
+    coupling_hidden_dim=optional(check_whole), coupler_dim=optional(check_whole),
+    lattice_bits=optional(partial(check_whole, least=1, most=20)),
+    dropout=partial(check_number, least=0, below=1), router_balance=_number, router_z_loss=_number,
+    couple=partial(check_one_of, options=('final','every')), noise=partial(check_type, kind=dict|None),
+)
+
+# %% ../../nbs/model/40_config.ipynb #5f666d2b
 @dataclass
 class DenoiserConfig:
     "Everything that defines the network"
     vocab_size:int # V: clean tokens are 0..V-1, the mask is V
-    seq_len:int = 256 # Longest text, tokens
+    seq_len:int = 256 # Longest sequence, in tokens
     d_model:int = 144 # Width of one of the two streams
     n_heads:int = 4 # Attention heads
     n_layers:int = 6 # Transformer blocks
     n_bijective_layers:int|None = None # Bijective blocks, the first ones; all if None
-    bijective_ratio:float = 1. # Or their share of the layers, in [0, 1]
+    bijective_ratio:float = 1. # Fraction of the blocks that are bijective, in place of their number, in [0, 1]
     lattice_bits:int|None = 12 # Grid of the states, in powers of 1/2; None for plain floating point
     coupling_hidden_dim:int|None = None # Width inside the MLP; 4*d_model if None
     coupling_depth:int = 2 # Linear layers of the MLP
@@ -34,52 +49,46 @@ class DenoiserConfig:
     dropout:float = 0. # Probability of dropping a feature in training
     reversible:bool = True # Rebuild the activations of bijective blocks in the backward pass, or store them
     enable_multiscale:bool = False # Local, segment and global couplings before every bijective block
-    segment_length:int = 16 # Positions of a segment, where they are enabled
+    segment_length:int = 16 # Positions of a segment, with enable_multiscale
     n_experts:int|None = None # Experts of a mixture, at least 2; a single stack if None
     k_active:int|None = None # Experts that act at a position; all if None
-    couple:str = 'final' # Where the couplers of a mixture stand: 'final' or 'every' block
-    coupler_dim:int|None = None # Width of their message; d_model if None
+    couple:str = 'final' # Blocks after which the experts of a mixture are coupled: 'final' or 'every'
+    coupler_dim:int|None = None # Width of the message of a coupler; d_model if None
     router_balance:float = 0. # Weight of the balance term of routers
-    router_z_loss:float = 0. # Weight of their z-term
+    router_z_loss:float = 0. # Weight of the z-term of routers
     latent_density:bool = False # Train a density on the states beside the denoiser
-    time_conditioning:bool = False # Whether the network is time-conditioned; useful where noise is not masking alone
-    gap_head:bool = False # Whether the network also predicts how many tokens are missing in each gap; needed for deletion
-    score_head:bool = False # Whether the outputs of the network are log-scores, as in SEDD, and not logits of the clean token
-    noise:dict|None = None # The corruption it is made for, from Corruption.to_dict; masking if None
+    time_conditioning:bool = False # True for a network that is conditioned on time; useful unless noise is masking alone
+    gap_head:bool = False # True for a head that predicts how many tokens are missing in each gap; needed for deletion
+    score_head:bool = False # True if the network gives log-scores, as in SEDD, in place of logits of the clean token
+    noise:dict|None = None # Noise of the network, from Corruption.to_dict; masking if None
 
     def __post_init__(self):
         for k,v in vars(self).items():
-            if isinstance(v, np.generic): setattr(self, k, v.item())                      # NumPy's numbers as Python's, which can be saved
-        for k in ('vocab_size','seq_len','d_model','n_heads','n_layers','coupling_depth','segment_length'): check_whole(k, getattr(self, k))
-        check_whole('local_window', self.local_window, 0)
+            if isinstance(v, np.generic): setattr(self, k, v.item())                      # files hold Python's numbers
+        check_fields(self, _checks)
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
-        for k in ('coupling_hidden_dim','coupler_dim'):
-            if getattr(self, k) is not None: check_whole(k, getattr(self, k))
-        self._check_mixture(n_bijective)
-        if self.lattice_bits is not None and not (is_whole(self.lattice_bits) and 1<=self.lattice_bits<=20): raise ValueError(f'lattice_bits is {self.lattice_bits}; expected a whole number from 1 to 20, or None')
-        if self.local_window and self.local_window%2==0: raise ValueError(f'local_window is {self.local_window}; expected an odd number, or 0 for no local mixing')
-        if not 0<=self.dropout<1: raise ValueError(f'dropout is {self.dropout}; expected a number from 0 to below 1')
-        if self.latent_density and n_bijective<self.n_layers:
-            raise ValueError(f'latent_density needs all {self.n_layers} layers bijective; {n_bijective} of them are')
-        if not isinstance(self.noise, dict|None): raise ValueError(f'noise is a {type(self.noise).__name__}; expected a dictionary, as Corruption.to_dict gives it')
-        noise = self.corruption()
-        if noise.deletes and not self.gap_head: raise ValueError(f'gap_head is False, but the noise deletes tokens ({noise.weights}); expected gap_head=True')
-        if self.gap_head and not (noise.deletes and noise.weights['mask']): raise ValueError(f'gap_head is True, but the noise is {noise.weights}; expected masking together with deletion')
-        if self.score_head and noise.T: raise ValueError(f'score_head is True and the noise has T={noise.T} steps; score entropy is in continuous time: leave T out')
-        if self.score_head and (noise.deletes or not (noise.masks_only or noise.weights['substitute']==1)): raise ValueError(f'score_head is True, but the noise is {noise.weights}; expected masking alone or substitution alone')
+        self._check_bijective('latent_density', self.latent_density, n_bijective)
+        self._check_bijective('n_experts', self.n_experts, n_bijective)
+        self._check_experts()
+        self.corruption().check_heads(self.gap_head, self.score_head)
 
-    def _check_mixture(self, n_bijective):
-        if self.couple not in ('final','every'): raise ValueError(f"couple is {self.couple!r}; expected 'final' or 'every'")
+    def _check_bijective(self, name, value, n):
+        "Check that all layers are bijective where a field needs that"
+        expected = f'{type(value)()}, or all {self.n_layers} layers bijective, of which {n} are'
+        check(not value or n==self.n_layers, name, value, expected)
+
+    def _check_experts(self):
+        "Check the fields of a mixture"
         if self.n_experts is not None: check_experts(self.n_experts, self.k_active)
-        for k in ('k_active','coupler_dim') if self.n_experts is None else ():
-            if getattr(self, k) is not None: raise ValueError(f'{k} is {getattr(self, k)}, but there are no experts; expected n_experts of at least 2 as well')
-        if self.n_experts is not None and n_bijective<self.n_layers: raise ValueError(f'n_experts is {self.n_experts} and {n_bijective} of {self.n_layers} layers are bijective; a mixture needs all of them bijective')
+        for k in ('k_active','coupler_dim'):
+            v = getattr(self, k)
+            check(v is None or self.n_experts is not None, k, v, 'None, or a number of experts, n_experts, as well')
         for k in ('router_balance','router_z_loss'):
             v = getattr(self, k)
-            if not 0<=v<math.inf: raise ValueError(f'{k} is {v}; expected a number of at least 0')
-            if v and self.k_active is None: raise ValueError(f'{k} is {v}, but no router is there; expected k_active as well')
+            check(not v or self.k_active is not None, k, v, '0, or a router: k_active as well')
 
     def corruption(self)->Corruption:
-        "The noise the network is made for"
-        return Corruption(self.vocab_size, schedule=HalfCosine()) if self.noise is None else corruption_from_dict(self.vocab_size, self.noise)
+        "Return the noise that the network is made for"
+        if self.noise is None: return Corruption(self.vocab_size)
+        return corruption_from_dict(self.vocab_size, self.noise)

@@ -8,123 +8,159 @@ __all__ = ['VariableLengthBatch', 'insertion']
 # %% ../../nbs/sampling/52_insertion.ipynb #eb4f3ea8
 import math
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..checks import check_whole
 from ..diffusion.objective import expected_gaps
 from ..model.predictions import call_denoiser
 from .rules import token_probs
-from .samplers import sample_categorical, SamplerState, start_from_noise, condition_on_observed
+from .samplers import condition_on_observed, sample_categorical, SamplerState
+from .samplers import start_from_noise
 
 # %% ../../nbs/sampling/52_insertion.ipynb #62d3f542
 class VariableLengthBatch:
-    "Texts of different lengths: ids, which ones may change, and before which ones something may be inserted"
+    "Sequences of different lengths: ids, which ones may change, and before which ones something may be inserted"
     def __init__(self,
         x:Tensor, # Ids, masks where something is to be written, (n, L)
         mask_id:int, # V
-        capacity:int, # Longest text
+        capacity:int, # Longest sequence
     ):
         n,L = x.shape
         self.mask_id,self.capacity = mask_id,capacity
-        free = torch.cat([x==mask_id, torch.zeros(n, 1, dtype=torch.bool)], 1)             # one more element stands for the end
-        self._set(torch.cat([x, x.new_full((n, 1), mask_id+1)], 1), free, free | torch.cat([free[:,:1], free[:,:-1]], 1), torch.full((n,), L))
+        no = torch.zeros(n, 1, dtype=torch.bool)
+        free = torch.cat([x==mask_id, no], 1)                                      # one more element stands for the end
+        after_free = torch.cat([free[:,:1], free[:,:-1]], 1)
+        ids = torch.cat([x, x.new_full((n, 1), mask_id+1)], 1)
+        self._set(ids, free, free|after_free, torch.full((n,), L))
 
     def _set(self, ids, free, open_, lengths):
-        pad = self.capacity+1-ids.shape[1]
-        fill = lambda o, v: torch.nn.functional.pad(o, (0, pad), value=v)
-        self.ids,self.free,self.open,self.lengths = fill(ids, self.mask_id+1),fill(free, False),fill(open_, False),lengths
+        "Set the contents, filled up to the capacity"
+        pad = (0, self.capacity+1-ids.shape[1])
+        self.ids = F.pad(ids, pad, value=self.mask_id+1)
+        self.free = F.pad(free, pad, value=False)
+        self.open = F.pad(open_, pad, value=False)
+        self.lengths = lengths
 
     @property
     def width(self)->int: return int(self.lengths.max())
     @property
     def x(self)->Tensor: # Ids, padded with masks, (n, width)
-        return torch.where(self.text, self.ids[:,:self.width], self.mask_id)
+        return torch.where(self.mask, self.ids[:,:self.width], self.mask_id)
     @property
-    def text(self)->Tensor: return torch.arange(self.width) < self.lengths[:,None]         # (n, width)
-    def texts(self)->list: return [o[:k] for o,k in zip(self.ids, self.lengths.tolist())]
+    def mask(self)->Tensor: # True at symbols, False at padding, (n, width)
+        return torch.arange(self.width) < self.lengths[:,None]
+    def sequences(self)->list: return [o[:k] for o,k in zip(self.ids, self.lengths.tolist())]
 
 # %% ../../nbs/sampling/52_insertion.ipynb #38921dab
 @patch
 def write(self:VariableLengthBatch,
-    ids:Tensor, # (n, width)
+    ids:Tensor, # Ids for all positions, (n, width)
 ):
-    "Put ids where they may go"
+    "Put ids where symbols may change"
     w = self.width
-    self.ids = torch.cat([torch.where(self.free[:,:w]&self.text, ids, self.ids[:,:w]), self.ids[:,w:]], 1)
+    written = torch.where(self.free[:,:w]&self.mask, ids, self.ids[:,:w])
+    self.ids = torch.cat([written, self.ids[:,w:]], 1)
 
 @patch
 def insert(self:VariableLengthBatch,
-    counts:Tensor, # Before each symbol, and at the end, (n, width+1)
+    counts:Tensor, # Numbers of masks before each symbol, and at the end, (n, width+1)
 ):
     "Insert masks, as far as there is room and the gap is open"
     n,w = len(counts),self.capacity+1
     here = torch.arange(w) <= self.lengths[:,None]
-    counts = torch.where(here&self.open, torch.nn.functional.pad(counts, (0, w-counts.shape[1])), 0)
+    counts = torch.where(here&self.open, F.pad(counts, (0, w-counts.shape[1])), 0)
     moved = torch.minimum(counts.cumsum(1), (self.capacity-self.lengths)[:,None])
-    place = torch.where(here, torch.arange(w)+moved, w)
-    put = lambda o, v: torch.full((n, w+1), v, dtype=o.dtype).scatter(1, place, o)[:,:w]
-    lengths = self.lengths+moved.gather(1, self.lengths[:,None])[:,0]
-    inside = torch.arange(w) <= lengths[:,None]
-    self.ids,self.free,self.open = put(self.ids, self.mask_id),put(self.free, True)&inside,put(self.open, True)&inside
-    self.ids,self.lengths = torch.where(inside, self.ids, self.mask_id+1),lengths
+    target = torch.where(here, torch.arange(w)+moved, w)
+
+    def spread(o, value):
+        "Elements at their new positions, and a value for what is new"
+        return torch.full((n, w+1), value, dtype=o.dtype).scatter(1, target, o)[:,:w]
+
+    self.lengths = self.lengths+moved.gather(1, self.lengths[:,None])[:,0]
+    inside = torch.arange(w) <= self.lengths[:,None]
+    self.ids = torch.where(inside, spread(self.ids, self.mask_id), self.mask_id+1)
+    self.free = spread(self.free, True)&inside
+    self.open = spread(self.open, True)&inside
 
 @patch
 def delete(self:VariableLengthBatch,
-    which:Tensor, # (n, capacity+1), bool
+    which:Tensor, # True at symbols to be removed, (n, capacity+1), bool
 ):
     "Remove some of the symbols that may change"
     keep = ~(which&self.free) & (torch.arange(self.capacity+1) <= self.lengths[:,None])
     order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
-    take = lambda o, v: torch.where(keep.gather(1, order), o.gather(1, order), v)
-    self.ids,self.free,self.open,self.lengths = take(self.ids, self.mask_id+1),take(self.free, False),take(self.open, False),keep.sum(1)-1
+    kept = keep.gather(1, order)
+    self.ids = torch.where(kept, self.ids.gather(1, order), self.mask_id+1)
+    self.free = self.free.gather(1, order)&kept
+    self.open = self.open.gather(1, order)&kept
+    self.lengths = keep.sum(1)-1
 
 # %% ../../nbs/sampling/52_insertion.ipynb #41c0766b
 def _predict_gaps(run, w, t):
     "Token distributions and expected gaps, on the CPU"
     ts,device = torch.full((len(w.ids),), t),run.model.device
-    out = call_denoiser(run.model, w.x.to(device), ts, w.text.to(device))
+    out = call_denoiser(run.model, w.x.to(device), ts, w.mask.to(device))
     run.nfe += 1
-    return token_probs(out.logits.cpu(), run.temperature, run.top_p), expected_gaps(out.gaps, ts, run.corruption).cpu().double().exp()
+    gaps = expected_gaps(out.gap_logits, ts, run.noise).cpu().double().exp()
+    return token_probs(out.logits.cpu(), run.temperature, run.top_p), gaps
 
 def _poisson(mean, run): return torch.poisson(mean.clamp(max=1e4), generator=run.g).long()
 
-def _find_lengths(run, w, passes):
-    "Insert and delete at time 1 until the lengths of the blanks are those the network expects"
-    m,rate = run.corruption.state_probs(torch.ones((), dtype=torch.float64)),.25       # about a quarter of the noise is deleted in a pass
-    noise = m.mask+m.substitute
-    for _ in range(passes):
-        _,gaps = _predict_gaps(run, w, 1.)
-        w.insert(_poisson(gaps*math.expm1(rate)*noise/m.delete, run))                # of these a share exp(-rate) survives the next two lines
-        gone = torch.rand(w.ids.shape, generator=run.g, dtype=torch.float64) < 1-math.exp(-rate)
-        w.delete(gone & (w.ids==w.mask_id))
+def _chosen(w, probability, run):
+    "True at symbols that are chosen with a probability, (n, capacity+1)"
+    return torch.rand(w.ids.shape, generator=run.g, dtype=torch.float64) < probability
 
-def insertion(
-    run:SamplerState, # The text to begin with; its network has a gap head
-    steps:int, # Number of steps
-    length_steps:int=0, # Passes before them, in which blanks find their length
-)->list: # n tensors of ids
-    "Symbols from their reverse posteriors, and masks into the gaps, step by step"
-    check_whole('steps', steps)
-    c,full = run.corruption,lambda a: torch.full((len(run.x),), a, dtype=torch.float64)
-    w,dead = VariableLengthBatch(run.x, run.model.mask_id, run.model.config.seq_len),c.state_probs(torch.ones((), dtype=torch.float64)).delete
-    w.delete(torch.rand(w.ids.shape, generator=run.g, dtype=torch.float64)<dead)
+def _probs_at(noise, t): return noise.state_probs(torch.tensor([t], dtype=torch.float64))
+
+def _find_lengths(run, w, steps):
+    "Insert and delete at time 1 until the lengths of the blanks are those the network expects"
+    p,rate = _probs_at(run.noise, 1.),.25                                        # about a quarter of the noise is deleted in a step
+    inserted = math.expm1(rate)*(p.mask+p.substitute)/p.delete                   # of these a fraction exp(-rate) survives
+    for _ in range(steps):
+        _,gaps = _predict_gaps(run, w, 1.)
+        w.insert(_poisson(gaps*inserted, run))
+        w.delete(_chosen(w, 1-math.exp(-rate), run) & (w.ids==w.mask_id))
+
+# %% ../../nbs/sampling/52_insertion.ipynb #331b5ad2
+def _start(run, length_steps):
+    "Sequences of noise at time 1"
+    w = VariableLengthBatch(run.x, run.model.mask_id, run.model.seq_len)
+    w.delete(_chosen(w, _probs_at(run.noise, 1.).delete, run))
     if length_steps: _find_lengths(run, w, length_steps)
-    run.x,run.free = w.x,w.free[:,:w.width]&w.text
+    run.x,run.free = w.x,w.free[:,:w.width]&w.mask
     start_from_noise(run)
     w.write(run.x)
+    return w
+
+def _draw_symbols(run, w, probs, t, s):
+    "Draw the symbols at time s from their posterior given those at time t"
+    noise,V,n = run.noise,run.noise.vocab_size,len(w.ids)
+    if s>0: post = noise.reverse_posterior(probs, w.x, torch.full((n,), s), torch.full((n,), t))
+    else: post = F.pad(condition_on_observed(probs, w.x, _probs_at(noise, t), V), (0, 1))
+    unchanged = F.one_hot(w.x, V+1)                                              # where top-p leaves nothing else
+    w.write(sample_categorical(torch.where(post.sum(-1, keepdim=True)>0, post, unchanged), run.g))
+
+def _show(run, w):
+    if run.frames is not None: run.frames.append(w.sequences())
+
+def insertion(
+    run:SamplerState, # Sequences to begin with; the network has a gap head
+    steps:int, # Number of steps
+    length_steps:int=0, # Function evaluations before these steps, in which blanks find their length
+)->list: # n tensors of ids
+    "Draw symbols from their reverse posteriors and insert masks into the gaps, step by step"
+    check_whole('steps', steps)
+    w = _start(run, length_steps)
     ts = torch.linspace(1, 0, steps+1, dtype=torch.float64).tolist()
     for t,s in zip(ts, ts[1:]):
         probs,gaps = _predict_gaps(run, w, t)
-        if w.width:
-            if s>0: post = c.reverse_posterior(probs, w.x, full(s), full(t))
-            else: post = torch.nn.functional.pad(condition_on_observed(probs, w.x, c.state_probs(full(t)), c.vocab_size), (0, 1))       # clean tokens
-            own = torch.nn.functional.one_hot(w.x, c.vocab_size+1)                  # what stays where top-p left nothing else
-            w.write(sample_categorical(torch.where(post.sum(-1, keepdim=True)>0, post, own), run.g))
-        back = 1. if s==0 else 1-(c.state_probs(full(s)).delete/c.state_probs(full(t)).delete)[:,None]
+        if w.width: _draw_symbols(run, w, probs, t, s)
+        back = 1. if s==0 else 1-(_probs_at(run.noise, s).delete/_probs_at(run.noise, t).delete)
         w.insert(_poisson(gaps*back, run))
-        if run.frames is not None: run.frames.append(w.texts())
-    if (w.x==w.mask_id)[w.text].any():
+        _show(run, w)
+    if (w.x==w.mask_id)[w.mask].any():
         probs,_ = _predict_gaps(run, w, ts[-2])
         w.write(torch.where(w.x==w.mask_id, sample_categorical(probs, run.g), w.x))
-        if run.frames is not None: run.frames.append(w.texts())
-    return w.texts()
+        _show(run, w)
+    return w.sequences()

@@ -8,43 +8,51 @@ __all__ = ['time_of_errors', 'self_correct']
 # %% ../../nbs/sampling/54_repair.ipynb #48c6d431
 import torch
 from torch import Tensor
-from ..checks import check_ids
+from ..checks import check, check_ids, check_number
 from ..diffusion.corruption import Corruption
-from ..model.denoiser import BijectiveDenoiser, eval_mode
+from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from ..model.predictions import clean_posterior
 
 # %% ../../nbs/sampling/54_repair.ipynb #4eb89d09
 def time_of_errors(
-    corruption:Corruption, # The noise
-    wrong:float, # Share of the visible tokens, in (0, 1)
+    noise:Corruption, # The noise
+    error_rate:float, # Fraction of the visible tokens that are wrong, in (0, 1)
 )->float: # In [0, 1]
-    "The time at which so many of the tokens that are seen have been substituted; 0 where nothing ever is"
-    if not 0<wrong<1: raise ValueError(f'wrong is {wrong}; expected a number between 0 and 1')
+    "Return the time at which a fraction of the visible tokens has been substituted; 0 where nothing ever is"
+    check_number('error_rate', error_rate, above=0, below=1)
     t = torch.linspace(0, 1, 10001, dtype=torch.float64)
-    m = corruption.state_probs(t)
-    enough = m.substitute >= wrong*(m.substitute+m.kept)
+    p = noise.state_probs(t)
+    enough = p.substitute >= error_rate*(p.substitute+p.kept)
     return t[enough.nonzero()[0,0]].item() if enough.any() else 0.
 
 # %% ../../nbs/sampling/54_repair.ipynb #bf2fd39c
+def _log_gain(post, x):
+    "Best token of each posterior, and its log-ratio to the present token, (n, L) each"
+    best,new = post.max(-1)
+    present = post.gather(-1, x[...,None])[...,0]
+    return new, best.clamp(min=1e-30).log()-present.clamp(min=1e-30).log()
+
 @torch.no_grad()
 def self_correct(
-    model:BijectiveDenoiser, # Trained with substitution
-    x:Tensor, # Texts, (n, L)
-    wrong:float=.1, # Share of the tokens believed to be wrong, in (0, 1)
-    passes:int=64, # Network passes at most
-    per_pass:int=4, # Tokens replaced in a pass of each text, at most
+    model:Denoiser, # Denoiser that was trained with substitution
+    x:Tensor, # Ids, (n, L)
+    error_rate:float=.1, # Fraction of the tokens believed to be wrong, in (0, 1)
+    steps:int=64, # Function evaluations, at most
+    per_step:int=4, # Tokens replaced in each sequence at a step, at most
     fixed:Tensor|None=None, # True where nothing may change, (n, L)
 )->Tensor: # (n, L), on the CPU
-    "Replace tokens that the model does not believe, the clearest cases first"
-    if model.corruption.deletes: raise ValueError('the model deletes and inserts; self_correct is for masking and substitution')
-    check_ids(x, model.config.vocab_size-1, 'x')
-    t,x = time_of_errors(model.corruption, wrong),x.long().clone().cpu()
-    for _ in range(passes):
-        with eval_mode(model): post = clean_posterior(model, x, torch.full((len(x),), t)).cpu()
-        best,new = post.max(-1)
-        gain = best.clamp(min=1e-30).log()-post.gather(-1, x[...,None])[...,0].clamp(min=1e-30).log()
+    "Replace tokens that have a low posterior, the clearest cases first"
+    view = canonical(model)
+    check(not view.noise.deletes, 'the noise of the model', view.noise.weights, 'masking and substitution')
+    x = to_canonical(view, x.long().clone().cpu())
+    check_ids(x, view.mask_id-1, 'x')
+    t = torch.full((len(x),), time_of_errors(view.noise, error_rate))
+    for _ in range(steps):
+        with eval_mode(model):
+            new,gain = _log_gain(clean_posterior(view, x, t).cpu(), x)
         if fixed is not None: gain = gain.masked_fill(fixed.cpu(), 0.)
-        change = (gain>0) & (gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)<per_pass)
+        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        change = (gain>0) & (rank<per_step)
         if not change.any(): break
         x = torch.where(change, new, x)
-    return x
+    return from_canonical(view, x)

@@ -10,11 +10,11 @@ __all__ = ['reveal_probs', 'sample_categorical', 'SamplerState', 'ancestral_mask
 import torch
 from fastcore.basics import patch, store_attr
 from torch import Tensor
-from ..checks import check_seed, check_whole
+from ..checks import check_one_of, check_seed, check_whole
 from ..diffusion.schedules import get_schedule, Schedule
-from ..diffusion.corruption import Corruption, StateProbs, marginal_probs
-from ..model.denoiser import BijectiveDenoiser
-from ..model.predictions import clean_logits, output_scores, call_denoiser, token_logits
+from ..diffusion.corruption import Corruption, marginal_probs, MaskingCorruption, StateProbs
+from ..model.denoiser import Denoiser
+from ..model.predictions import is_time_conditioned, LogitOutputs, output_kind, ScoreOutputs
 from .rules import token_probs, unmask, UnmaskingRule
 
 # %% ../../nbs/sampling/51_samplers.ipynb #c6da83de
@@ -22,35 +22,38 @@ def reveal_probs(
     steps:int, # Number of steps
     schedule:str|Schedule, # alpha(t), or its name
 )->Tensor: # (steps,), float64
-    "Probability that a masked token is revealed in each step, from all masked to none"
+    "Return the probability that a masked token is revealed in each step, from all masked to none"
     check_whole('steps', steps)
     alpha = get_schedule(schedule).alpha(torch.linspace(1, 0, steps+1, dtype=torch.float64))
-    alpha[0],alpha[-1] = 0.,1.
+    alpha[0] = 0.
+    alpha[-1] = 1.
     return alpha.diff()/(1-alpha[:-1])
 
 # %% ../../nbs/sampling/51_samplers.ipynb #6dd01d70
 def sample_categorical(
-    probs:Tensor, # (..., K), float64, on the CPU
+    probs:Tensor, # Distributions, (..., K), float64, on the CPU
     g:torch.Generator, # Source of randomness
 )->Tensor: # (...)
-    "One number for each distribution"
+    "Draw one number from each distribution"
     return torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1, generator=g).view(probs.shape[:-1])
 
 # %% ../../nbs/sampling/51_samplers.ipynb #bf261218
 class SamplerState:
-    "A text being written"
+    "Sequences being written"
     def __init__(self,
-        model:BijectiveDenoiser, # The denoiser
+        model:Denoiser, # The denoiser, with canonical ids
         x:Tensor, # Ids, masks where something is to be written, (n, L)
-        corruption:Corruption, # The noise that is undone
+        noise:Corruption, # The noise that is undone
         temperature:float=1., # Temperature of the tokens, above 0
         top_p:float=1., # Probability of the likeliest tokens that are kept, in (0, 1]
         seed:int=0, # Seed of all random numbers
         frames:list|None=None, # Collects the ids after every change
     ):
-        store_attr('model,corruption,temperature,top_p,frames')
-        self.x,self.free,self.g = x,x==model.mask_id,torch.Generator().manual_seed(check_seed(seed))
-        self.nfe,self._seen = 0,None
+        store_attr('model,x,noise,temperature,top_p,frames')
+        self.free = x==model.mask_id
+        self.g = torch.Generator().manual_seed(check_seed(seed))
+        self.nfe = 0
+        self._evaluated_at = None
         self.show()
 
     def show(self):
@@ -59,10 +62,10 @@ class SamplerState:
 
 @patch
 def write(self:SamplerState,
-    where:Tensor, # Places, (n, L), bool
-    ids:Tensor, # Ids, one per place
+    where:Tensor, # True at the positions, (n, L), bool
+    ids:Tensor, # Ids, one per position
 ):
-    "Put ids where they belong"
+    "Put ids at some positions"
     if not (self.x[where]!=ids).any(): return
     self.x = self.x.masked_scatter(where, ids)
     self.show()
@@ -71,48 +74,68 @@ def write(self:SamplerState,
 def _times(t, n): return torch.as_tensor(t, dtype=torch.float64).expand(n)
 
 @patch
+def _hidden(self:SamplerState, t):
+    "Features of the network, evaluated again only if ids or the time of a conditioned network have changed"
+    conditioned = is_time_conditioned(self.model)
+    now = (_times(t, len(self.x))*conditioned, self.x)
+    if self._evaluated_at is None or not all(map(torch.equal, self._evaluated_at, now)):
+        self._h = self.model.hidden(self.x.to(self.model.device), now[0] if conditioned else None)
+        self._evaluated_at = tuple(o.clone() for o in now)
+        self.nfe += 1
+    return self._h
+
+@patch
 def predict(self:SamplerState,
     t, # Time, or times, (n,)
-): # Outputs of the model, with or without gap logits
-    "What the network says about the ids, at a time"
-    now = (_times(t, len(self.x))*self.model.config.time_conditioning, self.x)
-    if self._seen is None or not all(map(torch.equal, self._seen, now)):
-        self._answer = call_denoiser(self.model, self.x.to(self.model.device), now[0])
-        self._seen,self.nfe = tuple(o.clone() for o in now),self.nfe+1
-    return self._answer
+    where:Tensor|None=None, # True at the positions, (n, L), bool; all if None
+)->Tensor: # Logits or log-scores, (n, L, V), or (number of positions, V)
+    "Return the outputs of the network for the ids, at a time"
+    h = self._hidden(t)
+    if where is not None: h = h[where.to(h.device)]
+    return self.model.head(h)[...,:self.noise.vocab_size]
 
 @patch
 def state_probs(self:SamplerState,
     t, # Time, or times, (n,)
 )->StateProbs: # Each (n,)
-    "The masses of the noise at a time, for each text"
-    return self.corruption.state_probs(_times(t, len(self.x)))
+    "Return the state probabilities of the noise at a time, for each sequence"
+    return self.noise.state_probs(_times(t, len(self.x)))
 
+# %% ../../nbs/sampling/51_samplers.ipynb #f0a89e2d
 @patch
 def probs(self:SamplerState,
     t, # Time, or times, (n,)
-    where:Tensor|None=None, # Only at these places, (n, L), bool
-)->Tensor: # (n, L, V), or (number of places, V); float64, on the CPU
-    "Distribution of the clean tokens"
-    logits = token_logits(self.predict(t))
-    logits = clean_logits(self.model, logits, self.x.to(logits.device), self.state_probs(t))
-    return token_probs((logits if where is None else logits[where.to(logits.device)]).cpu(), self.temperature, self.top_p)
+)->Tensor: # (n, L, V), float64, on the CPU
+    "Return the distributions of all clean tokens"
+    logits = self.predict(t)
+    kind,x = output_kind(self.model),self.x.to(logits.device)
+    logits = kind.clean_logits(logits, x, self.state_probs(t), self.model.noise)
+    return token_probs(logits.cpu(), self.temperature, self.top_p)
+
+@patch
+def mask_probs(self:SamplerState,
+    t, # Time, or times, (n,)
+    where:Tensor, # True at some masks, (n, L), bool
+)->Tensor: # (number of positions, V), float64, on the CPU
+    "Return the distributions of clean tokens at masks, for masking noise"
+    return token_probs(self.predict(t, where).cpu(), self.temperature, self.top_p)
 
 # %% ../../nbs/sampling/51_samplers.ipynb #2276810b
 def ancestral_masks(
-    run:SamplerState, # The text, changed in place
+    run:SamplerState, # Sequences, changed in place
     steps:int, # Number of steps
 ):
     "Reveal each mask with the probability of the step, then draw its token"
     ts = torch.linspace(1, 0, steps+1, dtype=torch.float64)
-    for t,p in zip(ts.tolist(), reveal_probs(steps, run.corruption.schedule)):
-        reveal = (run.x==run.model.mask_id) & (torch.rand(run.x.shape, generator=run.g, dtype=torch.float64)<p)
-        if reveal.any(): run.write(reveal, sample_categorical(run.probs(t, reveal), run.g))
+    for t,p in zip(ts.tolist(), reveal_probs(steps, run.noise.schedule)):
+        chosen = torch.rand(run.x.shape, generator=run.g, dtype=torch.float64)<p
+        reveal = chosen & (run.x==run.model.mask_id)
+        if reveal.any(): run.write(reveal, sample_categorical(run.mask_probs(t, reveal), run.g))
 
 # %% ../../nbs/sampling/51_samplers.ipynb #9e9bd5dd
 def unmask_by_rule(
-    run:SamplerState, # The text, changed in place
-    rule:str|UnmaskingRule|tuple, # Which masks come when: a rule, its name, or positions
+    run:SamplerState, # Sequences, changed in place
+    rule:str|UnmaskingRule|tuple, # Order of the masks: a rule, its name, or positions
 ):
     "Reveal masks in the order of a rule"
     def choose(probs, where):
@@ -124,28 +147,30 @@ def unmask_by_rule(
 
 # %% ../../nbs/sampling/51_samplers.ipynb #e6ab6189
 def first_hitting(
-    run:SamplerState, # The text, changed in place
+    run:SamplerState, # Sequences, changed in place
+    steps:int|None=None, # Ignored: there is one step per mask
 ):
-    "One mask at a time, in random order, at the times of continuous time"
+    "Reveal one mask at a time, in random order, at the times of continuous time"
     hidden = torch.ones(len(run.x), dtype=torch.float64)
     while (masked := run.x==run.model.mask_id).any():
         n = masked.sum(1)
         hidden = hidden*torch.rand(len(n), generator=run.g, dtype=torch.float64)**(1/n.clamp(min=1))
         u = torch.rand(masked.shape, generator=run.g, dtype=torch.float64).masked_fill(~masked, -1.)
         reveal = masked & (u==u.max(1, keepdim=True).values)
-        run.write(reveal, sample_categorical(run.probs(run.corruption.schedule.t(1-hidden), reveal), run.g))
+        t = run.noise.schedule.t(1-hidden)
+        run.write(reveal, sample_categorical(run.mask_probs(t, reveal), run.g))
 
 # %% ../../nbs/sampling/51_samplers.ipynb #6d4d0624
 def start_from_noise(
-    run:SamplerState, # The sampler's state, changed in place
+    run:SamplerState, # Sequences, changed in place
 ):
     "Replace every symbol that may change by noise of time 1"
-    run.x = torch.where(run.free, run.corruption.pure_noise(run.free, run.g), run.x)
+    run.x = torch.where(run.free, run.noise.pure_noise(run.free, run.g), run.x)
     run.show()
 
 def condition_on_observed(
-    probs:Tensor, # Probabilities of the clean tokens that leave out the symbol itself, (..., V)
-    z:Tensor, # The symbols, ids 0..V, (...)
+    probs:Tensor, # Probabilities of the clean tokens given all other symbols, (..., V)
+    z:Tensor, # Observed symbols, ids 0..V, (...)
     state_probs:StateProbs, # State probabilities at one time, the same for all
     V:int, # Number of clean tokens
 )->Tensor: # Posterior of the clean tokens, (..., V)
@@ -156,21 +181,27 @@ def condition_on_observed(
     return post/post.sum(-1, keepdim=True).clamp(min=1e-300)
 
 # %% ../../nbs/sampling/51_samplers.ipynb #28682a76
+def _full(n, t): return torch.full((n,), t, dtype=torch.float64)
+
+def _earlier_symbols(run, t, s, first):
+    "Distribution of the free symbols at time s, given those at time t, (number of free symbols, V or V+1)"
+    probs,noise = run.probs(t),run.noise
+    if first: # pure noise is no evidence
+        return probs[run.free] if s==0 else marginal_probs(probs, run.state_probs(s))[run.free]
+    if s==0: return condition_on_observed(probs[run.free], run.x[run.free], run.state_probs(t), noise.vocab_size)
+    n = len(run.x)
+    return noise.reverse_posterior(probs, run.x, _full(n, s), _full(n, t))[run.free]
+
 def ancestral(
-    run:SamplerState, # The text, changed in place
+    run:SamplerState, # Sequences, changed in place
     steps:int, # Number of steps
 ):
     "Draw every free symbol from its reverse posterior, step by step"
     check_whole('steps', steps)
     start_from_noise(run)
     ts = torch.linspace(1, 0, steps+1, dtype=torch.float64).tolist()
-    for i,(t,s) in enumerate(zip(ts, ts[1:])):
-        probs = run.probs(t)
-        full = lambda a: torch.full((len(run.x),), a, dtype=torch.float64)
-        if i==steps-1: post = probs[run.free] if i==0 else condition_on_observed(probs[run.free], run.x[run.free], run.state_probs(t), run.corruption.vocab_size)
-        elif i==0: post = marginal_probs(probs, run.state_probs(s))[run.free]                            # noise says nothing
-        else: post = run.corruption.reverse_posterior(probs, run.x, full(s), full(t))[run.free]
-        run.write(run.free, sample_categorical(post, run.g))
+    for t,s in zip(ts, ts[1:]):
+        run.write(run.free, sample_categorical(_earlier_symbols(run, t, s, first=t==1), run.g))
 
 # %% ../../nbs/sampling/51_samplers.ipynb #382590ab
 def _numbers(o):
@@ -178,42 +209,65 @@ def _numbers(o):
     return type(o)(*(v.item() for v in o))
 
 def _tweedie(score, z, step, V):
-    "Probabilities at the earlier time, (places, V+1), unnormalised"
+    "Probabilities at the earlier time, (positions, V+1), unnormalised"
     a = torch.cat([score.new_full((V,), step.token_to_token/V), score.new_tensor([step.token_to_mask])])
-    before = (score-a*score.sum(-1, keepdim=True)).clamp(min=0)/step.still
-    return before*(a[z][:,None] + step.still*torch.nn.functional.one_hot(z, V+1))
+    before = (score-a*score.sum(-1, keepdim=True)).clamp(min=0)/step.unchanged
+    return before*(a[z][:,None] + step.unchanged*torch.nn.functional.one_hot(z, V+1))
 
 def _euler(score, z, rates, h, V):
-    "Probabilities at the earlier time, (places, V+1)"
+    "Probabilities at the earlier time, (positions, V+1)"
     into = torch.where(z==V, rates.to_mask, rates.to_token/V)[:,None]
     p = (h*into*score).scatter(1, z[:,None], 0.)
     return p.scatter(1, z[:,None], (1-p.sum(1, keepdim=True)).clamp(min=0))
 
-def _first_time(corruption):
-    "The last time at which the scores still say something: a ten-thousandth of the tokens is kept"
+def _first_time(noise):
+    "The last time at which a ten-thousandth of the tokens is kept, so that scores are not all equal"
     t = torch.linspace(0, 1, 100001, dtype=torch.float64)
-    return t[(corruption.state_probs(t).kept>=1e-4).nonzero()[-1,0]].item()
+    return t[(noise.state_probs(t).kept>=1e-4).nonzero()[-1,0]].item()
+
+# %% ../../nbs/sampling/51_samplers.ipynb #b45cf195
+@patch
+def changing(self:Corruption, x:Tensor)->Tensor: return torch.ones_like(x, dtype=torch.bool)
+@patch
+def changing(self:MaskingCorruption,
+    x:Tensor, # Ids, (n, L)
+)->Tensor: # True at symbols that may still change, (n, L)
+    "Return True at masks: under masking alone a revealed token never changes"
+    return x==self.mask_id
+
+@patch
+def tempered(self:LogitOutputs, run, t): return run.probs(t).log()
+@patch
+def tempered(self:ScoreOutputs,
+    run:SamplerState, # Sequences being written
+    t:float, # Time
+)->Tensor: # (n, L, V), float64, on the CPU
+    "Return the outputs from which scores are computed, at the temperature of the sampler where they are logits"
+    return run.predict(t).cpu().double()
 
 # %% ../../nbs/sampling/51_samplers.ipynb #67c78d9f
+def _probs_by_scores(run, t, s, active, kind):
+    "Probabilities of the active symbols at time s, (positions, V+1), unnormalised"
+    noise,V,outputs = run.noise,run.noise.vocab_size,output_kind(run.model)
+    z = run.x[active]
+    score = outputs.scores(outputs.tempered(run, t), run.x, run.state_probs(t))[active].exp()
+    if kind=='tweedie' or s==0: p = _tweedie(score, z, _numbers(noise.step(_full(1, s), _full(1, t))), V)
+    else: p = _euler(score, z, _numbers(noise.event_rates(_full(1, t))), t-s, V)
+    if s==0: p[:,V] = 0.
+    return torch.where((p.sum(1, keepdim=True)>0), p, score*(torch.arange(V+1)<V))
+
 def reverse_by_scores(
-    run:SamplerState, # The text, changed in place
+    run:SamplerState, # Sequences, changed in place
     steps:int, # Number of steps
     kind:str, # tweedie or euler
 ):
-    "SEDD's analytic (tweedie) and Euler samplers"
+    "Write with SEDD's analytic (tweedie) or Euler sampler"
     check_whole('steps', steps)
-    if kind not in ('tweedie','euler'): raise ValueError(f'kind is {kind!r}; expected tweedie or euler')
-    c,V,one = run.corruption,run.corruption.vocab_size,lambda a: torch.tensor([a], dtype=torch.float64)
+    check_one_of('kind', kind, ('tweedie','euler'))
     start_from_noise(run)
-    ts = [_first_time(c), *torch.linspace(1, 0, steps+1, dtype=torch.float64)[1:].tolist()]
-    for t,s in [(a, b) for a,b in zip(ts, ts[1:]) if a>b]:
-        active = run.free & (run.x==V) if c.masks_only else run.free
+    ts = [_first_time(run.noise), *torch.linspace(1, 0, steps+1, dtype=torch.float64)[1:].tolist()]
+    for t,s in zip(ts, ts[1:]):
+        if t<=s: continue
+        active = run.free & run.noise.changing(run.x)
         if not active.any(): break
-        out = token_logits(run.predict(t)).cpu().double() if run.model.config.score_head else run.probs(t).log()
-        z,score = run.x[active],output_scores(run.model, out, run.x, run.state_probs(t))[active].exp()
-        step = _numbers(c.step(one(s), one(t)))
-        if kind=='tweedie' or s==0: p = _tweedie(score, z, step, V)
-        else: p = _euler(score, z, _numbers(c.event_rates(one(t))), t-s, V)
-        if s==0: p[:,V] = 0.
-        p = torch.where((p.sum(1, keepdim=True)>0), p, score*(torch.arange(V+1)<V))
-        run.write(active, sample_categorical(p, run.g))
+        run.write(active, sample_categorical(_probs_by_scores(run, t, s, active, kind), run.g))
