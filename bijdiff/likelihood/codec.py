@@ -16,8 +16,7 @@ from fastcore.meta import delegates
 from torch import nn
 from ..checks import check, check_ids, check_type, check_whole
 from ..layers.lattice import LatticeError
-from ..model.config import DenoiserConfig
-from ..model.saving import tensors_hash, write_synced
+from ..model.saving import Pretrained, tensors_hash, write_synced
 from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options
 from ..sampling.rules import unmask, UnmaskingRule
@@ -77,9 +76,10 @@ _SUM = 16 # Bytes of the checksum at the end
 
 def _description(model):
     "What a model is beside its weights, in plain values"
-    config,tokenizer = getattr(model, 'config', None),model.tokenizer
-    if isinstance(config, DenoiserConfig): # fields with their defaults are left out, so that new options change nothing
-        fields = {k:v for k,v in vars(config).items() if v!=getattr(DenoiserConfig, k, None)}
+    tokenizer = model.tokenizer
+    if isinstance(model, Pretrained): # fields with their defaults are left out, so that new options change nothing
+        default = type(model.config)
+        fields = {k:v for k,v in vars(model.config).items() if v!=getattr(default, k, None)}
     else:
         fields = dict(n_ids=model.n_ids, mask_id=model.mask_id, clean_ids=model.clean_ids.tolist(),
                       seq_len=model.seq_len, noise=model.noise.to_dict())
