@@ -1,8 +1,7 @@
 """Samplers, bounds, exact likelihood, codec and display use nothing of a network but the protocol `Denoiser`.
 
-`Foreign` is a small network that has nothing to do with `BijectiveDenoiser`: its mask has an id in the middle of the
-vocabulary, and two ids are never written. `Twin` has the same distributions with ids in canonical order; what is true
-of one is true of the other, id by id."""
+`Foreign` is a small network that has nothing to do with `BijectiveDenoiser`: its mask has an id in the middle
+of the vocabulary, and two ids are never written. `Twin` has the same distributions, with canonical ids."""
 import itertools
 import pytest
 import torch
@@ -57,7 +56,8 @@ class Foreign:
     def head(self, h):
         "Logits over all six ids, those of the mask and of ids that are never written the largest of all"
         object.__getattribute__(self, 'rows').append(h[...,0].numel())
-        logits = torch.einsum('...d,...dv->...v', h[...,:4], object.__getattribute__(self, 'out')[h[...,4].long()])
+        out = object.__getattribute__(self, 'out')[h[...,4].long()]
+        logits = torch.einsum('...d,...dv->...v', h[...,:4], out)
         return logits + torch.tensor([50., 0, 50, 50, 0, 0])
 
     def __call__(self, ids, t=None, mask=None): return self.head(self.hidden(ids, t, mask))
@@ -126,7 +126,8 @@ def test_bounds_are_those_of_the_twin(weights):
     given = dict(noise=Corruption(V, *weights), time_conditioning=weights!=(1, 0))
     x = torch.randint(0, V, (5, L), generator=torch.Generator().manual_seed(2))
     assert torch.equal(nelbo_draws(Foreign(**given), own(x), 4), nelbo_draws(Twin(**given), x, 4))
-    assert score_ids(Foreign(**given), own(x.flatten()[:10]), 4)==score_ids(Twin(**given), x.flatten()[:10], 4)
+    document = x.flatten()[:10]
+    assert score_ids(Foreign(**given), own(document), 4)==score_ids(Twin(**given), document, 4)
 
 def test_documents_and_random_orders_are_scored_as_by_the_twin():
     x = torch.randint(0, V, (3, L), generator=torch.Generator().manual_seed(2))
@@ -192,7 +193,8 @@ def test_nothing_else_of_a_network_is_used(use):
 def test_a_fault_in_the_numbering_is_seen(monkeypatch):
     "Ids that come back in another order are no longer those of the twin"
     from bijdiff.model import denoiser
-    monkeypatch.setattr(denoiser._RenumberedDenoiser, 'head', lambda self, h: self.model.head(h)[...,[4, 1, 5]])
+    def swapped(self, h): return self.model.head(h)[...,[4, 1, 5]]
+    monkeypatch.setattr(denoiser._RenumberedDenoiser, 'head', swapped)
     with pytest.raises(AssertionError): test_exact_likelihoods_are_those_of_the_twin_and_sum_to_one(RULES[0])
 
 @pytest.mark.parametrize('name', ['hidden', 'mask_id', 'noise'])

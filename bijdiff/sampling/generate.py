@@ -146,29 +146,33 @@ def _restored(view, x):
 # %% ../../nbs/sampling/53_generate.ipynb #1a11f4df
 _BLANK = re.compile('_{3,}')
 
-def _encode(model, texts, name):
+def _encode(model, texts, name, length):
     "Ids of some strings, and the number of tokens left for writing"
+    if length is None: length = model.seq_len
+    check_whole('length', length, most=model.seq_len)
     check(model.tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer')
     known = [list(model.tokenizer.encode(o)) for o in texts]
     n = sum(map(len, known))
-    check(n<model.seq_len, f'the number of tokens of {name}', n, f'fewer than seq_len={model.seq_len} of the model')
-    return known, model.seq_len-n
+    check(n<length, f'the number of tokens of {name}', n, f'fewer than {length}, the length of the sequence')
+    return known, length-n
 
 def prompt_template(
     model:Denoiser, # Denoiser with a tokenizer
     prompt:str='', # Beginning of the text
-)->list[int]: # Ids with masks, seq_len of them
-    "Return the ids of a beginning, and masks up to the longest sequence of the model"
-    (ids,),room = _encode(model, [prompt], 'prompt')
+    length:int|None=None, # Number of tokens, at most seq_len of the model; seq_len if None
+)->list[int]: # Ids with masks
+    "Return the ids of a beginning, and masks up to the length"
+    (ids,),room = _encode(model, [prompt], 'prompt', length)
     return ids + [model.mask_id]*room
 
 def infill_template(
     model:Denoiser, # Denoiser with a tokenizer
     text:str, # Text with blanks of three or more underscores
-    blank:int|None=None, # Masks of each blank; as many as fill the longest sequence of the model if None
+    blank:int|None=None, # Masks of each blank, at most; as many as fill the length if None
+    length:int|None=None, # Number of tokens, at most seq_len of the model; seq_len if None
 )->list[int]: # Ids with masks
     "Return the ids of a text with masks in its blanks, of equal numbers"
-    known,room = _encode(model, _BLANK.split(text), 'text')
+    known,room = _encode(model, _BLANK.split(text), 'text', length)
     n_blanks = len(known)-1
     check(n_blanks>0, 'text', text, 'a blank, ____, where something is missing')
     if blank is not None: room = min(room, blank*n_blanks)
