@@ -54,7 +54,7 @@ by_task = {
         'load_corpus pydoc_corpus read_text split_text text_dls BPETokenizer ByteTokenizer CharTokenizer '
         'get_tokenizer'),
     'Networks': (
-        'A denoiser, its configuration, what it is for code that takes any denoiser, and for code written for others',
+        'A denoiser, its configuration, the protocol that any other network can follow, and adapters',
         'DenoiserConfig BijectiveDenoiser canonical Denoiser DenoiserOutput eval_mode inverse_errors '
         'call_denoiser clean_posterior MDLMAdapter SEDDAdapter'),
     'Noise': ('How sequences are corrupted, and when',
@@ -63,7 +63,7 @@ by_task = {
     'Losses': ('Integrands of the bounds, nats per token or gap',
         'hybrid_nelbo insertion_nelbo log_scores masked_nelbo score_entropy uniform_nelbo'),
     'Training': (
-        'A learner of fastai for denoisers, what it can be watched with, and how it goes on after an interruption',
+        'A learner of fastai for denoisers, with callbacks that average, watch, record and resume',
         'diffusion_learner EMACallback TableCallback CheckpointCallback BlockNormCallback '
         'LatticeUsageCallback ProbeCallback RunLogCallback TensorBoardCallback ExpertCallback'),
     'Dynamics': ('Trends, oscillations and paired comparisons of loss curves',

@@ -26,7 +26,7 @@ def check(
     value, # Value of the argument
     expected:str, # Accepted values, in words
 ):
-    "Raise a `ValueError` that names the argument, its value and what was expected, unless the condition holds"
+    "Raise a `ValueError` that names argument, value and expectation, unless the condition holds"
     if not condition: raise ValueError(f'{name} is {_shown(value)}; expected {expected}')
 
 # %% ../nbs/00_checks.ipynb #c7d826fe
@@ -46,7 +46,8 @@ def check_whole(
     "Check that a value is a whole number between two others"
     ok = is_whole(value) and least<=value and (most is None or value<=most) and (value%2==1 or not odd)
     kind = 'an odd number' if odd else 'a whole number'
-    check(ok, name, value, f'{kind} of at least {least}' if most is None else f'{kind} from {least} to {most}')
+    interval = f'of at least {least}' if most is None else f'from {least} to {most}'
+    check(ok, name, value, f'{kind} {interval}')
 
 # %% ../nbs/00_checks.ipynb #c0a1d005
 def _interval(least, most, above, below):
@@ -87,7 +88,8 @@ def check_T(
     T:int|None, # Number of steps of the noise; None for continuous time
 ):
     "Check that `T` is a number of steps, or None"
-    check(T is None or (is_whole(T) and T>=1), 'T', T, 'a whole number of at least 1, or None for continuous time')
+    ok = T is None or (is_whole(T) and T>=1)
+    check(ok, 'T', T, 'a whole number of at least 1, or None for continuous time')
 
 # %% ../nbs/00_checks.ipynb #c0a1d010
 def check_one_of(
@@ -106,7 +108,8 @@ def check_type(
 ):
     "Check that a value is an instance of a class"
     expected = getattr(kind, '__name__', str(kind))
-    if not isinstance(value, kind): raise ValueError(f'{name} is a {type(value).__name__}; expected a {expected}')
+    if not isinstance(value, kind):
+        raise ValueError(f'{name} is a {type(value).__name__}; expected a {expected}')
 
 def optional(
     f, # A check, called with name and value
@@ -144,7 +147,8 @@ def check_ids(
     if not x.numel(): return
     if x.is_floating_point(): raise ValueError(f'{name} is {x.dtype}; expected whole numbers')
     least,most = x.min(),x.max()
-    if not 0<=least<=most<=highest: raise ValueError(f'{name} has ids from {least} to {most}; expected 0 to {highest}')
+    if not 0<=least<=most<=highest:
+        raise ValueError(f'{name} has ids from {least} to {most}; expected 0 to {highest}')
 
 # %% ../nbs/00_checks.ipynb #5f678fd7
 def check_lengths(
@@ -167,5 +171,6 @@ def check_times(
     "Check that times are in [0, 1], one a sequence"
     check_shape('t', t, 'B' if n is None else n)
     t = t.detach().cpu().double()
-    if not ((t>=0)&(t<=1)).all(): raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')
+    if not ((t>=0)&(t<=1)).all():
+        raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')
     return t

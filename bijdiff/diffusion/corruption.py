@@ -64,7 +64,7 @@ class Corruption:
         mask:float=1., # Weight of masking; the three weights are divided by their sum
         substitute:float=0., # Weight of replacing a token by a uniformly drawn one
         delete:float=0., # Weight of deletion
-        schedule:str|Schedule|dict='half_cosine', # alpha(t) or its name, or one per kind, as in dict(mask='cosine')
+        schedule:str|Schedule|dict='half_cosine', # alpha(t) or its name, or a dictionary with one per kind
         T:int|None=None, # Times are multiples of 1/T; continuous if None
     ):
         check_whole('vocab_size', vocab_size)
@@ -135,7 +135,7 @@ class GIDDCorruption(Corruption):
 
     def _c(self, t):
         "c_t and its derivative"
-        inner = t.clamp(1e-12, 1-1e-12)                                       # the derivative is infinite at the ends
+        inner = t.clamp(1e-12, 1-1e-12)    # the derivative is infinite at the ends
         c = self.p_uniform/(1-self.p_uniform)*(4*t*(1-t)).clamp(min=0)**(self.gamma/2)
         return c, c*self.gamma/2*(1/inner-1/(1-inner))
 
@@ -165,7 +165,7 @@ def event_rates(self:Corruption,
         delete = dp.delete/p.surviving
         return EventRates(torch.zeros_like(t), -dp.kept/p.kept-delete, delete)
     to_token = (dp.substitute - dp.kept/p.kept*p.substitute)/p.surviving
-    delete = torch.where(p.mask>0, dp.delete/p.mask.clamp(min=1e-300), 0.)     # without a mask none can be deleted
+    delete = torch.where(p.mask>0, dp.delete/p.mask.clamp(min=1e-300), 0.) # without a mask none can be deleted
     return EventRates(-dp.kept/p.kept-to_token, to_token, delete)
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #ee02aed9
@@ -374,11 +374,12 @@ def check_heads(self:Corruption,
 ):
     "Check that the heads of a network fit this noise"
     needed = self.deletes and self.weights['mask']>0
-    if self.deletes: check(gap_head, 'gap_head', gap_head, f'True, as the noise deletes tokens ({self.weights})')
-    if gap_head: check(needed, 'gap_head', gap_head, f'False, or masking together with deletion, not {self.weights}')
+    noise = f'the noise is {self.weights}'
+    if self.deletes: check(gap_head, 'gap_head', gap_head, f'True for deletion; {noise}')
+    if gap_head: check(needed, 'gap_head', gap_head, f'False, or masking together with deletion; {noise}')
     if not score_head: return
     check(not self.T, 'T', self.T, 'None: score entropy is in continuous time')
-    check(self.is_pure, 'score_head', score_head, f'False, or masking alone or substitution alone, not {self.weights}')
+    check(self.is_pure, 'score_head', score_head, f'False, or masking alone or substitution alone; {noise}')
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #35714c91
 @patch

@@ -70,7 +70,7 @@ def masked_nelbo(
         at = wrong.nonzero()[0].tolist()
         raise ValueError(f'xt differs from x0 at {at}; expected the same id, or the mask {logits.shape[-1]}')
     nll = token_nll(logits, x0)
-    w = time_weight(check_times(t, len(xt)), schedule, T).to(nll)                   # float64, which not every device has
+    w = time_weight(check_times(t, len(xt)), schedule, T).to(nll)    # float64, which not every device has
     return torch.where(masked, nll*w[:,None], 0.)
 
 # %% ../../nbs/diffusion/23_objective.ipynb #61205566
@@ -144,7 +144,7 @@ def _resampling_rate(corruption, xt, t, like):
 def _step_nelbo(logits, x0, xt, t, corruption, T):
     "T times the divergence of the posteriors of the step that ends at t"
     s = (t-1/T).clamp(min=0)
-    x0,xt_cpu = F.one_hot(x0, logits.shape[-1]).cpu().double(),xt.cpu()          # float64, which not every device has
+    x0,xt_cpu = F.one_hot(x0, logits.shape[-1]).cpu().double(),xt.cpu()  # float64, which not every device has
     q = corruption.reverse_posterior(x0, xt_cpu, s, t)
     qhat = corruption.reverse_posterior(logits.cpu().double().softmax(-1), xt_cpu, s, t)
     log_ratio = q.clamp(min=1e-300).log()-qhat.clamp(min=1e-300).log()
@@ -219,7 +219,8 @@ def score_entropy(
     _check(log_score, x0=x0, xt=xt)
     t,V,schedule = check_times(t, len(xt)),log_score.shape[-1],get_schedule(schedule)
     log_score = _at_least_float32(log_score)
-    rate = schedule.dsigma(t).nan_to_num(posinf=0.).to(log_score)[:,None]     # an infinite rate at t=1 counts as the end of time
+    # an infinite rate at t=1 counts as the end of time
+    rate = schedule.dsigma(t).nan_to_num(posinf=0.).to(log_score)[:,None]
     if noise=='absorb':
         terms,at = _absorbing_entropy(log_score, x0, xt, schedule.sigma(t).clamp(max=700.))
         return torch.where(at, rate*terms, 0.)
@@ -289,7 +290,7 @@ def binomial_log_prior(
 def length_term(
     lengths:Tensor, # Lengths of the clean sequences, (B,)
     corruption:Corruption, # The noise
-    log_prior:Tensor, # Log-probability of each number of symbols at time 1, (N+1,), N at least the largest length
+    log_prior:Tensor, # Log-probability of 0 to N symbols at time 1, (N+1,), N at least the largest length
 )->Tensor: # Nats per sequence, (B,), float64
     "Return the code length of the number of symbols that sampling starts with; may be negative"
     A = _surviving_at_1(corruption)
@@ -332,5 +333,6 @@ def bound_integrand(self:MaskingCorruption, logits, noisy, t, gap_logits=None)->
 @patch
 def bound_integrand(self:DeletingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
     tokens = Corruption.bound_integrand(self, logits, noisy, t)
-    check(gap_logits is not None, 'gap_logits', gap_logits, 'gap logits: deletion needs a network with gap_head=True')
+    expected = 'gap logits: deletion needs a network with gap_head=True'
+    check(gap_logits is not None, 'gap_logits', gap_logits, expected)
     return tokens + insertion_nelbo(gap_logits, noisy.gaps, gap_mask(noisy.text), t, self).sum(1)

@@ -118,7 +118,7 @@ def nelbo_draws(
     model:Denoiser, # The denoiser
     x:Tensor, # Clean ids, (B, L)
     n:int=16, # Number of draws
-    schedule:str|Schedule|None=None, # Any, for masking and a network without time, then half_cosine if None; else None
+    schedule:str|Schedule|None=None, # For masking without time conditioning: any, half_cosine if None
     T:int|None=None, # Number of steps; continuous time if None
     seed:int=0, # Seed of times and noise
 )->Tensor: # (n, B), nats per sequence
@@ -150,11 +150,11 @@ def nelbo(
     model:Denoiser, # The denoiser
     x:Tensor, # Clean ids, (B, L)
     n:int=16, # Number of draws, at least 2
-    schedule:str|Schedule|None=None, # Any, for masking and a network without time, then half_cosine if None; else None
+    schedule:str|Schedule|None=None, # For masking without time conditioning: any, half_cosine if None
     T:int|None=None, # Number of steps; continuous time if None
     seed:int=0, # Seed of times and masks
 )->Estimate: # Of an upper bound, nats per sequence
-    "Estimate the bound on the negative log-likelihood of each sequence, with its standard error over the draws"
+    "Estimate the bound on the negative log-likelihood of each sequence, with its standard error"
     check_whole('n', n, 2)
     return mean_and_error(nelbo_draws(model, x, n, schedule, T, seed).double())
 
@@ -194,7 +194,7 @@ def score_ids(
     model:Denoiser, # The denoiser
     ids:Tensor, # Ids of a document of any length, (N,)
     n:int=16, # Number of draws, at least 2
-    schedule:str|Schedule|None=None, # Any, for masking and a network without time, then half_cosine if None; else None
+    schedule:str|Schedule|None=None, # For masking without time conditioning: any, half_cosine if None
     T:int|None=None, # Number of steps; continuous time if None
     bs:int=32, # Chunks in a batch
     seed:int=0, # Seed of times and masks

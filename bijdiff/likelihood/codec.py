@@ -38,7 +38,7 @@ def _writer(coder, blocks):
 def _reader(coder):
     "For unmask: tokens that come out of a coder"
     def choose(p, where):
-        if p.shape[-1]==1: return torch.zeros(len(p), dtype=torch.long)                # a vocabulary of one token takes no bits
+        if p.shape[-1]==1: return torch.zeros(len(p), dtype=torch.long) # a vocabulary of one token takes no bits
         return torch.from_numpy(coder.decode(_family, p.numpy()).astype(np.int64))
     return choose
 
@@ -77,7 +77,7 @@ _SUM = 16 # Bytes of the checksum at the end
 def _description(model):
     "What a model is beside its weights, in plain values"
     tokenizer = model.tokenizer
-    if isinstance(model, Pretrained): # fields with their defaults are left out, so that new options change nothing
+    if isinstance(model, Pretrained): # without fields of default value, so that new options change nothing
         default = type(model.config)
         fields = {k:v for k,v in vars(model.config).items() if v!=getattr(default, k, None)}
     else:
@@ -132,7 +132,7 @@ def _to_ids(tokenizer, data):
     text = _to_text(data, name)
     ids = tokenizer.encode(text)
     if tokenizer.decode(ids)!=text:
-        raise ValueError(f'the {name} tokenizer does not give back this text; use a model with the byte tokenizer')
+        raise ValueError(f'the {name} tokenizer does not give back this text; use one with the byte tokenizer')
     return torch.tensor(ids, dtype=torch.long)
 
 def _to_bytes(tokenizer, ids):
@@ -157,7 +157,7 @@ def compress(
     model:Denoiser, # The denoiser, of masking noise, with its tokenizer
     data:bytes, # Anything for the byte tokenizer; UTF-8 for others
     rule:str|UnmaskingRule='spread', # Unmasking rule, or its name
-    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if None and the rule is a name
+    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if None
     seed:int=0, # Seed of the random order
     bs:int=64, # Blocks coded side by side
     progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
@@ -168,8 +168,8 @@ def compress(
     view = canonical(model)
     rule = _coding_rule(view, rule, steps, seed, bs, **kwargs)
     ids,threads = _canonical_ids(view, data),torch.get_num_threads()
-    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs, sum=_checksum(data).hex(),
-                  threads=threads, torch=torch.__version__, device=model.device.type)
+    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs,
+                  sum=_checksum(data).hex(), threads=threads, torch=torch.__version__, device=model.device.type)
     with _same_arithmetic(model, threads): return _pack(header, _encode(view, ids, rule, bs, progress))
 
 # %% ../../nbs/likelihood/62_codec.ipynb #7ef7440c
@@ -181,9 +181,11 @@ def _check_model(header, model):
 
 def _check_content(header, data, device):
     if data is not None and _checksum(data).hex()==header['sum']: return
-    here = f"It was compressed with torch {header['torch']} on {header['device']}, this is {torch.__version__} on {device}"
-    raise ValueError('the file is whole, but its content does not come back: the probabilities of the network have '
-                     f'other last digits here. {here}; expected the same software and kind of machine')
+    before = f"torch {header['torch']} on {header['device']}"
+    raise ValueError(
+        'the file is whole, but its content does not come back: the probabilities of the network have other last '
+        f'digits here. It was compressed with {before}, this is {torch.__version__} on {device}; '
+        'expected the same software and kind of machine')
 
 def decompress(
     model:Denoiser, # Denoiser that the data was compressed with
@@ -206,7 +208,7 @@ def _publish(part, out, force):
     if force: return os.replace(part, out)
     try: os.link(part, out)
     except FileExistsError:
-        raise FileExistsError(f'{out} exists by now; choose another name, or overwrite it with --force') from None
+        raise FileExistsError(f'{out} exists by now; choose another name, or use --force') from None
     except OSError:                                                            # a file system without links
         if out.exists(): raise
         os.replace(part, out)
@@ -244,7 +246,7 @@ def compress_file(
     **kwargs # Keywords of compress
 )->tuple[int,int]: # Bytes before and after
     "Compress a file"
-    _coding_rule(model, **{k:v for k,v in kwargs.items() if k!='progress'})        # errors here are not the file's fault
+    _coding_rule(model, **{k:v for k,v in kwargs.items() if k!='progress'}) # errors without the file's name
     return _convert(lambda b: compress(model, b, **kwargs), source, out or f'{source}.bij', force)
 
 def decompress_file(

@@ -32,7 +32,7 @@ def _given(view, x, template, mask):
     wrong = given & (x!=t)
     if wrong.any():
         at = wrong.nonzero()[0].tolist()
-        raise ValueError(f'x differs from the template at position {at}; expected the same ids where that has no mask')
+        raise ValueError(f'x differs from the template at position {at}; expected the same ids, masks aside')
     return given
 
 def _sequences(view, x, template, lengths):
@@ -46,7 +46,7 @@ def _sequences(view, x, template, lengths):
     never = (x>=view.mask_id) & ~given
     if never.any():
         at = never.nonzero()[0].tolist()
-        raise ValueError(f'x has an id at position {at} that is never written, such as the mask; expected clean ids')
+        raise ValueError(f'x has an id at position {at} that is never written; expected clean ids')
     return x,mask&~given,lengths
 
 # %% ../../nbs/likelihood/61_exact.ipynb #653d5f85
@@ -143,7 +143,7 @@ def document_nll(
     ids = check_document(ids)
     rule,batches = get_rule(rule, steps, seed, **kwargs),chunk_batches(ids, model.seq_len, bs)
     for x in (batches[0], batches[-1]):
-        rule.order_keys(torch.tensor(x.shape[1:]), x.shape[1])              # rejects positions that do not fit, before any work
+        rule.order_keys(torch.tensor(x.shape[1:]), x.shape[1]) # rejects positions that do not fit, before any work
     nll = [token_nll(model, x, rule, bs=bs, progress=progress).flatten() for x in batches]
     return torch.cat(nll)
 
@@ -241,7 +241,7 @@ def _probs_given(model, x, sets):
 def _sum_orders(model, x, counts):
     "Mean probability of one sequence over all orders"
     L = n_revealed = len(x)
-    rest = {frozenset(range(L)):torch.tensor(1., dtype=torch.float64)}           # of the hidden tokens, by revealed set
+    rest = {frozenset(range(L)):torch.tensor(1., dtype=torch.float64)} # of the hidden tokens, by revealed set
     for count in reversed(counts):
         n_revealed -= count
         sets = [frozenset(s) for s in combinations(range(L), n_revealed)]

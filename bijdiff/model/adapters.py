@@ -67,14 +67,14 @@ class MDLMAdapter(_Adapter):
 
 @patch
 def as_sedd(self:BijectiveDenoiser,
-    schedule:Schedule|None=None, # Schedule of the other code, which gives the network its time; the model's own if None
+    schedule:Schedule|None=None, # Schedule of the other code, for the times; the model's own if None
 )->SEDDAdapter: # A module that shares the weights
     "Return this model as a module for code written for SEDD"
     return SEDDAdapter(self, schedule)
 
 @patch
 def as_mdlm(self:BijectiveDenoiser,
-    schedule:Schedule|None=None, # Schedule of the other code, which gives the network its time; the model's own if None
+    schedule:Schedule|None=None, # Schedule of the other code, for the times; the model's own if None
 )->MDLMAdapter: # A module that shares the weights
     "Return this model as a module for code written for MDLM"
     return MDLMAdapter(self, schedule)

@@ -23,8 +23,8 @@ def _check_window(name, value):
 
 _number = partial(check_number, least=0)
 _checks = dict(
-    vocab_size=check_whole, seq_len=check_whole, d_model=check_whole, n_heads=check_whole, n_layers=check_whole,
-    coupling_depth=check_whole, segment_length=check_whole, local_window=_check_window,
+    vocab_size=check_whole, seq_len=check_whole, d_model=check_whole, n_heads=check_whole,
+    n_layers=check_whole, coupling_depth=check_whole, segment_length=check_whole, local_window=_check_window,
     coupling_hidden_dim=optional(check_whole), coupler_dim=optional(check_whole),
     lattice_bits=optional(partial(check_whole, least=1, most=20)),
     dropout=partial(check_number, least=0, below=1), router_balance=_number, router_z_loss=_number,
@@ -41,7 +41,7 @@ class DenoiserConfig:
     n_heads:int = 4 # Attention heads
     n_layers:int = 6 # Transformer blocks
     n_bijective_layers:int|None = None # Bijective blocks, the first ones; all if None
-    bijective_ratio:float = 1. # Fraction of the blocks that are bijective, in place of their number, in [0, 1]
+    bijective_ratio:float = 1. # Fraction of bijective blocks, in place of their number, in [0, 1]
     lattice_bits:int|None = 12 # Grid of the states, in powers of 1/2; None for plain floating point
     coupling_hidden_dim:int|None = None # Width inside the MLP; 4*d_model if None
     coupling_depth:int = 2 # Linear layers of the MLP
@@ -57,14 +57,14 @@ class DenoiserConfig:
     router_balance:float = 0. # Weight of the balance term of routers
     router_z_loss:float = 0. # Weight of the z-term of routers
     latent_density:bool = False # Train a density on the states beside the denoiser
-    time_conditioning:bool = False # True for a network that is conditioned on time; useful unless noise is masking alone
-    gap_head:bool = False # True for a head that predicts how many tokens are missing in each gap; needed for deletion
-    score_head:bool = False # True if the network gives log-scores, as in SEDD, in place of logits of the clean token
+    time_conditioning:bool = False # True for a network with times as input; useful unless noise is masking alone
+    gap_head:bool = False # True for a head that predicts the number of tokens missing in each gap, for deletion
+    score_head:bool = False # True if the network gives log-scores, as in SEDD, in place of logits
     noise:dict|None = None # Noise of the network, from Corruption.to_dict; masking if None
 
     def __post_init__(self):
         for k,v in vars(self).items():
-            if isinstance(v, np.generic): setattr(self, k, v.item())                      # files hold Python's numbers
+            if isinstance(v, np.generic): setattr(self, k, v.item())    # files hold Python's numbers
         check_fields(self, _checks)
         head_dim(self.d_model, self.n_heads)
         n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
@@ -83,7 +83,7 @@ class DenoiserConfig:
         if self.n_experts is not None: check_experts(self.n_experts, self.k_active)
         for k in ('k_active','coupler_dim'):
             v = getattr(self, k)
-            check(v is None or self.n_experts is not None, k, v, 'None, or a number of experts, n_experts, as well')
+            check(v is None or self.n_experts is not None, k, v, 'None, or n_experts as well')
         for k in ('router_balance','router_z_loss'):
             v = getattr(self, k)
             check(not v or self.k_active is not None, k, v, '0, or a router: k_active as well')

@@ -28,13 +28,13 @@ from .saving import Pretrained
 class DenoiserOutput(NamedTuple):
     "Outputs of a denoiser"
     logits:Tensor # Logits over the clean tokens, or log-scores, (B, L, V)
-    gap_logits:Tensor|None = None # Gap logits, before each symbol and after the last, (B, L+1); None without a gap head
+    gap_logits:Tensor|None = None # Logits of the gaps before each symbol and after the last, (B, L+1), or None
 
 class Denoiser(Protocol):
     """A network that samplers, bounds, exact likelihood and codec can use, whatever its class.
 
-    A network whose noise is not masking alone also has `time_conditioning`, True if it is called with times, and one that
-    gives log-scores has `score_head`, True; without these attributes they count as False."""
+    A network that is called with times also has `time_conditioning`, True, and one that gives log-scores has
+    `score_head`, True; without these attributes they count as False."""
     n_ids:int # Number of ids, the mask included
     mask_id:int # Id of the mask
     clean_ids:Tensor # True for ids that may be written, (n_ids,), bool; as many as noise.vocab_size
@@ -78,7 +78,9 @@ class _RenumberedDenoiser:
         if name=='model': raise AttributeError(name)
         return getattr(self.model, name)
 
-    def hidden(self, ids, t=None, mask=None): return self.model.hidden(self.order.to(ids.device)[ids], t, mask)
+    def hidden(self, ids, t=None, mask=None):
+        return self.model.hidden(self.order.to(ids.device)[ids], t, mask)
+
     def head(self, h):
         logits = self.model.head(h)
         if logits.shape[-1]==self.mask_id: return logits
@@ -90,7 +92,8 @@ def canonical(
 )->Denoiser: # The denoiser itself where its ids are numbered like this already
     "Return a view of a denoiser with clean ids 0..V-1, mask V, and all others after it"
     for name in _needed:
-        if not hasattr(model, name): raise ValueError(f'model is a {type(model).__name__} without {name}; expected a Denoiser')
+        if not hasattr(model, name):
+            raise ValueError(f'model is a {type(model).__name__} without {name}; expected a Denoiser')
     if isinstance(model, _RenumberedDenoiser): return model
     V = model.noise.vocab_size
     n_clean = int(model.clean_ids.sum())
@@ -177,7 +180,7 @@ _float_types = torch.float32, torch.float64
 @patch
 def state(self:BijectiveDenoiser,
     xt:Tensor, # Ids 0..V, (B, L)
-)->Tensor: # (B, L, state_dim): two equal streams, or those of every expert; (B, L+1, state_dim) with a gap head
+)->Tensor: # (B, L, state_dim), equal streams; (B, L+1, state_dim) with a gap head
     "Return the state that the backbone starts from, on the lattice where there is one"
     check_ids(xt, self.config.vocab_size, 'xt')
     dtype,L = self.embed.weight.dtype,xt.shape[1]
@@ -186,7 +189,7 @@ def state(self:BijectiveDenoiser,
     check(L<=self.seq_len, 'the length of xt', L, f'at most seq_len={self.seq_len}')
     if self.gap_output is not None: xt = F.pad(xt, (1, 0), value=self.config.vocab_size+1)
     e = F.rms_norm(self.embed(xt), (self.config.d_model,))
-    if e.dtype not in _float_types: e = e.float()                       # streams keep full precision under autocast
+    if e.dtype not in _float_types: e = e.float()    # streams keep full precision under autocast
     if self.latent is not None and self.training: return self._on_lattice(self.latent.noisy(self._copies(e)))
     return self._copies(self._on_lattice(e))
 
@@ -213,12 +216,13 @@ def _features(self:BijectiveDenoiser, xt, t, mask):
     "Input of the heads, (B, L, d_model); (B, L+1, d_model) with a gap head"
     context = {}
     if self.time_conditioning:
-        if t is None: raise ValueError('t is None, but the network is time-conditioned; expected times of shape (B,)')
+        if t is None:
+            raise ValueError('t is None, but the network is time-conditioned; expected times of shape (B,)')
         check_times(t, len(xt))
         context = dict(t=t.to(self.embed.weight))
     if mask is not None and self.gap_output is not None: mask = F.pad(mask, (1, 0), value=True)
     y,_ = self.backbone(self.state(xt), mask=mask, **context)
-    if self.latent is not None and self.training: self.latent_nll = self.latent(y)      # of the states with noise on them
+    if self.latent is not None and self.training: self.latent_nll = self.latent(y)    # of states with noise
     return self.sum_streams(y)
 
 @patch

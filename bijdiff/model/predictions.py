@@ -27,7 +27,7 @@ def is_time_conditioned(
 def any_schedule(
     model:Denoiser, # The denoiser
 )->bool:
-    "Return True for a network that can be used with any schedule: for masking alone, and not time-conditioned"
+    "Return True if any schedule can be used: for masking alone and a network without time conditioning"
     return model.noise.masks_only and not is_time_conditioned(model)
 
 def call_denoiser(
@@ -103,10 +103,11 @@ class ScoreOutputs(LogitOutputs):
         nats = score_entropy(s, noisy.x0, noisy.xt, t, noise.schedule, kind)
         return torch.where(noisy.text, nats, 0.).sum(1)
 
-    def check_T(self, T): check(T is None, 'T', T, 'None: the bound of a network that gives scores is in continuous time')
+    def check_T(self, T): check(T is None, 'T', T, 'None: with scores the bound is in continuous time')
 
     def check_tempered(self, temperature, top_p):
-        check((temperature,top_p)==(1., 1.), 'temperature, top_p', (temperature, top_p), '(1.0, 1.0) for scores')
+        given = temperature,top_p
+        check(given==(1., 1.), 'temperature, top_p', given, '(1.0, 1.0) for scores')
 
 def output_kind(
     model:Denoiser, # The denoiser

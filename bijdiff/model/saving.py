@@ -80,7 +80,8 @@ def _read_weights(path):
         raise FileNotFoundError(f'{path} does not exist; expected a folder written by save_pretrained')
     try:
         with safe_open(path, 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path} is damaged or not a safetensors file ({e})') from None
+    except SafetensorError as e:
+        raise ValueError(f'{path} is damaged or not a safetensors file ({e})') from None
 
 def _check_header(meta, weights, path):
     "Check format, version and hash of a safetensors file"
@@ -89,7 +90,8 @@ def _check_header(meta, weights, path):
     if version!=str(_VERSION):
         newer = version.isdigit() and int(version)>_VERSION
         advice = 'please upgrade it' if newer else 'train the model again'
-        raise ValueError(f'{path} has format version {version}; this bijdiff reads version {_VERSION}: {advice}')
+        expected = f'this bijdiff reads version {_VERSION}: {advice}'
+        raise ValueError(f'{path} has format version {version}; {expected}')
     if meta.get('tensors')!=tensors_hash(weights):
         raise ValueError(f'{path} is damaged: its weights differ from those that were saved')
 
@@ -97,9 +99,11 @@ def _read_part(folder, name, meta):
     "The copy of a JSON file in the header; warn where the file beside it is another one"
     path,weights = folder/name,folder/'model.safetensors'
     content = meta.get(_copy(name), '').encode()
-    if _sha(content)!=meta.get(name): raise ValueError(f'{weights} is damaged: its {name} differs from the saved one')
+    if _sha(content)!=meta.get(name):
+        raise ValueError(f'{weights} is damaged: its {name} differs from the saved one')
     if not path.exists() or path.read_bytes()!=content:
-        warnings.warn(f'{path} is missing, was changed, or belongs to another model; the copy in {weights} is used')
+        reason = f'{path} is missing, was changed, or belongs to another model'
+        warnings.warn(f'{reason}; the copy in {weights} is used')
     return json.loads(content)
 
 # %% ../../nbs/model/41_saving.ipynb #f06824f9
@@ -131,11 +135,12 @@ def _from_hub(name):
     try: return huggingface_hub.snapshot_download(name, allow_patterns=['*.json','*.safetensors'])
     except Exception as e:
         reason = type(e).__name__
-        raise FileNotFoundError(f'{name} is not a folder, and the Hugging Face Hub did not give it ({reason})') from None
+        message = f'{name} is not a folder, and the Hugging Face Hub did not give it ({reason})'
+        raise FileNotFoundError(message) from None
 
 # %% ../../nbs/model/41_saving.ipynb #cb3b04e0
 class Pretrained:
-    "Base of networks that are saved to a folder and loaded from it: a module with a `config` and a `tokenizer`"
+    "Base of networks that are saved to a folder and loaded from it: modules with `config` and `tokenizer`"
     config_class = None # Dataclass of the configuration; the network is made from one
 
     def save_pretrained(self,
@@ -160,7 +165,7 @@ class Pretrained:
     )->'Pretrained': # A network of this class, in evaluation mode
         "Load a saved model; raise an error that names a damaged, foreign or missing file"
         if cls.config_class is None:
-            raise TypeError(f'{cls.__name__}.config_class is None; expected the dataclass of its configuration')
+            raise TypeError(f'{cls.__name__}.config_class is None; expected a dataclass')
         name = str(folder)
         on_hub = name.count('/')==1 and not name.startswith(('.','/','~')) and not Path(folder).exists()
         return _load(cls, Path(_from_hub(name) if on_hub else folder), device)

@@ -26,12 +26,13 @@ def _start(view, n, template, length):
     "Canonical ids to begin with, (n, L)"
     check_whole('n', n)
     if length is not None: check_whole('length', length)
-    check(length is None or template is None, 'length', length, 'None beside a template, which has its own length')
+    check(length is None or template is None, 'length', length, 'None beside a template')
     L = view.seq_len
     if template is None: return torch.full((n, length or L), view.mask_id)
     x = torch.as_tensor(template, device='cpu')
     x = x.expand(n, -1) if x.ndim==1 else x
-    if x.ndim!=2 or len(x)!=n: raise ValueError(f'template has shape {tuple(x.shape)}; expected (L,) or (n, L) with n={n}')
+    if x.ndim!=2 or len(x)!=n:
+        raise ValueError(f'template has shape {tuple(x.shape)}; expected (L,) or (n, L) with n={n}')
     check(x.shape[1]<=L, 'the length of the template', x.shape[1], f'at most seq_len={L} of the model')
     check_ids(x, view.n_ids-1, 'template')
     return to_canonical(view, x.long().clone())
@@ -99,18 +100,18 @@ def _check_lengths(sampler, length_steps):
 def sample(
     model:Denoiser, # The denoiser
     n:int=1, # Number of sequences
-    steps:int|None=None, # Number of steps, each at most one function evaluation; if None 128, or by a rule one per token
+    steps:int|None=None, # Number of steps, one function evaluation each; 128 if None, one per token by a rule
     template=None, # Ids with masks to be filled, (L,) or (n, L); masks only if None
     length:int|None=None, # Number of tokens, where there is no template; seq_len of the model if None
     sampler:str|None=None, # Name from samplers_for(model); the first one if None
     rule:str|UnmaskingRule|tuple|None=None, # In place of a sampler: an unmasking rule, its name, or positions
     temperature:float=1., # Temperature of the tokens, above 0
     top_p:float=1., # Probability of the likeliest tokens that are kept, in (0, 1]
-    schedule:str|Schedule|None=None, # Schedule of the masks left; if None half_cosine, and evenly spread by a rule
+    schedule:str|Schedule|None=None, # Schedule of the masks left; half_cosine if None, evenly spread by a rule
     length_steps:int=0, # Evaluations in which blanks of a template find their length first, with insertion
     seed:int=0, # Seed of all random numbers, also of the random order of a rule
     frames:list|None=None, # Collects a copy of the ids after every step that changed something
-)->Tensor|list: # Ids without masks, (n, L), on the CPU; a list of n tensors of different lengths from insertion
+)->Tensor|list: # Ids without masks, (n, L), on the CPU; by insertion a list of n tensors
     "Write sequences by undoing noise"
     view = canonical(model)
     sampler,rule = _choose(view, sampler, rule)
@@ -176,7 +177,7 @@ def infill_template(
     n_blanks = len(known)-1
     check(n_blanks>0, 'text', text, 'a blank, ____, where something is missing')
     if blank is not None: room = min(room, blank*n_blanks)
-    check(room>=n_blanks, 'the room that text leaves', room, f'at least one token for each of {n_blanks} blanks')
+    check(room>=n_blanks, 'the room that text leaves', room, f'one token for each of {n_blanks} blanks')
     ids = known[0]
     for i,part in enumerate(known[1:]):
         masks = room*(i+1)//n_blanks - room*i//n_blanks

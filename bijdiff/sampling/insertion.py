@@ -20,7 +20,7 @@ from .samplers import start_from_noise
 
 # %% ../../nbs/sampling/52_insertion.ipynb #62d3f542
 class VariableLengthBatch:
-    "Sequences of different lengths: ids, which ones may change, and before which ones something may be inserted"
+    "Sequences of different lengths: ids, which ones may change, and where masks may be inserted"
     def __init__(self,
         x:Tensor, # Ids, masks where something is to be written, (n, L)
         mask_id:int, # V
@@ -29,7 +29,7 @@ class VariableLengthBatch:
         n,L = x.shape
         self.mask_id,self.capacity = mask_id,capacity
         no = torch.zeros(n, 1, dtype=torch.bool)
-        free = torch.cat([x==mask_id, no], 1)                                      # one more element stands for the end
+        free = torch.cat([x==mask_id, no], 1)    # one more element stands for the end
         after_free = torch.cat([free[:,:1], free[:,:-1]], 1)
         ids = torch.cat([x, x.new_full((n, 1), mask_id+1)], 1)
         self._set(ids, free, free|after_free, torch.full((n,), L))
@@ -115,8 +115,8 @@ def _probs_at(noise, t): return noise.state_probs(torch.tensor([t], dtype=torch.
 
 def _find_lengths(run, w, steps):
     "Insert and delete at time 1 until the lengths of the blanks are those the network expects"
-    p,rate = _probs_at(run.noise, 1.),.25                                        # about a quarter of the noise is deleted in a step
-    inserted = math.expm1(rate)*(p.mask+p.substitute)/p.delete                   # of these a fraction exp(-rate) survives
+    p,rate = _probs_at(run.noise, 1.),.25    # about a quarter of the noise is deleted in a step
+    inserted = math.expm1(rate)*(p.mask+p.substitute)/p.delete    # of these a fraction exp(-rate) survives
     for _ in range(steps):
         _,gaps = _predict_gaps(run, w, 1.)
         w.insert(_poisson(gaps*inserted, run))
@@ -138,7 +138,7 @@ def _draw_symbols(run, w, probs, t, s):
     noise,V,n = run.noise,run.noise.vocab_size,len(w.ids)
     if s>0: post = noise.reverse_posterior(probs, w.x, torch.full((n,), s), torch.full((n,), t))
     else: post = F.pad(condition_on_observed(probs, w.x, _probs_at(noise, t), V), (0, 1))
-    unchanged = F.one_hot(w.x, V+1)                                              # where top-p leaves nothing else
+    unchanged = F.one_hot(w.x, V+1)    # where top-p leaves nothing else
     w.write(sample_categorical(torch.where(post.sum(-1, keepdim=True)>0, post, unchanged), run.g))
 
 def _show(run, w):

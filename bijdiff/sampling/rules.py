@@ -35,22 +35,28 @@ def token_probs(
     "Return the distribution that tokens are drawn from"
     check_tempered(temperature, top_p)
     p = (logits.double()/temperature).softmax(-1)
-    finite = 'probabilities that are finite; the weights of the model are not, or the temperature is too close to 0'
+    finite = 'finite probabilities; the weights are not finite, or the temperature is too close to 0'
     check(bool(p.isfinite().all()), 'temperature', temperature, finite)
     if top_p==1: return p
     sorted_p,order = p.sort(dim=-1, descending=True, stable=True)
-    dropped = sorted_p.cumsum(-1)-sorted_p >= top_p                   # more probable tokens reach top_p already
+    dropped = sorted_p.cumsum(-1)-sorted_p >= top_p    # more probable tokens reach top_p already
     p = p.scatter(-1, order, sorted_p.masked_fill(dropped, 0.))
     return p/p.sum(-1, keepdim=True)
 
 # %% ../../nbs/sampling/50_rules.ipynb #05140a83
+def _largest(probs): return probs.max(-1).values
+def _negative_entropy(probs): return torch.xlogy(probs, probs).sum(-1)
+
+# Confidence of distributions (..., V) by the name of an adaptive rule, (...)
+_confidences = dict(block=_largest, confidence=_largest, entropy=_negative_entropy)
+
 def confidence(
     probs:Tensor, # Distributions, (..., V)
     rule:str, # confidence or entropy; or block, which uses the confidence
 )->Tensor: # (...), larger for more confident distributions
     "Return the largest probability of each distribution, or minus its entropy"
-    check_one_of('rule', rule, ('confidence','entropy','block'))
-    return torch.xlogy(probs, probs).sum(-1) if rule=='entropy' else probs.max(-1).values
+    check_one_of('rule', rule, _confidences)
+    return _confidences[rule](probs)
 
 # %% ../../nbs/sampling/50_rules.ipynb #a5c3dfbb
 def reveal_counts(
@@ -66,14 +72,14 @@ def reveal_counts(
     steps = min(steps, n)
     if schedule is None: return [n*(i+1)//steps-n*i//steps for i in range(steps)]
     a = get_schedule(schedule).alpha(torch.linspace(1, 0, steps+1, dtype=torch.float64))
-    done = ((n-steps)*(a-a[0])/(a[-1]-a[0])+.5+1e-6).floor().long()             # half is rounded up, whatever the last bits
+    done = ((n-steps)*(a-a[0])/(a[-1]-a[0])+.5+1e-6).floor().long()   # half is rounded up, whatever the last bits
     return (done.diff()+1).tolist()
 
 # %% ../../nbs/sampling/50_rules.ipynb #37e407dc
 @dataclass(frozen=True)
 class UnmaskingRule:
     "Which masks are revealed in which step"
-    rule:str|tuple = 'left_to_right' # left_to_right, random, spread, block, confidence or entropy; or all positions in order
+    rule:str|tuple = 'left_to_right' # One of UnmaskingRule.names; or all positions, first to last
     steps:int|None = None # Function evaluations of the network, at most; if None as many as it takes
     seed:int = 0 # Seed of the random order
     tokens:int = 1 # Tokens a step, where steps is None
@@ -83,7 +89,6 @@ class UnmaskingRule:
     schedule:str|Schedule|None = None # Schedule of the number of masks left; evenly spread if None
 
     names = 'left_to_right','random','spread','block','confidence','entropy'
-    adaptive_names = 'block','confidence','entropy'
 
     def __post_init__(self):
         if not isinstance(self.rule, str|None): self._set(rule=_permutation(self.rule))
@@ -93,7 +98,7 @@ class UnmaskingRule:
             v = getattr(self, k)
             if k=='steps' and v is None: continue
             check_whole(k, v)
-            self._set(**{k:int(v)})                                           # of Python's own type, for files
+            self._set(**{k:int(v)})    # of Python's own type, for files
         alone = self.steps is None or self.tokens==1
         check(alone, 'tokens', self.tokens, f'1, as steps is {self.steps}, or no steps')
         check_tempered(self.temperature, self.top_p)
@@ -104,13 +109,14 @@ class UnmaskingRule:
             object.__setattr__(self, k, v)
 
     @property
-    def adaptive(self)->bool: return self.rule in self.adaptive_names # True if the order depends on the sequence
+    def adaptive(self)->bool: return self.rule in _confidences # True if the order depends on the sequence
 
 def _permutation(positions):
     "Positions in order, as a tuple of Python's numbers"
     positions = tuple(i.item() if hasattr(i, 'item') else i for i in positions)
     n,whole = len(positions),all(map(is_whole, positions))
-    check(whole and sorted(positions)==list(range(n)), 'rule', positions, f'each of the positions 0 to {n-1} once')
+    complete = whole and sorted(positions)==list(range(n))
+    check(complete, 'rule', positions, f'each of the positions 0 to {n-1} once')
     return positions
 
 # %% ../../nbs/sampling/50_rules.ipynb #08001641
@@ -133,7 +139,7 @@ def get_rule(
     "Return an unmasking rule"
     if not isinstance(rule, UnmaskingRule): return UnmaskingRule(rule, steps, seed, **rule_options(**kwargs))
     given = [k for k,v in dict(steps=steps, seed=seed or None).items() if v is not None] + [*kwargs]
-    if given: raise ValueError(f"{', '.join(given)} given beside an UnmaskingRule, which has its own; expected one of both")
+    if given: raise ValueError(f"{', '.join(given)} given beside an UnmaskingRule; expected one or the other")
     return rule
 
 # %% ../../nbs/sampling/50_rules.ipynb #a5b2b542
@@ -169,15 +175,14 @@ def spread_order(
     return sorted(range(L), key=lambda i: int(f'{i:0{bits}b}'[::-1], 2))
 
 # %% ../../nbs/sampling/50_rules.ipynb #b43d38e8
-def _fixed_order(rule, n):
-    "Positions of a sequence of n tokens in the order of a rule"
-    if isinstance(rule.rule, tuple): return list(rule.rule)
-    return spread_order(n) if rule.rule=='spread' else public_order(n, rule.seed)
+# Positions of a sequence, first to last, by the name of a rule: functions of length and seed
+_fixed_orders = dict(random=public_order, spread=lambda L, seed: spread_order(L))
 
 def _keys_of_length(rule, n, L):
     "Order key of each of L positions, for a sequence of n tokens"
-    order = _fixed_order(rule, n)
-    check(len(order)==n, 'the number of positions of the rule', len(order), f'{n}, the length of the sequence')
+    order = list(rule.rule) if isinstance(rule.rule, tuple) else _fixed_orders[rule.rule](n, rule.seed)
+    expected = f'{n}, the length of the sequence'
+    check(len(order)==n, 'the number of positions of the rule', len(order), expected)
     return torch.tensor(order+list(range(n, L))).argsort()
 
 @patch
@@ -236,7 +241,7 @@ def unmask(
     model:Denoiser, # The denoiser, in evaluation mode
     x:Tensor, # Canonical ids, masks where something is to be revealed, (n, L), on the CPU
     rule:str|UnmaskingRule|tuple, # Order of the masks: a rule, its name, or positions
-    choose, # Function of probabilities (number of positions, V) and of positions (n, L), bool, that returns ids
+    choose, # Function of probabilities (number of positions, V) and positions (n, L), bool, that returns ids
     lengths:Tensor|None=None, # Number of tokens of each sequence, (n,); L if None
     progress=lambda o: o, # Wraps the steps, for a progress bar
 )->Tensor: # Ids without masks, (n, L)

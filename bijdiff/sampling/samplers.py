@@ -188,7 +188,8 @@ def _earlier_symbols(run, t, s, first):
     probs,noise = run.probs(t),run.noise
     if first: # pure noise is no evidence
         return probs[run.free] if s==0 else marginal_probs(probs, run.state_probs(s))[run.free]
-    if s==0: return condition_on_observed(probs[run.free], run.x[run.free], run.state_probs(t), noise.vocab_size)
+    if s==0:
+        return condition_on_observed(probs[run.free], run.x[run.free], run.state_probs(t), noise.vocab_size)
     n = len(run.x)
     return noise.reverse_posterior(probs, run.x, _full(n, s), _full(n, t))[run.free]
 
@@ -242,7 +243,7 @@ def tempered(self:ScoreOutputs,
     run:SamplerState, # Sequences being written
     t:float, # Time
 )->Tensor: # (n, L, V), float64, on the CPU
-    "Return the outputs from which scores are computed, at the temperature of the sampler where they are logits"
+    "Return the outputs from which scores are computed; logits at the temperature of the sampler"
     return run.predict(t).cpu().double()
 
 # %% ../../nbs/sampling/51_samplers.ipynb #67c78d9f
