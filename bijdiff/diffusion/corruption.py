@@ -165,7 +165,7 @@ def event_rates(self:Corruption,
         delete = dp.delete/p.surviving
         return EventRates(torch.zeros_like(t), -dp.kept/p.kept-delete, delete)
     to_token = (dp.substitute - dp.kept/p.kept*p.substitute)/p.surviving
-    delete = torch.where(p.mask>0, dp.delete/p.mask.clamp(min=1e-300), 0.) # without a mask none can be deleted
+    delete = torch.where(p.mask>0, dp.delete/p.mask.clamp(min=1e-300), 0.)
     return EventRates(-dp.kept/p.kept-to_token, to_token, delete)
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #ee02aed9

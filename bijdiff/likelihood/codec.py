@@ -38,7 +38,7 @@ def _writer(coder, blocks):
 def _reader(coder):
     "For unmask: tokens that come out of a coder"
     def choose(p, where):
-        if p.shape[-1]==1: return torch.zeros(len(p), dtype=torch.long) # a vocabulary of one token takes no bits
+        if p.shape[-1]==1: return torch.zeros(len(p), dtype=torch.long) # one token alone takes no bits
         return torch.from_numpy(coder.decode(_family, p.numpy()).astype(np.int64))
     return choose
 
@@ -132,7 +132,7 @@ def _to_ids(tokenizer, data):
     text = _to_text(data, name)
     ids = tokenizer.encode(text)
     if tokenizer.decode(ids)!=text:
-        raise ValueError(f'the {name} tokenizer does not give back this text; use one with the byte tokenizer')
+        raise ValueError(f'the {name} tokenizer does not give back this text; expected a byte tokenizer')
     return torch.tensor(ids, dtype=torch.long)
 
 def _to_bytes(tokenizer, ids):
@@ -169,7 +169,8 @@ def compress(
     rule = _coding_rule(view, rule, steps, seed, bs, **kwargs)
     ids,threads = _canonical_ids(view, data),torch.get_num_threads()
     header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs,
-                  sum=_checksum(data).hex(), threads=threads, torch=torch.__version__, device=model.device.type)
+                  sum=_checksum(data).hex(), threads=threads, torch=torch.__version__,
+                  device=model.device.type)
     with _same_arithmetic(model, threads): return _pack(header, _encode(view, ids, rule, bs, progress))
 
 # %% ../../nbs/likelihood/62_codec.ipynb #7ef7440c
@@ -183,8 +184,8 @@ def _check_content(header, data, device):
     if data is not None and _checksum(data).hex()==header['sum']: return
     before = f"torch {header['torch']} on {header['device']}"
     raise ValueError(
-        'the file is whole, but its content does not come back: the probabilities of the network have other last '
-        f'digits here. It was compressed with {before}, this is {torch.__version__} on {device}; '
+        'the file is whole, but its content does not come back: the probabilities of the network have '
+        f'other last digits here. It was compressed with {before}, this is {torch.__version__} on {device}; '
         'expected the same software and kind of machine')
 
 def decompress(

@@ -143,7 +143,7 @@ def document_nll(
     ids = check_document(ids)
     rule,batches = get_rule(rule, steps, seed, **kwargs),chunk_batches(ids, model.seq_len, bs)
     for x in (batches[0], batches[-1]):
-        rule.order_keys(torch.tensor(x.shape[1:]), x.shape[1]) # rejects positions that do not fit, before any work
+        rule.order_keys(torch.tensor(x.shape[1:]), x.shape[1]) # rejects unfit positions before any work
     nll = [token_nll(model, x, rule, bs=bs, progress=progress).flatten() for x in batches]
     return torch.cat(nll)
 

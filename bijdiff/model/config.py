@@ -57,8 +57,8 @@ class DenoiserConfig:
     router_balance:float = 0. # Weight of the balance term of routers
     router_z_loss:float = 0. # Weight of the z-term of routers
     latent_density:bool = False # Train a density on the states beside the denoiser
-    time_conditioning:bool = False # True for a network with times as input; useful unless noise is masking alone
-    gap_head:bool = False # True for a head that predicts the number of tokens missing in each gap, for deletion
+    time_conditioning:bool = False # True for a network with times as input; of no use for masking alone
+    gap_head:bool = False # True for a head that predicts the number of missing tokens, for deletion
     score_head:bool = False # True if the network gives log-scores, as in SEDD, in place of logits
     noise:dict|None = None # Noise of the network, from Corruption.to_dict; masking if None
 

@@ -28,7 +28,7 @@ from .saving import Pretrained
 class DenoiserOutput(NamedTuple):
     "Outputs of a denoiser"
     logits:Tensor # Logits over the clean tokens, or log-scores, (B, L, V)
-    gap_logits:Tensor|None = None # Logits of the gaps before each symbol and after the last, (B, L+1), or None
+    gap_logits:Tensor|None = None # Logits of gaps, before each symbol and after the last, (B, L+1)
 
 class Denoiser(Protocol):
     """A network that samplers, bounds, exact likelihood and codec can use, whatever its class.

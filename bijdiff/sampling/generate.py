@@ -107,7 +107,7 @@ def sample(
     rule:str|UnmaskingRule|tuple|None=None, # In place of a sampler: an unmasking rule, its name, or positions
     temperature:float=1., # Temperature of the tokens, above 0
     top_p:float=1., # Probability of the likeliest tokens that are kept, in (0, 1]
-    schedule:str|Schedule|None=None, # Schedule of the masks left; half_cosine if None, evenly spread by a rule
+    schedule:str|Schedule|None=None, # Schedule of the masks left; half_cosine if None, even by a rule
     length_steps:int=0, # Evaluations in which blanks of a template find their length first, with insertion
     seed:int=0, # Seed of all random numbers, also of the random order of a rule
     frames:list|None=None, # Collects a copy of the ids after every step that changed something

@@ -72,7 +72,7 @@ def reveal_counts(
     steps = min(steps, n)
     if schedule is None: return [n*(i+1)//steps-n*i//steps for i in range(steps)]
     a = get_schedule(schedule).alpha(torch.linspace(1, 0, steps+1, dtype=torch.float64))
-    done = ((n-steps)*(a-a[0])/(a[-1]-a[0])+.5+1e-6).floor().long()   # half is rounded up, whatever the last bits
+    done = ((n-steps)*(a-a[0])/(a[-1]-a[0])+.5+1e-6).floor().long() # half is rounded up on every machine
     return (done.diff()+1).tolist()
 
 # %% ../../nbs/sampling/50_rules.ipynb #37e407dc
