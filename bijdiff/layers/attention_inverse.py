@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check_seed
+from ..checks import check, check_one_of, check_seed, check_shape, check_whole
 from .bijection import Bijection, sum_log_determinants
 from .coupling import AdditiveCoupling, restore_padding, bounded, check_mask, split_halves
 from .linear import BijectiveLinear
@@ -22,12 +22,12 @@ from .l2_attention import L2Attention
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #3b4d0c18
 class Reconstruction(tuple):
-    "`(x, logdet)` of an inverse that is not exact, with what is known about its error"
+    "Pair `(x, logdet)` of an approximate inverse, with its error and further attributes"
     def __new__(cls,
         x:Tensor, # Rebuilt state
         logdet:Tensor, # Log-determinant of the inverse map, (B,), nats
-        error:Tensor, # Error per example, (B,); what it measures is said by the layer
-        **info, # More that is known, as attributes
+        error:Tensor, # Error of each example, (B,), as the layer defines it
+        **info, # Further attributes
     ):
         self = super().__new__(cls, (x, logdet))
         self.error = error
@@ -36,8 +36,9 @@ class Reconstruction(tuple):
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #2f823fbf
 class _Prenorm(nn.Sequential):
-    "Attention with a normalisation in front"
-    def __init__(self, d_model, n_heads): super().__init__(nn.LayerNorm(d_model), BidirectionalAttention(d_model, n_heads))
+    "Attention after a normalisation"
+    def __init__(self, d_model, n_heads):
+        super().__init__(nn.LayerNorm(d_model), BidirectionalAttention(d_model, n_heads))
     def forward(self, x, mask=None): return self[1](self[0](x), mask)
 
 class CouplingAttention(AdditiveCoupling):
@@ -51,8 +52,10 @@ class CouplingAttention(AdditiveCoupling):
         self.state_dim = 2*d_model
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #d9870e38
+def _split_heads(x, n_heads): return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+def _join_heads(x): return x.transpose(1, 2).flatten(2)
 def _full_precision(x):
-    "Autocast off for linear algebra, which has no half precision"
+    "Switch autocast off for linear algebra, which has no half precision"
     return torch.autocast(x.device.type, enabled=False)
 
 class MixingAttention(Bijection):
@@ -63,36 +66,51 @@ class MixingAttention(Bijection):
         n_heads:int, # Heads; d_model/n_heads must be an even integer
     ):
         super().__init__()
-        self.n_heads,self.d_head,self.state_dim = n_heads,head_dim(d_model, n_heads),2*d_model
-        self.norm,self.qk = nn.LayerNorm(d_model),nn.Linear(d_model, 2*d_model, bias=False)
+        self.n_heads = n_heads
+        self.d_head = head_dim(d_model, n_heads)
+        self.state_dim = 2*d_model
+        self.norm = nn.LayerNorm(d_model)
+        self.qk = nn.Linear(d_model, 2*d_model, bias=False)
         self.a = nn.Parameter(torch.zeros(n_heads))
 
-    def _matrix(self, h, mask):
-        "I + a A, (B, H, L, L); rows of padding are those of the identity"
-        check_mask(mask, h)
-        B,L,_ = h.shape
-        qk = self.qk(self.norm(h)).view(B, L, 2*self.n_heads, self.d_head).transpose(1, 2)
-        q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary_angles(L, self.d_head, h.device)).chunk(2, 1)
-        A = attention_weights(q, k, visible_keys(mask)).to(h.dtype)
-        if mask is not None: A = A.masked_fill(~mask[:,None,:,None], 0)
-        return torch.eye(L, device=h.device, dtype=h.dtype) + bounded(self.a, self.max_a).to(h.dtype)[:,None,None]*A
+# %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0901
+@patch
+def _matrix(self:MixingAttention, h, mask):
+    "Return I + a A, (B, H, L, L), with rows of the identity at padding"
+    check_mask(mask, h)
+    B,L,_ = h.shape
+    qk = self.qk(self.norm(h)).view(B, L, 2*self.n_heads, self.d_head).transpose(1, 2)
+    rotary = rotary_angles(L, self.d_head, h.device)
+    q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary).chunk(2, 1)
+    A = attention_weights(q, k, visible_keys(mask)).to(h.dtype)
+    if mask is not None: A = A.masked_fill(~mask[:,None,:,None], 0)
+    a = bounded(self.a, self.max_a).to(h.dtype)[:,None,None]
+    return torch.eye(L, device=h.device, dtype=h.dtype) + a*A
 
-    def _heads(self, x): return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-    def _logdet(self, M, x): return sum_log_determinants([self.d_head*torch.linalg.slogdet(M)[1]], x)
+@patch
+def _logdet(self:MixingAttention, M, x):
+    return sum_log_determinants([self.d_head*torch.linalg.slogdet(M)[1]], x)
 
-    def forward(self, x:Tensor, mask:Tensor|None=None, **context):
-        x1,x2 = split_halves(x)
-        M = self._matrix(x2, mask)
-        with _full_precision(x): return torch.cat([(M@self._heads(x1)).transpose(1, 2).flatten(2), x2], -1), self._logdet(M, x)
+# %% ../../nbs/layers/09_attention_inverse.ipynb #39030171
+@patch
+def forward(self:MixingAttention, x:Tensor, mask:Tensor|None=None, **context):
+    x1,x2 = split_halves(x)
+    M = self._matrix(x2, mask)
+    with _full_precision(x):
+        y1 = _join_heads(M@_split_heads(x1, self.n_heads))
+        return torch.cat([y1, x2], -1), self._logdet(M, x)
 
-    def inverse(self, y:Tensor, mask:Tensor|None=None, **context):
-        y1,y2 = split_halves(y)
-        M = self._matrix(y2, mask)
-        with _full_precision(y): return torch.cat([torch.linalg.solve(M, self._heads(y1)).transpose(1, 2).flatten(2), y2], -1), -self._logdet(M, y)
+@patch
+def inverse(self:MixingAttention, y:Tensor, mask:Tensor|None=None, **context):
+    y1,y2 = split_halves(y)
+    M = self._matrix(y2, mask)
+    with _full_precision(y):
+        x1 = _join_heads(torch.linalg.solve(M, _split_heads(y1, self.n_heads)))
+        return torch.cat([x1, y2], -1), -self._logdet(M, y)
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #92d5b28c
 class CachedAttention(Bijection):
-    "Attention between invertible projections; its inverse uses the weights of the last forward pass and is approximate"
+    "Attention between invertible projections, with an approximate inverse from the weights of the last call"
     is_bijective = inverts_exactly = False # The map can send two states to one
     def __init__(self,
         d_model:int, # Width of the state
@@ -100,72 +118,98 @@ class CachedAttention(Bijection):
         **linear, # Keywords of the four BijectiveLinear
     ):
         super().__init__()
-        if n_heads<1 or d_model%n_heads: raise ValueError(f'n_heads is {n_heads}; expected a divisor of d_model={d_model}')
-        self.n_heads,self.d_head,self.state_dim,self.weights = n_heads,d_model//n_heads,d_model,None
+        check(n_heads>=1 and d_model%n_heads==0, 'n_heads', n_heads, f'a divisor of d_model={d_model}')
+        self.n_heads = n_heads
+        self.d_head = d_model//n_heads
+        self.state_dim = d_model
+        self.weights = None
         self.q,self.k,self.v,self.out = (BijectiveLinear(d_model, seed=i, **linear) for i in range(4))
 
-    def _heads(self, x): return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-    def _flat(self, x): return x.transpose(1, 2).flatten(2)
+# %% ../../nbs/layers/09_attention_inverse.ipynb #3dd6a77f
+@patch
+def attention(self:CachedAttention,
+    x:Tensor, # State, (B, L, d_model)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+)->Tensor: # (B, H, L, L), with rows of the identity at padding
+    "Compute the attention weights"
+    q,k = (_split_heads(f(x, mask=mask)[0], self.n_heads) for f in (self.q, self.k))
+    A = attention_weights(q, k, visible_keys(mask))
+    if mask is None: return A
+    return torch.where(mask[:,None,:,None], A, torch.eye(x.shape[1], device=x.device, dtype=A.dtype))
 
-    def attention(self,
-        x:Tensor, # State, (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text
-    )->Tensor: # (B, H, L, L); rows of padding are those of the identity
-        "The weights of attention"
-        q,k = (self._heads(f(x, mask=mask)[0]) for f in (self.q, self.k))
-        A = attention_weights(q, k, visible_keys(mask))
-        return A if mask is None else torch.where(mask[:,None,:,None], A, torch.eye(x.shape[1], device=x.device, dtype=A.dtype))
+# %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0902
+@patch
+def _logdet(self:CachedAttention, A, x, dets):
+    "Log-determinant for constant weights A, (B,)"
+    with _full_precision(x):
+        heads = self.d_head*torch.linalg.slogdet(A.to(x.dtype))[1]
+        return sum_log_determinants([*dets, heads], x)
 
-    def _logdet(self, A, x, dets):
-        with _full_precision(x): return sum_log_determinants([*dets, self.d_head*torch.linalg.slogdet(A.to(x.dtype))[1]], x)
-
-    def forward(self,
-        x:Tensor, # State, (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
-        **context, # Ignored
-    )->tuple[Tensor,Tensor]: # State (B, L, d_model) and approximate log-determinant (B,), nats
-        A = self.attention(x, mask)
-        self.weights = A.detach()
-        v,dv = self.v(x, mask=mask)
-        y,dy = self.out(self._flat(A@self._heads(v)), mask=mask)
-        return restore_padding(y, x, mask), self._logdet(A, x, [dv, dy])
+@patch
+def forward(self:CachedAttention,
+    x:Tensor, # State, (B, L, d_model)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding, which is not changed
+    **context, # Ignored
+)->tuple[Tensor,Tensor]: # State (B, L, d_model) and approximate log-determinant (B,), nats
+    A = self.attention(x, mask)
+    self.weights = A.detach()
+    v,dv = self.v(x, mask=mask)
+    y,dy = self.out(_join_heads(A@_split_heads(v, self.n_heads)), mask=mask)
+    return restore_padding(y, x, mask), self._logdet(A, x, [dv, dy])
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #c8807d63
 def solve_values(
     A:Tensor, # Attention weights, (B, H, L, L)
     u:Tensor, # Attended values, (B, H, L, d_head)
 )->tuple[Tensor,Tensor]: # Values (B, H, L, d_head), and condition numbers (B, H)
-    "Regularised least-squares solution of `A v = u`, in float64 where the device has it"
-    precise = torch.float32 if A.device.type=='mps' else torch.float64           # MPS has no float64
+    "Solve `A v = u` by regularised least squares, in float64 where the device has it"
+    precise = torch.float32 if A.device.type=='mps' else torch.float64 # MPS has no float64
     U,S,Vh = torch.linalg.svd(A.to(precise), full_matrices=False)
-    lam = torch.finfo(u.dtype if u.dtype in (torch.float32, torch.float64) else torch.float32).eps*S[...,:1]
+    dtype = u.dtype if u.dtype in (torch.float32, torch.float64) else torch.float32
+    lam = torch.finfo(dtype).eps*S[...,:1]
     filtered = S/(S**2+lam**2)
     v = Vh.mT@(filtered[...,None]*(U.mT@u.to(precise)))
     return v.to(u.dtype), S[...,0]/S[...,-1].clamp_min(torch.finfo(precise).tiny)
 
+# %% ../../nbs/layers/09_attention_inverse.ipynb #2c31d38d
+@patch
+def _image_error(self:CachedAttention, x, y, mask):
+    "Largest difference between `y` and the image of `x`, (B,); the kept weights stay"
+    weights = self.weights
+    with torch.no_grad(): error = (self(x, mask=mask)[0]-y).abs().flatten(1).amax(1)
+    self.weights = weights
+    return error
+
+def _estimate_error(v, condition, dtype):
+    "Rounding errors of the values, magnified by the condition number, (B,); warn where they are large"
+    eps = torch.finfo(dtype).eps
+    worst = condition.amax(1)
+    error = 4*eps*worst.clamp_max(1/eps).to(dtype)*v.detach().abs().flatten(1).amax(1)
+    if worst.max().item()*eps > 1e-2:
+        warnings.warn(f'attention has condition number {worst.max().item():.1e}, beyond what {dtype} can '
+                      f'resolve: the rebuilt state may be wrong by about {error.max().item():.1e}')
+    return error
+
+# %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0903
 @patch
 def inverse(self:CachedAttention,
     y:Tensor, # State, (B, L, d_model)
     mask:Tensor|None=None, # Mask of the forward call, (B, L)
-    weights:Tensor|None=None, # Attention of the forward pass, (B, H, L, L); of the last one if None
+    weights:Tensor|None=None, # Attention weights of the forward call, (B, H, L, L); the last ones if None
     **context, # Ignored
-)->Reconstruction: # With `error`, an estimate for the state; `image_error`, the difference between y and the image of what was rebuilt, (B,) both; and `condition`, (B, H)
+)->Reconstruction: # With attributes error and image_error, (B,) each, and condition, (B, H)
+    "Rebuild the state; `error` is an estimate for it, `image_error` the distance from `y` to its image"
     A = self.weights if weights is None else weights
-    if A is None: raise ValueError('weights is None, and there was no forward pass to keep them from')
-    if A.shape!=(len(y), self.n_heads, y.shape[1], y.shape[1]):
-        raise ValueError(f'weights have shape {tuple(A.shape)}, which does not belong to a state of shape {tuple(y.shape)}; expected {(len(y), self.n_heads, y.shape[1], y.shape[1])}')
+    check(A is not None, 'weights', A, 'attention weights, (B, H, L, L), or a forward call before')
+    check_shape('weights', A, len(y), self.n_heads, y.shape[1], y.shape[1])
     u,du = self.out.inverse(y, mask=mask)
-    with _full_precision(y): v,condition = solve_values(A, self._heads(u))
-    x,dv = self.v.inverse(self._flat(v), mask=mask)
+    with _full_precision(y): v,condition = solve_values(A, _split_heads(u, self.n_heads))
+    x,dv = self.v.inverse(_join_heads(v), mask=mask)
     x = restore_padding(x, y, mask)
-    kept = self.weights
-    with torch.no_grad(): image_error = (self(x, mask=mask)[0]-y).abs().flatten(1).amax(1)
-    self.weights = kept
-    eps,worst = torch.finfo(y.dtype).eps,condition.amax(1)
-    error = 4*eps*worst.clamp_max(1/eps).to(y.dtype)*v.detach().abs().flatten(1).amax(1)
-    if worst.max().item()*eps > 1e-2:
-        warnings.warn(f'attention has condition number {worst.max().item():.1e}, beyond what {y.dtype} can resolve: the rebuilt state may be wrong by about {error.max().item():.1e}')
-    return Reconstruction(x, -self._logdet(A, y, [-du, -dv]), error, image_error=image_error, condition=condition)
+    image_error = self._image_error(x, y, mask)
+    error = _estimate_error(v, condition, y.dtype)
+    logdet = -self._logdet(A, y, [-du, -dv])
+    return Reconstruction(x, logdet, error, image_error=image_error, condition=condition)
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #52dc6b36
 class FixedPointAttention(Bijection):
@@ -175,85 +219,115 @@ class FixedPointAttention(Bijection):
         d_model:int, # Width of the state
         n_heads:int, # Heads; a divisor of d_model
         logdet:str='dense', # 'dense' is exact and costs the whole Jacobian, 'series' is an estimate
-        tol:float|None=None, # Euclidean error of the inverse at which iteration stops; 100 units of the state's precision if None
-        max_iter:int=200, # Iterations at most
-        n_probes:int=8, # Random vectors of the estimate
+        tol:float|None=None, # Euclidean error to stop at; 100 units of the state's precision if None
+        max_iter:int=200, # Largest number of iterations
+        n_probes:int=8, # Random vectors of the estimate, at least 2
         n_terms:int=20, # Terms of its series
         seed:int=0, # Seed of the random vectors
     ):
         super().__init__()
-        if logdet not in ('dense','series'): raise ValueError(f"logdet is {logdet!r}; expected 'dense' or 'series'")
-        for name,value,low in (('max_iter', max_iter, 1), ('n_probes', n_probes, 2), ('n_terms', n_terms, 1)):
-            if value<low: raise ValueError(f'{name} is {value}; expected at least {low}')
+        check_one_of('logdet', logdet, ('dense','series'))
+        check_whole('max_iter', max_iter)
+        check_whole('n_probes', n_probes, least=2)
+        check_whole('n_terms', n_terms)
         store_attr('logdet,tol,max_iter,n_probes,n_terms,seed')
-        self.g,self.state_dim = L2Attention(d_model, n_heads),d_model
+        self.g = L2Attention(d_model, n_heads)
+        self.state_dim = d_model
 
-    def residual(self, x, mask=None): return self.c*self.g(x, mask)
+# %% ../../nbs/layers/09_attention_inverse.ipynb #268001e7
+@patch
+def residual(self:FixedPointAttention, x:Tensor, mask:Tensor|None=None)->Tensor:
+    "Compute the contraction that is added to the state"
+    return self.c*self.g(x, mask)
 
-    def _logdet(self, x, mask):
-        return self.dense_logdet(x, mask) if self.logdet=='dense' else self.estimate_logdet(x, mask)[0]
+@patch
+def _logdet(self:FixedPointAttention, x, mask):
+    return self.dense_logdet(x, mask) if self.logdet=='dense' else self.estimate_logdet(x, mask)[0]
 
-    def forward(self,
-        x:Tensor, # State, (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
-        **context, # Ignored
-    )->tuple[Tensor,Tensor]: # State (B, L, d_model) and log-determinant (B,), nats: dense, or an estimate
-        return x+self.residual(x, mask), self._logdet(x, mask)
+@patch
+def forward(self:FixedPointAttention,
+    x:Tensor, # State, (B, L, d_model)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding, which is not changed
+    **context, # Ignored
+)->tuple[Tensor,Tensor]: # State (B, L, d_model) and log-determinant (B,), nats: dense, or an estimate
+    return x+self.residual(x, mask), self._logdet(x, mask)
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #0562651b
 @patch
-def dense_logdet(self:FixedPointAttention, x:Tensor, mask:Tensor|None=None)->Tensor:
-    "log det of the Jacobian, exact, (B,) nats; for small states"
-    L,D = x.shape[1:]
-    if L*D>4096: raise ValueError(f"the state has {L*D} numbers a text, so its Jacobian has {(L*D)**2:.1e}; use logdet='series' beyond 4096")
-    def one(xi, mi): return (xi[None]+self.residual(xi[None], None if mi is None else mi[None]))[0].flatten()
-    J = [torch.autograd.functional.jacobian(lambda o: one(o, None if mask is None else mask[i]), xi, create_graph=torch.is_grad_enabled()) for i,xi in enumerate(x)]
-    return torch.stack([torch.linalg.slogdet(j.reshape(L*D, L*D))[1] for j in J])
+def _jacobian(self:FixedPointAttention, xi, mask):
+    "Dense Jacobian of one example `xi`, (L*d_model, L*d_model); the mask has shape (1, L)"
+    def image(o): return (o[None]+self.residual(o[None], mask))[0].flatten()
+    J = torch.autograd.functional.jacobian(image, xi, create_graph=torch.is_grad_enabled())
+    return J.reshape(xi.numel(), xi.numel())
 
+@patch
+def dense_logdet(self:FixedPointAttention,
+    x:Tensor, # State, (B, L, d_model), with L*d_model of at most 4,096
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+)->Tensor: # (B,), nats
+    "Return the exact log-determinant, from the dense Jacobian of each example"
+    L,D = x.shape[1:]
+    check(L*D<=4096, 'x', x, "at most 4,096 numbers an example for a dense Jacobian; use logdet='series'")
+    masks = [None]*len(x) if mask is None else mask[:,None]
+    return torch.stack([torch.linalg.slogdet(self._jacobian(xi, mi))[1] for xi,mi in zip(x, masks)])
+
+# %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0904
+def _trace_series(gx, xg, r, n_terms, create_graph):
+    "Sum of (-1)^(k+1)/k r'J^k r over the first powers of the Jacobian J of `gx` by `xg`, (B,)"
+    w,total = r,0.
+    for k in range(1, n_terms+1):
+        w, = torch.autograd.grad(gx, xg, w, retain_graph=True, create_graph=create_graph)
+        total = total + (-1)**(k+1)/k*(w*r).flatten(1).sum(1)
+    return total
+
+# %% ../../nbs/layers/09_attention_inverse.ipynb #3bc06a49
 @patch
 def estimate_logdet(self:FixedPointAttention,
     x:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # (B, L), True where there is text
-)->tuple[Tensor,Tensor,float]: # Estimate (B,), its standard error (B,), and a bound of what the cut-off leaves out, nats
-    "log det of the Jacobian by a power series of traces, estimated with random signs"
-    gen,wanted = torch.Generator().manual_seed(check_seed(self.seed)),torch.is_grad_enabled()
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+)->tuple[Tensor,Tensor,float]: # Estimate (B,), its standard error (B,), bound of the truncated terms; nats
+    "Estimate the log-determinant by a power series of traces, with random signs"
+    gen = torch.Generator().manual_seed(check_seed(self.seed))
+    wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         xg = x if x.requires_grad else x.detach().requires_grad_()
         gx = self.residual(xg, mask)
-        def one():
+        samples = []
+        for _ in range(self.n_probes):
             r = (2*torch.randint(0, 2, x.shape, generator=gen)-1).to(x)
-            w,total = r,0.
-            for k in range(1, self.n_terms+1):
-                w, = torch.autograd.grad(gx, xg, w, retain_graph=True, create_graph=wanted)
-                total = total + (-1)**(k+1)/k*(w*r).flatten(1).sum(1)
-            return total
-        samples = torch.stack([one() for _ in range(self.n_probes)])
+            samples.append(_trace_series(gx, xg, r, self.n_terms, wanted))
+        samples = torch.stack(samples)
     if not wanted: samples = samples.detach()
     n = self.n_terms+1
     return samples.mean(0), samples.std(0)/self.n_probes**0.5, x[0].numel()*self.c**n/(n*(1-self.c))
 
+# %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0905
 @patch
 @torch.no_grad()
 def inverse(self:FixedPointAttention,
     y:Tensor, # State, (B, L, d_model)
     mask:Tensor|None=None, # Mask of the forward call, (B, L)
     **context, # Ignored
-)->Reconstruction: # With `error`: a bound of the Euclidean distance to the solution (rounding apart), (B,); and `iterations`
+)->Reconstruction: # With attributes error, (B,), and iterations
+    "Iterate to the fixed point; `error` bounds the Euclidean distance to it, apart from rounding"
     tol = 100*torch.finfo(y.dtype).eps*y.flatten(1).norm(dim=1) if self.tol is None else self.tol
     x = y
     for i in range(self.max_iter):
         new = y-self.residual(x, mask)
         error = self.c/(1-self.c)*(new-x).flatten(1).norm(dim=1)
         x = new
-        if not error.isfinite().all(): raise ValueError('the inverse met numbers that are not finite: is the state finite?')
+        check(error.isfinite().all(), 'y', y, 'finite numbers, from which the iteration stays finite')
         if (error<=tol).all(): break
-    else: warnings.warn(f'the inverse did not reach its tolerance in {self.max_iter} iterations; its error is up to {error.max().item():.1e}')
+    else:
+        warnings.warn(f'the inverse did not reach its tolerance in {self.max_iter} iterations; '
+                      f'its error is up to {error.max().item():.1e}')
     return Reconstruction(x, -self._logdet(x, mask), error, iterations=i+1)
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #ec0cda62
 class BijectiveMultiHeadAttention(Bijection):
-    "Attention that can be run backwards, in one of four ways"
-    kinds = dict(coupling=CouplingAttention, mixing=MixingAttention, cached=CachedAttention, fixed_point=FixedPointAttention)
+    "Attention with an inverse, in one of four ways"
+    kinds = dict(coupling=CouplingAttention, mixing=MixingAttention, cached=CachedAttention,
+                 fixed_point=FixedPointAttention)
     def __init__(self,
         d_model:int, # Width of one stream
         n_heads:int, # Heads
@@ -261,8 +335,9 @@ class BijectiveMultiHeadAttention(Bijection):
         **kwargs, # Further keywords of that kind
     ):
         super().__init__()
-        if kind not in self.kinds: raise ValueError(f'kind is {kind!r}; expected one of {list(self.kinds)}')
-        self.kind,self.layer = kind,self.kinds[kind](d_model, n_heads, **kwargs)
+        check_one_of('kind', kind, self.kinds)
+        self.kind = kind
+        self.layer = self.kinds[kind](d_model, n_heads, **kwargs)
 
     @property
     def is_bijective(self)->bool: return self.layer.is_bijective
@@ -271,21 +346,27 @@ class BijectiveMultiHeadAttention(Bijection):
     @property
     def state_dim(self)->int: return self.layer.state_dim
 
-    def _check(self, x, mask):
-        if x.ndim!=3 or x.shape[-1]!=self.state_dim: raise ValueError(f"the state has shape {tuple(x.shape)}; expected (B, L, {self.state_dim}) for kind={self.kind!r}")
-        check_mask(mask, x)
-        return dict(mask=mask)
+# %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0906
+@patch
+def _context(self:BijectiveMultiHeadAttention, x, mask):
+    "Check the state and the mask"
+    check_shape(f'the state for kind={self.kind!r}', x, 'B', 'L', self.state_dim)
+    check_mask(mask, x)
+    return dict(mask=mask)
 
-    def forward(self,
-        x:Tensor, # State, (B, L, state_dim)
-        mask:Tensor|None=None, # (B, L), True where there is text
-        **context, # Ignored
-    )->tuple[Tensor,Tensor]: # State, and log-determinant (B,)
-        return self.layer(x, **self._check(x, mask))
+# %% ../../nbs/layers/09_attention_inverse.ipynb #24b93462
+@patch
+def forward(self:BijectiveMultiHeadAttention,
+    x:Tensor, # State, (B, L, state_dim)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    **context, # Ignored
+)->tuple[Tensor,Tensor]: # State, and log-determinant (B,)
+    return self.layer(x, **self._context(x, mask))
 
-    def inverse(self,
-        y:Tensor, # State, (B, L, state_dim)
-        mask:Tensor|None=None, # Mask of the forward call, (B, L)
-        **kwargs, # For kind 'cached': weights
-    )->tuple[Tensor,Tensor]: # State, and log-determinant (B,); for 'cached' and 'fixed_point' a Reconstruction, with its error
-        return self.layer.inverse(y, **self._check(y, mask), **kwargs)
+@patch
+def inverse(self:BijectiveMultiHeadAttention,
+    y:Tensor, # State, (B, L, state_dim)
+    mask:Tensor|None=None, # Mask of the forward call, (B, L)
+    **kwargs, # Attention weights, as weights, for kind 'cached'
+)->tuple[Tensor,Tensor]: # State and log-determinant (B,); a Reconstruction for 'cached' and 'fixed_point'
+    return self.layer.inverse(y, **self._context(y, mask), **kwargs)

@@ -8,20 +8,24 @@ __all__ = ['lambert_w', 'L2Attention']
 # %% ../../nbs/layers/08_l2_attention.ipynb #ca5a1e8b
 import math
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
+from ..checks import check
 from .coupling import zero_padding, check_mask
 from .attention import visible_keys
 
 # %% ../../nbs/layers/08_l2_attention.ipynb #ce4bf9d4
 def lambert_w(
-    s:Tensor, # Any numbers of at least 0
-)->Tensor: # Same shape
-    "Compute Lambert's W of numbers of at least 0, with w*exp(w) = s, by Newton's method"
-    w = s.log1p()                                                         # never below the solution, so that all steps go down
+    s:Tensor, # Numbers of at least 0, of any shape
+)->Tensor: # Solutions w of w*exp(w) = s, shape of s
+    "Compute Lambert's W of numbers of at least 0 by Newton's method"
+    w = s.log1p() # Never below the solution, so all steps go down
     for _ in range(30): w = w-(w-s*(-w).exp())/(w+1)
     return w
 
 # %% ../../nbs/layers/08_l2_attention.ipynb #fdd1d074
+def _spectral_norm(m): return torch.linalg.matrix_norm(m, 2)
+
 class L2Attention(nn.Module):
     "Attention by distances, divided by a bound of its Lipschitz constant"
     def __init__(self,
@@ -29,33 +33,43 @@ class L2Attention(nn.Module):
         n_heads:int, # Heads; a divisor of d_model
     ):
         super().__init__()
-        if n_heads<1 or d_model%n_heads: raise ValueError(f'n_heads is {n_heads}; expected a divisor of d_model={d_model}')
+        check(n_heads>=1 and d_model%n_heads==0, 'n_heads', n_heads, f'a divisor of d_model={d_model}')
         d_head = d_model//n_heads
         self.W,self.V = (nn.Parameter(torch.randn(n_heads, d_model, d_head)*d_model**-0.5) for _ in range(2))
         self.O = nn.Parameter(torch.randn(d_model, d_model)*d_model**-0.5)
 
     def lipschitz_bound(self,
-        L:Tensor, # Number of positions with text, (B,)
+        L:Tensor, # Number of positions that are not padding, (B,)
     )->Tensor: # (B,)
-        "Upper bound of the Euclidean Lipschitz constant of the unscaled map"
-        norm = lambda m: torch.linalg.matrix_norm(m, 2)
+        "Return an upper bound of the Euclidean Lipschitz constant of the map before the division"
         L = L.clamp_min(1)
         phi = lambert_w((L.cpu().double()-1)/math.e).to(self.W)
-        return (L/self.W.shape[-1]).to(self.W).sqrt()*(4*phi+1)*(norm(self.W)**4*norm(self.V)**2).sum().sqrt()*norm(self.O)
+        length_factor = (L/self.W.shape[-1]).to(self.W).sqrt()*(4*phi+1)
+        heads = (_spectral_norm(self.W)**4*_spectral_norm(self.V)**2).sum().sqrt()
+        return length_factor*heads*_spectral_norm(self.O)
 
-    def unscaled(self, x, mask=None):
-        xw,s = torch.einsum('bld,hde->bhle', x, self.W),self.W.shape[-1]**-0.5
-        squares = xw.pow(2).sum(-1)
-        logits = -s*(squares[...,:,None]+squares[...,None,:]-2*xw@xw.mT)
-        keys = visible_keys(mask)
-        P = (logits if keys is None else logits.masked_fill(~keys, float('-inf'))).softmax(-1)
-        h = (P@xw)@(s*self.W.mT@self.V)
-        return zero_padding(h.transpose(1, 2).flatten(2)@self.O, mask)
+# %% ../../nbs/layers/08_l2_attention.ipynb #9a1e0801
+@patch
+def unscaled(self:L2Attention,
+    x:Tensor, # (B, L, d_model)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+)->Tensor: # (B, L, d_model), 0 at padding
+    "Compute attention by distances, before the division by the bound"
+    xw = torch.einsum('bld,hde->bhle', x, self.W)
+    scale = self.W.shape[-1]**-0.5
+    squares = xw.pow(2).sum(-1)
+    logits = -scale*(squares[...,:,None]+squares[...,None,:]-2*xw@xw.mT)
+    keys = visible_keys(mask)
+    P = (logits if keys is None else logits.masked_fill(~keys, float('-inf'))).softmax(-1)
+    h = (P@xw)@(scale*self.W.mT@self.V)
+    return zero_padding(h.transpose(1, 2).flatten(2)@self.O, mask)
 
-    def forward(self,
-        x:Tensor, # (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text
-    )->Tensor: # (B, L, d_model), with a Lipschitz constant of at most 1
-        check_mask(mask, x)
-        n = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
-        return self.unscaled(x, mask)/self.lipschitz_bound(n)[:,None,None]
+# %% ../../nbs/layers/08_l2_attention.ipynb #2caa21d9
+@patch
+def forward(self:L2Attention,
+    x:Tensor, # (B, L, d_model)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+)->Tensor: # (B, L, d_model), with a Lipschitz constant of at most 1
+    check_mask(mask, x)
+    n = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
+    return self.unscaled(x, mask)/self.lipschitz_bound(n)[:,None,None]
