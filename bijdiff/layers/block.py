@@ -4,168 +4,188 @@
 
 # %% auto #0
 __all__ = ['LocalMixing', 'AdaptiveNorm', 'BlockMixer', 'BijectiveTransformerBlock', 'count_bijective', 'TimeEmbedding',
-           'stack_context', 'BijectiveTransformer', 'layer_by_layer']
+           'CouplingStack', 'BijectiveTransformer', 'layer_by_layer']
 
 # %% ../../nbs/layers/10_block.ipynb #8917e76e
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import is_whole
-from .bijection import Bijection, sum_log_determinants
+from ..checks import check, check_one_of, check_shape, check_whole, is_whole
+from .bijection import Bijection, BijectiveSequential, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
+from .coupling import AdditiveCoupling, AffineCoupling, zero_padding, check_mask, CouplingNet
 from .reversible import couple_all, ChunkedUpdate, uncouple_all
-from .attention import gather_rows, BidirectionalAttention, rotary_angles
+from .attention import gather_rows, BidirectionalAttention, head_dim, rotary_angles
 
 # %% ../../nbs/layers/10_block.ipynb #dd224d21
 class LocalMixing(nn.Module):
-    "Weighted sum over neighbouring positions, separately per feature"
+    "Weighted sum over neighbouring positions, separately for every feature"
     def __init__(self,
         d_model:int, # Width
-        window:int, # Positions that are summed, odd; longer than the text is fine
+        window:int, # Positions that are summed, odd; may be more than the sequence has
     ):
         super().__init__()
-        if window<1 or window%2==0: raise ValueError(f'window is {window}; expected an odd number of positions')
+        check_whole('window', window, odd=True)
         self.weight = nn.Parameter(torch.randn(d_model, 1, window)*window**-0.5)
 
     def forward(self,
         x:Tensor, # (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text; padding counts as 0
+        mask:Tensor|None=None, # Mask, (B, L), False at padding, which counts as 0
     )->Tensor: # (B, L, d_model)
-        if not x.shape[1]: return x                                       # which a convolution does not take
-        return F.conv1d(zero_padding(x, mask).transpose(1, 2), self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
+        if not x.shape[1]: return x # A convolution needs at least one position
+        h = zero_padding(x, mask).transpose(1, 2)
+        return F.conv1d(h, self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
 
 # %% ../../nbs/layers/10_block.ipynb #7b71d8c2
 class AdaptiveNorm(nn.Module):
     "LayerNorm, shifted and scaled by a vector per example if `cond_dim` is given"
     def __init__(self,
         d_model:int, # Width
-        cond_dim:int|None=None, # Features of the conditioning vector; None for none
+        cond_dim:int|None=None, # Features of the conditioning vector; unconditional if None
     ):
         super().__init__()
-        self.norm,self.to_scale_shift = nn.LayerNorm(d_model),None if cond_dim is None else nn.Linear(cond_dim, 2*d_model)
-        if cond_dim is not None:
-            nn.init.zeros_(self.to_scale_shift.weight)
-            nn.init.zeros_(self.to_scale_shift.bias)
+        self.norm = nn.LayerNorm(d_model)
+        self.to_scale_shift = None if cond_dim is None else nn.Linear(cond_dim, 2*d_model)
+        if cond_dim is None: return
+        nn.init.zeros_(self.to_scale_shift.weight)
+        nn.init.zeros_(self.to_scale_shift.bias)
 
     def forward(self,
         x:Tensor, # (B, L, d_model)
-        cond:Tensor|None=None, # (B, cond_dim)
+        cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
     )->Tensor: # (B, L, d_model)
-        if (cond is None)!=(self.to_scale_shift is None):
-            raise ValueError(f"cond is {'missing' if cond is None else 'given'}, but the layer was built with{'out' if cond is not None else ''} cond_dim")
-        if cond is None: return self.norm(x)
+        if self.to_scale_shift is None:
+            check(cond is None, 'cond', cond, 'None for a layer without cond_dim')
+            return self.norm(x)
+        check(cond is not None, 'cond', cond, 'a vector per example, (B, cond_dim)')
         scale,shift = self.to_scale_shift(cond)[:,None].chunk(2, -1)
         return self.norm(x)*(1+scale) + shift
 
 # %% ../../nbs/layers/10_block.ipynb #e6852559
 class BlockMixer(nn.Module):
-    "Local mixing and attention: gives their update, and what the MLP is to see"
+    "Local mixing and attention: computes their update, and the input of the MLP"
     def __init__(self,
         d_model:int, # Width
         n_heads:int, # Attention heads
-        local_window:int=7, # Positions of local mixing, odd; 0 for none
+        local_window:int=7, # Positions of local mixing, odd; 0 for no local mixing
         dropout:float=0., # Probability of dropping a feature in training
-        cond_dim:int|None=None, # Features of the conditioning vector; None for none
+        cond_dim:int|None=None, # Features of the conditioning vector; unconditional if None
     ):
         super().__init__()
-        if local_window<0 or (local_window and local_window%2==0): raise ValueError(f'local_window is {local_window}; expected an odd number of positions, or 0 for no local mixing')
+        ok = local_window==0 or (local_window>0 and local_window%2==1)
+        check(ok, 'local_window', local_window, 'an odd number of positions, or 0 for no local mixing')
         self.local_norm = AdaptiveNorm(d_model, cond_dim) if local_window else None
         self.local = LocalMixing(d_model, local_window) if local_window else None
-        self.attn_norm,self.attn = AdaptiveNorm(d_model, cond_dim),BidirectionalAttention(d_model, n_heads, dropout)
+        self.attn_norm = AdaptiveNorm(d_model, cond_dim)
+        self.attn = BidirectionalAttention(d_model, n_heads, dropout)
         self.mlp_norm = AdaptiveNorm(d_model, cond_dim)
 
-    def forward(self,
-        h:Tensor, # Input of attention, (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text
-        cond:Tensor|None=None, # (B, cond_dim)
-        rotary:tuple|None=None, # Rotary angles that layers share
-        read:Tensor|None=None, # State that the MLP reads, before the updates of mixing and attention; h if None
-        rows:Tensor|None=None, # Numbers of the positions that get an update, (B, R); all of them if None
-    )->tuple[Tensor,Tensor]: # Update by attention, and input of the MLP, (B, L, d_model) or (B, R, d_model) each
-        n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
-        a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
-        r = (h if read is None else read)+n
-        return a, self.mlp_norm((r if rows is None else gather_rows(r, rows))+a, cond)
+# %% ../../nbs/layers/10_block.ipynb #22466e2d
+@patch
+def forward(self:BlockMixer,
+    h:Tensor, # Input of attention, (B, L, d_model)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
+    rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
+    read:Tensor|None=None, # State that the MLP reads, before the updates of mixing and attention; h if None
+    rows:Tensor|None=None, # Numbers of the positions to update, (B, R); all positions if None
+)->tuple[Tensor,Tensor]: # Update by attention, and input of the MLP, (B, L or R, d_model) each
+    n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
+    a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
+    r = (h if read is None else read)+n
+    if rows is not None: r = gather_rows(r, rows)
+    return a, self.mlp_norm(r+a, cond)
 
-def _check_kind(name, value):
-    if value not in ('bijective','standard'): raise ValueError(f"{name} is {value!r}; expected 'bijective' or 'standard'")
-
+# %% ../../nbs/layers/10_block.ipynb #9a1e1001
 class BijectiveTransformerBlock(AdditiveCoupling):
     "A whole pre-norm transformer block as the update of an additive coupling"
     def __init__(self,
         d_model:int, # Width of one of the two streams
         n_heads:int, # Attention heads
-        attention:str='bijective', # Attention: 'bijective' reads the passive stream, 'standard' the sum of both
-        ffn:str='bijective', # MLP: 'bijective' reads the passive stream, 'standard' the sum of both
+        attention:str='bijective', # Attention reads the passive stream, 'bijective', or the sum, 'standard'
+        ffn:str='bijective', # MLP reads the passive stream, 'bijective', or the sum, 'standard'
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
         coupling_hidden_dim:int|None=None, # Width inside the MLP; 4*d_model if None
         coupling_depth:int=2, # Linear layers of the MLP
-        local_window:int=7, # Positions of local mixing, odd; 0 for none
+        local_window:int=7, # Positions of local mixing, odd; 0 for no local mixing
         dropout:float=0., # Probability of dropping a feature in training
-        cond_dim:int|None=None, # Features of a conditioning vector; None for none
+        cond_dim:int|None=None, # Features of the conditioning vector; unconditional if None
     ):
-        _check_kind('attention', attention); _check_kind('ffn', ffn)
-        super().__init__(ChunkedUpdate(BlockMixer(d_model, n_heads, local_window, dropout, cond_dim),
-                                  CouplingNet(d_model, coupling_hidden_dim, coupling_depth, dropout)), lattice_bits)
+        check_one_of('attention', attention, ('bijective','standard'))
+        check_one_of('ffn', ffn, ('bijective','standard'))
+        mixer = BlockMixer(d_model, n_heads, local_window, dropout, cond_dim)
+        mlp = CouplingNet(d_model, coupling_hidden_dim, coupling_depth, dropout)
+        super().__init__(ChunkedUpdate(mixer, mlp), lattice_bits)
         store_attr('attention,ffn')
 
     @property
     def is_bijective(self)->bool: return self.attention==self.ffn=='bijective'
 
-    def extra_repr(self)->str: return f'attention={self.attention!r}, ffn={self.ffn!r}, lattice_bits={self.lattice_bits}'
+# %% ../../nbs/layers/10_block.ipynb #d7f24f50
+@patch
+def extra_repr(self:BijectiveTransformerBlock)->str:
+    return f'attention={self.attention!r}, ffn={self.ffn!r}, lattice_bits={self.lattice_bits}'
 
 # %% ../../nbs/layers/10_block.ipynb #974f808d
-def _read(kind, x1, x2): return x2 if kind=='bijective' else x1+x2
+def _stream(kind, x1, x2):
+    "Stream that a part of this kind reads"
+    return x2 if kind=='bijective' else x1+x2
 
 @patch
 def update(self:BijectiveTransformerBlock,
     x1:Tensor|None, # Active stream, (B, L, d_model); read by standard parts only
     x2:Tensor, # Passive stream, (B, L, d_model)
-    mask:Tensor|None=None, # (B, L), True where there is text
-    cond:Tensor|None=None, # (B, cond_dim)
-    rotary:tuple|None=None, # Rotary angles that layers share
+    mask:Tensor|None=None, # Mask, (B, L), False at padding, where the update is 0
+    cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
+    rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
 )->Tensor: # (B, L, d_model)
-    "What the block adds to the active stream"
-    x2,cond = x2.view_as(x2),None if cond is None else cond.view_as(cond)
-    read = None if self.attention==self.ffn else _read(self.ffn, x1, x2)
-    return zero_padding(self.f(_read(self.attention, x1, x2).contiguous(), mask=mask, cond=cond, rotary=rotary, read=read), mask)
+    "Compute the update of the active stream"
+    x2 = x2.view_as(x2)
+    if cond is not None: cond = cond.view_as(cond)
+    read = None if self.attention==self.ffn else _stream(self.ffn, x1, x2)
+    h = _stream(self.attention, x1, x2).contiguous()
+    return zero_padding(self.f(h, mask=mask, cond=cond, rotary=rotary, read=read), mask)
 
+# %% ../../nbs/layers/10_block.ipynb #82219239
 @patch
 def forward(self:BijectiveTransformerBlock,
     x:Tensor, # State, (B, L, 2*d_model)
-    **context, # mask (B, L), cond (B, cond_dim), rotary
-)->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,): 0 if the block is bijective, else unknown, NaN
+    **context, # Keywords of update: mask, cond, rotary
+)->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,): 0, or NaN if a part is standard
     y,logdet = super(BijectiveTransformerBlock, self).forward(x, **context)
     return y, logdet if self.is_bijective else logdet+float('nan')
 
 @patch
 def uncouple(self:BijectiveTransformerBlock, y1:Tensor, y2:Tensor, **context)->tuple[Tensor,Tensor]:
-    "The inverse of the block on its two streams"
+    "Invert the block on its two streams"
     if not self.is_bijective:
         parts = ' and '.join(k for k in ('attention','ffn') if getattr(self, k)=='standard')
-        raise ValueError(f"this block cannot be inverted: its {parts} reads both streams; choose {parts}='bijective'")
+        raise ValueError(f"this block cannot be inverted: its {parts} reads both streams; "
+                         f"choose {parts}='bijective'")
     return super(BijectiveTransformerBlock, self).uncouple(y1, y2, **context)
 
 # %% ../../nbs/layers/10_block.ipynb #b6b75d71
 def count_bijective(
     n_layers:int, # Blocks in all
-    n_bijective_layers:int|None=None, # Bijective ones among them
-    bijective_ratio:float=1., # Or their share, in [0, 1]; rounded to a whole number of layers
+    n_bijective_layers:int|None=None, # Bijective blocks; chosen by bijective_ratio if None
+    bijective_ratio:float=1., # Fraction of bijective blocks, in [0, 1]; rounded to a whole number of them
 )->int: # Bijective blocks
-    "How many of `n_layers` are bijective"
-    if n_layers<1: raise ValueError(f'n_layers is {n_layers}; expected at least 1')
-    if not 0<=bijective_ratio<=1: raise ValueError(f'bijective_ratio is {bijective_ratio}; expected a number from 0 to 1')
-    if n_bijective_layers is None: return round(bijective_ratio*n_layers)
-    if not is_whole(n_bijective_layers) or not 0<=n_bijective_layers<=n_layers: raise ValueError(f'n_bijective_layers is {n_bijective_layers!r}; expected a whole number from 0 to n_layers={n_layers}')
-    if bijective_ratio not in (1., n_bijective_layers/n_layers):
-        raise ValueError(f'n_bijective_layers is {n_bijective_layers} and bijective_ratio is {bijective_ratio}, which disagree; give one of them')
-    return n_bijective_layers
+    "Return how many of `n_layers` blocks are bijective"
+    check_whole('n_layers', n_layers)
+    check(0<=bijective_ratio<=1, 'bijective_ratio', bijective_ratio, 'a number from 0 to 1')
+    n = n_bijective_layers
+    if n is None: return round(bijective_ratio*n_layers)
+    ok = is_whole(n) and 0<=n<=n_layers
+    check(ok, 'n_bijective_layers', n, f'a whole number from 0 to n_layers={n_layers}')
+    if bijective_ratio not in (1., n/n_layers):
+        raise ValueError(f'n_bijective_layers is {n} and bijective_ratio is {bijective_ratio}, '
+                         'which disagree; give one of them')
+    return n
 
 # %% ../../nbs/layers/10_block.ipynb #e520fb75
 class TimeEmbedding(nn.Module):
-    "A vector per example from its time"
+    "Small network from the time of an example to a conditioning vector"
     def __init__(self,
         dim:int, # Features of the vector, even
     ):
@@ -180,111 +200,217 @@ class TimeEmbedding(nn.Module):
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
 # %% ../../nbs/layers/10_block.ipynb #73562c4c
-def stack_context(
-    stack, # With state_dim, d_model, d_head, lattice_bits and time
+class CouplingStack(Bijection):
+    "Couplings one after another on one state; a subclass defines `couplings`"
+    def __init__(self,
+        d_model:int, # Width of one stream
+        n_heads:int, # Attention heads
+        lattice_bits:int|None=None, # Grid of the states; None for plain floating point
+        reversible:bool=True, # Rebuild activations in the backward pass, or store them
+        time_conditioning:bool=False, # Condition all couplings on the time
+    ):
+        super().__init__()
+        check_whole('d_model', d_model)
+        store_attr('d_model,lattice_bits,reversible')
+        self.d_head = head_dim(d_model, n_heads)
+        # a scalar needs few features, and every norm has a matrix for them
+        self.time_dim = max(8, d_model//4) if time_conditioning else None
+        self.time = TimeEmbedding(self.time_dim) if time_conditioning else None
+
+    def couplings(self): # Couplings, AdditiveCoupling or AffineCoupling each
+        "Return the couplings of the bijective layers, in order"
+        raise NotImplementedError(f'{type(self).__name__} defines no couplings')
+
+# %% ../../nbs/layers/10_block.ipynb #5324eb76
+@patch
+def _all_couplings(self:CouplingStack):
+    "All couplings in order, those of standard layers included"
+    return self.couplings()
+
+@patch(as_prop=True)
+def is_bijective(self:CouplingStack)->bool: return all(c.is_bijective for c in self._all_couplings())
+@patch(as_prop=True)
+def state_dim(self:CouplingStack)->int: return 2*self.d_model
+
+# %% ../../nbs/layers/10_block.ipynb #9a1e1002
+@patch
+def _check_state(self:CouplingStack, x):
+    if x.ndim==3 and x.shape[-1]==self.state_dim: return
+    n = self.state_dim//self.d_model
+    raise ValueError(f"the state has shape {tuple(x.shape)}; expected (B, L, {self.state_dim}), "
+                     f"{'two' if n==2 else n} streams of d_model={self.d_model}")
+
+@patch
+def _check_time(self:CouplingStack, t, B):
+    if t is not None: check_shape('t', t, B)
+    if t is None and self.time is not None:
+        raise ValueError('t is missing, but the stack is conditioned on time; expected times of shape (B,)')
+    if t is not None and self.time is None:
+        raise ValueError('t is given, but the stack was built without time_conditioning; expected None')
+
+# %% ../../nbs/layers/10_block.ipynb #356648b4
+@patch
+def _context(self:CouplingStack,
     x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None, # (B, L), True where there is text
-    t:Tensor|None, # Times, (B,)
-)->dict: # mask, cond (B, cond_dim), rotary
-    "Keywords of the couplings of a stack; a state or a context that does not fit is refused"
-    n = stack.state_dim//stack.d_model
-    if x.ndim!=3 or x.shape[-1]!=stack.state_dim: raise ValueError(f"the state has shape {tuple(x.shape)}; expected (B, L, {stack.state_dim}), {'two' if n==2 else n} streams of d_model={stack.d_model}")
-    require_lattice(x, stack.lattice_bits)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    t:Tensor|None=None, # Times, (B,)
+)->dict: # Keywords of every coupling: mask, cond (B, cond_dim), rotary
+    "Check state, mask and times, and compute what all couplings share"
+    self._check_state(x)
+    require_lattice(x, self.lattice_bits)
     check_mask(mask, x)
-    if t is not None and t.shape!=x.shape[:1]: raise ValueError(f't has shape {tuple(t.shape)}; expected {tuple(x.shape[:1])}, one time per example')
-    if (t is None)!=(stack.time is None): raise ValueError('t is missing, but the stack is conditioned on time' if t is None else 't is given, but the stack was built without time_conditioning')
-    return dict(mask=mask, cond=None if t is None else stack.time(t), rotary=rotary_angles(x.shape[1], stack.d_head, x.device))
+    self._check_time(t, len(x))
+    cond = None if t is None else self.time(t)
+    return dict(mask=mask, cond=cond, rotary=rotary_angles(x.shape[1], self.d_head, x.device))
+
+# %% ../../nbs/layers/10_block.ipynb #9a1e1004
+def _kind(c):
+    "Kind of a coupling"
+    if isinstance(c, AffineCoupling): return 'affine'
+    return 'additive' if c.is_bijective else 'standard'
+
+@patch
+def _runs(self:CouplingStack)->list: # Kind, number of the first coupling, and couplings of each run
+    "Cut the couplings into runs of one kind"
+    runs = []
+    for i,c in enumerate(self._all_couplings()):
+        if not runs or _kind(c)!=runs[-1][0]: runs.append((_kind(c), i, []))
+        runs[-1][2].append(c)
+    return runs
+
+# %% ../../nbs/layers/10_block.ipynb #8ec803c6
+@patch
+def _couple(self:CouplingStack, x, context):
+    "Apply all couplings, run by run"
+    y,logdets = x,[]
+    for kind,first,run in self._runs():
+        if kind=='affine':
+            y,logdet = BijectiveSequential(*run)(y, **context)
+            logdets.append(logdet)
+        else:
+            y = couple_all(run, y, self.reversible and kind=='additive', first, **context)
+            if kind=='standard': logdets.append(float('nan'))
+    return y, sum_log_determinants(logdets, x)
+
+@patch
+def _uncouple(self:CouplingStack, y, context):
+    "Undo all couplings, run by run"
+    x,logdets = y,[]
+    for kind,_,run in reversed(self._runs()):
+        if kind=='affine':
+            x,logdet = BijectiveSequential(*run).inverse(x, **context)
+            logdets.append(logdet)
+        else: x = uncouple_all(run, x, **context)
+    return x, sum_log_determinants(logdets, y)
+
+# %% ../../nbs/layers/10_block.ipynb #9a1e1005
+@patch
+def forward(self:CouplingStack,
+    x:Tensor, # State, (B, L, state_dim)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding, where nothing is added
+    t:Tensor|None=None, # Times, (B,), for a stack with time_conditioning
+)->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,); NaN if a layer is standard
+    return self._couple(x, self._context(x, mask, t))
+
+@patch
+def _check_invertible(self:CouplingStack):
+    "Raise a `ValueError` if a layer cannot be inverted"
+
+@patch
+def inverse(self:CouplingStack,
+    y:Tensor, # State, (B, L, state_dim)
+    mask:Tensor|None=None, # Mask of the forward call, (B, L)
+    t:Tensor|None=None, # Times of the forward call, (B,)
+)->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,)
+    "Undo all couplings; exact on the lattice for the batch of the forward call, computed in the same way"
+    self._check_invertible()
+    return self._uncouple(y, self._context(y, mask, t))
+
+# %% ../../nbs/layers/10_block.ipynb #4af3e76c
+@patch
+def set_lattice(self:CouplingStack,
+    bits:int|None, # Grid of the states; None for plain floating point
+):
+    "Move the stack to another lattice, or off it"
+    for m in (self, *self._all_couplings()): m.lattice_bits = bits
+
+@patch
+def compile(self:CouplingStack,
+    **kwargs, # Keywords of torch.compile; with fullgraph=True, reaching its recompile limit is an error
+):
+    "Compile the two stages of every coupling"
+    for c in self._all_couplings(): c.f.compile(**kwargs)
 
 # %% ../../nbs/layers/10_block.ipynb #7c9e6a8a
-class BijectiveTransformer(Bijection):
-    "A stack of transformer blocks on a state of two streams, exactly invertible where all blocks are bijective"
+def _check_later(n, attention, ffn):
+    "Check the kinds of the `n` layers after the bijective ones"
+    for name,kind in (('attention', attention), ('ffn', ffn)):
+        check_one_of(name, kind, ('bijective','standard'))
+    both = f'attention={attention!r} and ffn={ffn!r} are for the layers after the bijective ones'
+    if n==0 and 'bijective' in (attention, ffn):
+        raise ValueError(f'{both}, and there are none; expected fewer bijective layers')
+    if attention==ffn=='bijective': raise ValueError(f"{both}; expected at least one 'standard'")
+
+# %% ../../nbs/layers/10_block.ipynb #310f287d
+class BijectiveTransformer(CouplingStack):
+    "Transformer blocks on a state of two streams, exactly invertible if all of them are bijective"
     def __init__(self,
         n_layers:int, # Blocks
         d_model:int, # Width of one stream; states are (B, L, 2*d_model)
         n_heads:int, # Attention heads
         n_bijective_layers:int|None=None, # Bijective blocks, the first ones; all if None
-        bijective_ratio:float=1., # Fraction of the layers that are bijective, in place of n_bijective_layers, in [0, 1]
+        bijective_ratio:float=1., # Fraction of bijective blocks, in [0, 1], in place of n_bijective_layers
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
-        reversible:bool=True, # Rebuild the activations of bijective blocks in the backward pass, or store them
+        reversible:bool=True, # Rebuild activations of bijective blocks in the backward pass, or store them
         dropout:float=0., # Probability of dropping a feature in training
-        time_conditioning:bool=False, # Whether blocks are time-conditioned
-        attention:str='standard', # Attention of the layers behind the bijective ones: 'standard' or, where ffn is not, 'bijective'
-        ffn:str='standard', # MLP of these layers: 'standard' or, where attention is not, 'bijective'
+        time_conditioning:bool=False, # Condition the blocks on the time
+        attention:str='standard', # Attention after the bijective layers; 'bijective' only if ffn is not
+        ffn:str='standard', # MLP after the bijective layers; 'bijective' only if attention is not
         **block, # Further keywords of BijectiveTransformerBlock
     ):
-        super().__init__()
-        store_attr('d_model,lattice_bits,reversible')
-        self.n_bijective_layers = count_bijective(n_layers, n_bijective_layers, bijective_ratio)
-        _check_kind('attention', attention); _check_kind('ffn', ffn)
-        if self.n_bijective_layers==n_layers and 'bijective' in (attention, ffn): raise ValueError(f"attention={attention!r} and ffn={ffn!r} are for the layers behind the bijective ones, and there are none; expected fewer bijective layers")
-        if attention==ffn=='bijective': raise ValueError("attention and ffn are 'bijective' for the layers behind the bijective ones; expected at least one 'standard'")
-        n = self.n_bijective_layers
+        super().__init__(d_model, n_heads, lattice_bits, reversible, time_conditioning)
+        n = count_bijective(n_layers, n_bijective_layers, bijective_ratio)
+        _check_later(n_layers-n, attention, ffn)
+        self.n_bijective_layers = n
+        options = dict(lattice_bits=lattice_bits, dropout=dropout, cond_dim=self.time_dim, **block)
         kinds = [('bijective', 'bijective')]*n + [(attention, ffn)]*(n_layers-n)
-        time_dim = max(8, d_model//4) if time_conditioning else None                  # a scalar needs few features, and every norm has a matrix for them
-        self.time = TimeEmbedding(time_dim) if time_conditioning else None
-        self.blocks = nn.ModuleList(BijectiveTransformerBlock(d_model, n_heads, *k, lattice_bits, dropout=dropout, cond_dim=time_dim, **block) for k in kinds)
+        self.blocks = nn.ModuleList(BijectiveTransformerBlock(d_model, n_heads, *k, **options) for k in kinds)
 
-    @property
-    def is_bijective(self)->bool: return all(b.is_bijective for b in self.blocks)
+# %% ../../nbs/layers/10_block.ipynb #d04636f3
+@patch
+def couplings(self:BijectiveTransformer): # Couplings, BijectiveTransformerBlock each
+    "Return the bijective blocks"
+    return self.blocks[:self.n_bijective_layers]
 
-    def couplings(self)->nn.ModuleList: # Couplings, AdditiveCoupling each
-        "The run of couplings that makes up the bijective layers"
-        return self.blocks[:self.n_bijective_layers]
+@patch
+def _all_couplings(self:BijectiveTransformer):
+    return [*self.couplings(), *self.blocks[self.n_bijective_layers:]]
 
-    @property
-    def state_dim(self)->int: return 2*self.d_model
-    @property
-    def d_head(self)->int: return self.blocks[0].f.mixer.attn.d_head
+@patch
+def _layer_numbers(self:BijectiveTransformer):
+    "Numbers of the bijective and of the standard layers"
+    layers = list(range(len(self.blocks)))
+    return layers[:self.n_bijective_layers],layers[self.n_bijective_layers:]
 
-    def _context(self, x, mask, t): return stack_context(self, x, mask, t)
+@patch
+def _check_invertible(self:BijectiveTransformer):
+    if self.is_bijective: return
+    raise ValueError(f'this stack cannot be inverted: its layers {self._layer_numbers()[1]} are standard and '
+                     'read both streams; choose bijective_ratio=1')
 
-    def forward(self,
-        x:Tensor, # State, (B, L, 2*d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
-        t:Tensor|None=None, # Times, (B,), where the stack is conditioned on them
-    )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,): 0 if all blocks are bijective, else unknown, NaN
-        context,run = self._context(x, mask, t),self.couplings()
-        y = couple_all(run, x, self.reversible, **context)
-        logdet = sum_log_determinants([0. if self.is_bijective else float('nan')], x)
-        return couple_all(self.blocks[self.n_bijective_layers:], y, False, len(run), **context), logdet
-
-    def inverse(self,
-        y:Tensor, # State, (B, L, 2*d_model)
-        mask:Tensor|None=None, # Mask of the forward call, (B, L)
-        t:Tensor|None=None, # Times of the forward call, (B,)
-    )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,)
-        "All blocks backwards"
-        if not self.is_bijective:
-            raise ValueError(f'this stack cannot be inverted: its layers {self._layers()[1]} are standard and read both streams; choose bijective_ratio=1')
-        return uncouple_all(self.couplings(), y, **self._context(y, mask, t)), sum_log_determinants([], y)
-
-    def _layers(self):
-        "Numbers of the bijective and of the standard layers"
-        layers,n = list(range(len(self.blocks))),self.n_bijective_layers
-        return layers[:n],layers[n:]
-
-    def extra_repr(self)->str:
-        bijective,standard = self._layers()
-        return f'bijective layers: {bijective}, standard layers: {standard}, reversible={self.reversible}'
-
-    def set_lattice(self,
-        bits:int|None, # Grid of the states; None for plain floating point
-    ):
-        "Move the stack to another lattice, or off it"
-        for m in (self, *self.blocks, *self.couplings()): m.lattice_bits = bits
-
-    def compile(self, **kwargs):
-        "Compile the two stages of every coupling with torch.compile; keywords go there. With `fullgraph=True` it is an error, and not a change of last bits, when PyTorch's recompile limit is reached"
-        for c in {*self.couplings(), *self.blocks}: c.f.compile(**kwargs)
+@patch
+def extra_repr(self:BijectiveTransformer)->str:
+    bijective,standard = self._layer_numbers()
+    return f'bijective layers: {bijective}, standard layers: {standard}, reversible={self.reversible}'
 
 # %% ../../nbs/layers/10_block.ipynb #36afeafa
 def layer_by_layer(
-    stack, # A `BijectiveTransformer`, or another stack with couplings
+    stack, # A CouplingStack
     x:Tensor, # State, (B, L, state_dim)
     **context, # Keywords of its forward
 ): # Yields state (B, L, state_dim) and log-determinant (B,), nats
-    "The state behind each bijective layer of a stack, and the log-determinant of that layer"
-    context = stack._context(x, **{**dict(mask=None, t=None), **context})
+    "Yield the state after each bijective layer of a stack, and the log-determinant of that layer"
+    context = stack._context(x, **context)
     for c in stack.couplings():
         x,logdet = c(x, **context)
         yield x,logdet
