@@ -9,7 +9,9 @@ __all__ = ['choose_experts', 'balance_term', 'z_term', 'Router', 'chosen_rows', 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #a62ec584
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
+from ..checks import check_number, check_shape
 from .coupling import zero_padding, CouplingNet
 from .reversible import ChunkedUpdate
 from .coupled_experts import check_experts, CouplerMixer, ExpertMixer, ExpertNet
@@ -18,27 +20,27 @@ from .coupled_experts import check_experts, CouplerMixer, ExpertMixer, ExpertNet
 def choose_experts(
     z:Tensor, # Logits of the experts, (..., n)
     k:int, # Number of experts that act
-)->Tensor: # True for the chosen ones, (..., n)
-    "The k largest; the first of equals"
+)->Tensor: # True for the chosen experts, (..., n)
+    "Choose the experts with the k largest logits; of equal ones the first"
     best = z.detach().argsort(dim=-1, descending=True, stable=True)[...,:k]
     return torch.zeros_like(z, dtype=torch.bool).scatter(-1, best, True)
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #a331037b
 def balance_term(
-    z:Tensor, # Logits, (..., n)
-    chosen:Tensor, # Who acts, (..., n); nobody at padding
-)->Tensor: # A number: 1 where all is even, at most n/k
-    "How unevenly the router deals out positions, differentiable in z"
+    z:Tensor, # Logits of the experts, (..., n)
+    chosen:Tensor, # True for the experts that act, (..., n); all False at padding
+)->Tensor: # A number: 1 for equal use of all experts, at most n/k
+    "Compute how unevenly a router uses its experts, differentiable in z"
     real = chosen.any(-1)
     if not real.any(): return z.sum()*0
-    share = chosen[real].to(z.dtype).mean(0)
-    return z.shape[-1]*(share/share.sum()*z[real].softmax(-1).mean(0)).sum()
+    fraction = chosen[real].to(z.dtype).mean(0)
+    return z.shape[-1]*(fraction/fraction.sum()*z[real].softmax(-1).mean(0)).sum()
 
 def z_term(
-    z:Tensor, # Logits, (..., n)
-    chosen:Tensor, # Who acts, (..., n); nobody at padding
+    z:Tensor, # Logits of the experts, (..., n)
+    chosen:Tensor, # True for the experts that act, (..., n); all False at padding
 )->Tensor: # A number
-    "Mean square of the log-partition, differentiable in z"
+    "Compute the mean square of the log-partition, differentiable in z"
     real = chosen.any(-1)
     return z[real].logsumexp(-1).square().mean() if real.any() else z.sum()*0
 
@@ -60,97 +62,124 @@ class _AddGradient(torch.autograd.Function):
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #f8e61136
 class Router(nn.Module):
-    "Chooses k of n experts at each position, and says how strongly each acts"
+    "Chooses k of n experts at each position, with a gate for each of them"
     def __init__(self,
         n_experts:int, # n
         d_model:int, # Width of one stream
         k_active:int, # k
-        number:int, # Under which its choices are kept
+        number:int, # Key of its choices in routes
         balance:float=0., # Weight of the balance term
         z_loss:float=0., # Weight of the z-term
     ):
         super().__init__()
         check_experts(n_experts, k_active)
-        for k,v in dict(balance=balance, z_loss=z_loss).items():
-            if not 0<=v<float('inf'): raise ValueError(f'{k} is {v}; expected a number of at least 0')
-        self.k,self.number,self.weights = k_active,number,(balance, z_loss)
-        self.norm,self.logits = nn.LayerNorm(n_experts*d_model),nn.Linear(n_experts*d_model, n_experts, bias=False)
+        check_number('balance', balance, least=0)
+        check_number('z_loss', z_loss, least=0)
+        self.k = k_active
+        self.number = number
+        self.weights = balance,z_loss
+        self.norm = nn.LayerNorm(n_experts*d_model)
+        self.logits = nn.Linear(n_experts*d_model, n_experts, bias=False)
         nn.init.normal_(self.logits.weight, std=(n_experts*d_model)**-0.5)
 
-    def forward(self,
-        h:Tensor, # Passive streams, (B, L, n*d)
-        mask:Tensor|None=None, # (B, L), True where there is text; nobody acts at padding
-        routes:dict|None=None, # Choices by number: the one that is there is kept to, and a new one is left there
-    )->tuple[Tensor,Tensor]: # Who acts, (B, L, n), and the gates, 0 for the others
-        with torch.autocast(h.device.type, enabled=False): z = self.logits(self.norm(zero_padding(h if h.dtype==torch.float64 else h.float(), mask)))
-        routes = {} if routes is None else routes
-        if self.number not in routes: routes[self.number] = choose_experts(z, self.k) if mask is None else choose_experts(z, self.k) & mask[...,None]
-        chosen = routes[self.number]
-        if chosen.shape!=z.shape: raise ValueError(f'routes[{self.number}] has shape {tuple(chosen.shape)}; expected {tuple(z.shape)}')
-        if self.training and z.requires_grad and any(self.weights): z = _AddGradient.apply(z, chosen, *self.weights)
-        return chosen, torch.where(chosen, 2*z.sigmoid(), 0.)
+# %% ../../nbs/layers/13_sparse_moe.ipynb #9a1e1301
+@patch
+def _full_precision_logits(self:Router, h, mask):
+    "Logits of the experts, (B, L, n), in float32 or float64 under autocast too"
+    with torch.autocast(h.device.type, enabled=False):
+        h = h if h.dtype==torch.float64 else h.float()
+        return self.logits(self.norm(zero_padding(h, mask)))
+
+@patch
+def _choices(self:Router, z, mask, routes):
+    "Choices in `routes`, (B, L, n), where they are added if missing"
+    if self.number not in routes:
+        chosen = choose_experts(z, self.k)
+        routes[self.number] = chosen if mask is None else chosen & mask[...,None]
+    check_shape(f'routes[{self.number}]', routes[self.number], *z.shape)
+    return routes[self.number]
+
+# %% ../../nbs/layers/13_sparse_moe.ipynb #01bff532
+@patch
+def forward(self:Router,
+    h:Tensor, # Passive streams, (B, L, n*d)
+    mask:Tensor|None=None, # Mask, (B, L), False at padding, where no expert acts
+    routes:dict|None=None, # Choices by number of the router: used if present, else added
+)->tuple[Tensor,Tensor]: # True for the experts that act, (B, L, n), and their gates, 0 for the others
+    z = self._full_precision_logits(h, mask)
+    chosen = self._choices(z, mask, {} if routes is None else routes)
+    if self.training and z.requires_grad and any(self.weights):
+        z = _AddGradient.apply(z, chosen, *self.weights)
+    return chosen, torch.where(chosen, 2*z.sigmoid(), 0.)
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #c4e4e972
 def chosen_rows(
-    chosen:Tensor, # (B, L)
-)->tuple[Tensor,Tensor]: # Numbers of positions, (B, R), and True where they are chosen, (B, R)
-    "The chosen positions of each text in order; a text with fewer than R is filled up"
+    chosen:Tensor, # True for the chosen positions, (B, L)
+)->tuple[Tensor,Tensor]: # Numbers of positions, (B, R), and True for the chosen ones among them, (B, R)
+    "List the chosen positions of each sequence in order, filled up with others where there are fewer than R"
     R = max([1, *chosen.sum(1).tolist()])
     rows = (~chosen).int().argsort(dim=1, stable=True)[:,:R]
     return rows, chosen.gather(1, rows)
 
 def scatter_rows(
-    t:Tensor, # (B, R, d)
+    t:Tensor, # Values of the rows, (B, R, d)
     rows:Tensor, # Numbers of positions, (B, R), each once
-    real:Tensor, # Which of them count, (B, R)
-    L:int, # Positions of the text
+    real:Tensor, # True for the rows that count, (B, R)
+    L:int, # Positions of the sequence
 )->Tensor: # (B, L, d), zero elsewhere
-    "Put rows where they belong"
-    return t.new_zeros(len(t), L, t.shape[-1]).scatter(1, rows[...,None].expand_as(t), zero_padding(t, real))
+    "Write rows to their positions"
+    positions = rows[...,None].expand_as(t)
+    return t.new_zeros(len(t), L, t.shape[-1]).scatter(1, positions, zero_padding(t, real))
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #b6e5476b
 class SparseMixer(ExpertMixer):
-    "Mixers of which each updates the positions that chose it"
+    "The mixers of all experts, of which each updates the positions that chose it"
     def __init__(self,
-        mixers, # One BlockMixer per expert
+        mixers, # A BlockMixer per expert
         router:Router, # Router that chooses the experts
     ):
         super().__init__(mixers)
         self.router = router
 
-    def _act(self, mixer, h, chosen, mask, context):
+    def _mix_chosen(self, mixer, h, chosen, mask, context):
+        "Update of one expert, and input of its MLP, (B, L, d) each, zero where it was not chosen"
         rows,real = chosen_rows(chosen)
         return [scatter_rows(t, rows, real, h.shape[1]) for t in mixer(h, mask=mask, rows=rows, **context)]
 
     def forward(self,
         h:Tensor, # Passive streams, (B, L, n*d)
-        mask:Tensor|None=None, # (B, L), True where there is text
-        routes:dict|None=None, # Choices to keep to, or where to leave them
-        **context, # For every mixer
-    )->tuple[Tensor,Tensor]: # Updates (B, L, n*d), and inputs of the MLPs with the gates behind them, (B, L, n*d+n)
+        mask:Tensor|None=None, # Mask, (B, L), False at padding
+        routes:dict|None=None, # Choices by number of the router: used if present, else added
+        **context, # Keywords of every mixer
+    )->tuple[Tensor,Tensor]: # Updates (B, L, n*d), and inputs of the MLPs before the gates, (B, L, n*d+n)
         chosen,gates = self.router(h, mask, routes)
-        a,u = zip(*(self._act(m, p, c, mask, context) for m,p,c in zip(self.experts, self.streams(h), chosen.unbind(-1))))
-        return torch.cat([t*g[...,None] for t,g in zip(a, gates.unbind(-1))], -1), torch.cat([*u, gates], -1)
+        experts = zip(self.experts, self.streams(h), chosen.unbind(-1))
+        a,u = zip(*(self._mix_chosen(mixer, p, c, mask, context) for mixer,p,c in experts))
+        a = [t*g[...,None] for t,g in zip(a, gates.unbind(-1))]
+        return torch.cat(a, -1), torch.cat([*u, gates], -1)
 
-def _with_gates(u, n):
-    "Parts and gates of each expert, and the rows where it acts"
+# %% ../../nbs/layers/13_sparse_moe.ipynb #9a1e1302
+def _split_gated(u, n):
+    "Features (rows, d) and gates (rows, 1) of each expert, and the numbers of the rows where it acts"
     *parts,gates = u.split([(u.shape[-1]-n)//n]*n + [n], -1)
     return [(p, g[:,None], g.detach().nonzero()[:,0]) for p,g in zip(parts, gates.unbind(-1))]
 
-def _at(rows, t, n):
-    "Rows (r, d) where they belong among n, zero elsewhere"
+def _place_rows(rows, t, n):
+    "Write `t`, (r, d), to the given rows of n, zero elsewhere"
     return t.new_zeros(n, t.shape[-1]).index_copy(0, rows, t)
 
 class SparseNet(ExpertNet):
-    "MLPs of which each sees the rows where it acts"
+    "The MLPs of all experts, of which each computes the rows where it acts"
     def forward(self,
         u:Tensor, # Inputs and gates, (rows, n*d+n)
     )->Tensor: # (rows, n*d)
-        return torch.cat([_at(on, f(p[on])*g[on], len(u)) for f,(p,g,on) in zip(self.experts, _with_gates(u, len(self.experts)))], -1)
+        parts = _split_gated(u, len(self.experts))
+        outputs = [_place_rows(on, f(p[on])*g[on], len(u)) for f,(p,g,on) in zip(self.experts, parts)]
+        return torch.cat(outputs, -1)
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #965ede94
 class SparseCouplerMixer(CouplerMixer):
-    "Normalised streams, with the gates of the coupler's own router behind them"
+    "Normalised streams of all experts, followed by the gates of the coupler's own router"
     def __init__(self,
         router:Router, # Router that chooses the experts
         *args, # Arguments of CouplerMixer
@@ -158,37 +187,52 @@ class SparseCouplerMixer(CouplerMixer):
         super().__init__(*args)
         self.router = router
 
-    def forward(self, h:Tensor, mask:Tensor|None=None, cond:Tensor|None=None, routes:dict|None=None, **other)->tuple[Tensor,Tensor]:
+    def forward(self,
+        h:Tensor, # Passive streams, (B, L, n*d)
+        mask:Tensor|None=None, # Mask, (B, L), False at padding
+        cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
+        routes:dict|None=None, # Choices by number of the router: used if present, else added
+        **other, # Context of the blocks of the same stack; ignored
+    )->tuple[Tensor,Tensor]: # Zero (B, L, dim_out), and the input of the MLP before the gates, (B, L, n*d+n)
         zero,u = super().forward(h, mask, cond)
         return zero, torch.cat([u, self.router(h, mask, routes)[1]], -1)
 
+# %% ../../nbs/layers/13_sparse_moe.ipynb #9a1e1303
 class SparseCouplerNet(nn.Module):
-    "The coupler's MLP, of which each row uses the parts of the experts that act there"
+    "The coupler's MLP, in which each row uses the weights of the experts that act there"
     def __init__(self,
         net:CouplingNet, # With two linear layers
         n_experts:int, # n
     ):
         super().__init__()
-        self.net,self.n_experts = net,n_experts
+        self.net = net
+        self.n_experts = n_experts
 
     def forward(self,
         u:Tensor, # Streams and gates, (rows, n*d+n)
     )->Tensor: # (rows, n*d)
         first,*between,last = self.net
-        parts,n = _with_gates(u, self.n_experts),self.n_experts
-        message = first.bias + sum(_at(on, F.linear(p[on], W), len(u)) for W,(p,_,on) in zip(first.weight.chunk(n, 1), parts))
+        parts = _split_gated(u, self.n_experts)
+        weights = first.weight.chunk(self.n_experts, 1)
+        written = [_place_rows(on, F.linear(p[on], W), len(u)) for W,(p,_,on) in zip(weights, parts)]
+        message = first.bias + sum(written)
         for f in between: message = f(message)
-        return torch.cat([_at(on, F.linear(message[on], W, b)*g[on], len(u)) for W,b,(_,g,on) in zip(last.weight.chunk(n), last.bias.chunk(n), parts)], -1)
+        weights = zip(last.weight.chunk(self.n_experts), last.bias.chunk(self.n_experts))
+        read = [_place_rows(on, F.linear(message[on], W, b)*g[on], len(u))
+                for (W,b),(_,g,on) in zip(weights, parts)]
+        return torch.cat(read, -1)
 
+# %% ../../nbs/layers/13_sparse_moe.ipynb #437886cc
 def sparse_coupler_update(
     router:Router, # Router that chooses the experts
     n_experts:int, # n
     d_model:int, # Width of one stream
     hidden:int|None=None, # Width of the message; d_model if None
-    dropout:float=0., # Probability of dropping a feature of it in training
-    cond_dim:int|None=None, # Features of the conditioning vector; None for none
+    dropout:float=0., # Probability of dropping a feature of the message in training
+    cond_dim:int|None=None, # Features of the conditioning vector; unconditional if None
 )->ChunkedUpdate: # From (B, L, n*d) to (B, L, n*d)
-    "What the experts that act tell one another, zero at initialisation"
+    "Return the update of a coupler among the experts that act, zero at initialisation"
     n = n_experts*d_model
     net = CouplingNet(n, d_model if hidden is None else hidden, dropout=dropout)
-    return ChunkedUpdate(SparseCouplerMixer(router, n_experts, d_model, n, cond_dim), SparseCouplerNet(net, n_experts))
+    mixer = SparseCouplerMixer(router, n_experts, d_model, n, cond_dim)
+    return ChunkedUpdate(mixer, SparseCouplerNet(net, n_experts))
