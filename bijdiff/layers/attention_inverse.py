@@ -129,7 +129,7 @@ class CachedAttention(Bijection):
 @patch
 def attention(self:CachedAttention,
     x:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->Tensor: # (B, H, L, L), with rows of the identity at padding
     "Compute the attention weights"
     q,k = (_split_heads(f(x, mask=mask)[0], self.n_heads) for f in (self.q, self.k))
@@ -148,7 +148,7 @@ def _logdet(self:CachedAttention, A, x, dets):
 @patch
 def forward(self:CachedAttention,
     x:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding, which is not changed
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); padding is not changed
     **context, # Ignored
 )->tuple[Tensor,Tensor]: # State (B, L, d_model) and approximate log-determinant (B,), nats
     A = self.attention(x, mask)
@@ -247,7 +247,7 @@ def _logdet(self:FixedPointAttention, x, mask):
 @patch
 def forward(self:FixedPointAttention,
     x:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding, which is not changed
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); padding is not changed
     **context, # Ignored
 )->tuple[Tensor,Tensor]: # State (B, L, d_model) and log-determinant (B,), nats: dense, or an estimate
     return x+self.residual(x, mask), self._logdet(x, mask)
@@ -263,7 +263,7 @@ def _jacobian(self:FixedPointAttention, xi, mask):
 @patch
 def dense_logdet(self:FixedPointAttention,
     x:Tensor, # State, (B, L, d_model), with L*d_model of at most 4,096
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->Tensor: # (B,), nats
     "Return the exact log-determinant, from the dense Jacobian of each example"
     L,D = x.shape[1:]
@@ -284,7 +284,7 @@ def _trace_series(gx, xg, r, n_terms, create_graph):
 @patch
 def estimate_logdet(self:FixedPointAttention,
     x:Tensor, # State, (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->tuple[Tensor,Tensor,float]: # Estimate (B,), its standard error (B,), bound of the truncated terms; nats
     "Estimate the log-determinant by a power series of traces, with random signs"
     gen = torch.Generator().manual_seed(check_seed(self.seed))
@@ -358,7 +358,7 @@ def _context(self:BijectiveMultiHeadAttention, x, mask):
 @patch
 def forward(self:BijectiveMultiHeadAttention,
     x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
     **context, # Ignored
 )->tuple[Tensor,Tensor]: # State, and log-determinant (B,)
     return self.layer(x, **self._context(x, mask))

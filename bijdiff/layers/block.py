@@ -31,7 +31,7 @@ class LocalMixing(nn.Module):
 
     def forward(self,
         x:Tensor, # (B, L, d_model)
-        mask:Tensor|None=None, # Mask, (B, L), False at padding, which counts as 0
+        mask:Tensor|None=None, # True at tokens and False at padding, (B, L); padding counts as 0
     )->Tensor: # (B, L, d_model)
         if not x.shape[1]: return x # A convolution needs at least one position
         h = zero_padding(x, mask).transpose(1, 2)
@@ -85,7 +85,7 @@ class BlockMixer(nn.Module):
 @patch
 def forward(self:BlockMixer,
     h:Tensor, # Input of attention, (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
     cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
     rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
     read:Tensor|None=None, # State that the MLP reads, before the updates of mixing and attention; h if None
@@ -136,7 +136,7 @@ def _stream(kind, x1, x2):
 def update(self:BijectiveTransformerBlock,
     x1:Tensor|None, # Active stream, (B, L, d_model); read by standard parts only
     x2:Tensor, # Passive stream, (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding, where the update is 0
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); the update is 0 there
     cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
     rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
 )->Tensor: # (B, L, d_model)
@@ -252,7 +252,7 @@ def _check_time(self:CouplingStack, t, B):
 @patch
 def _context(self:CouplingStack,
     x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
     t:Tensor|None=None, # Times, (B,)
 )->dict: # Keywords of every coupling: mask, cond (B, cond_dim), rotary
     "Check state, mask and times, and compute what all couplings share"
@@ -307,7 +307,7 @@ def _uncouple(self:CouplingStack, y, context):
 @patch
 def forward(self:CouplingStack,
     x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding, where nothing is added
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); nothing is added there
     t:Tensor|None=None, # Times, (B,), for a stack with time_conditioning
 )->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,); NaN if a layer is standard
     return self._couple(x, self._context(x, mask, t))

@@ -52,7 +52,7 @@ class L2Attention(nn.Module):
 @patch
 def unscaled(self:L2Attention,
     x:Tensor, # (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->Tensor: # (B, L, d_model), 0 at padding
     "Compute attention by distances, before the division by the bound"
     xw = torch.einsum('bld,hde->bhle', x, self.W)
@@ -68,7 +68,7 @@ def unscaled(self:L2Attention,
 @patch
 def forward(self:L2Attention,
     x:Tensor, # (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->Tensor: # (B, L, d_model), with a Lipschitz constant of at most 1
     check_mask(mask, x)
     n = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)

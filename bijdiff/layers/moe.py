@@ -141,7 +141,7 @@ def _check_routes(self:BijectiveMoE, routes):
 @patch
 def _context(self:BijectiveMoE,
     x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
     t:Tensor|None=None, # Times, (B,)
     routes:dict|None=None, # Choices of the routers, by number of the coupling
 )->dict: # Keywords of every coupling; of a sparse mixture with a copy of routes
@@ -157,7 +157,7 @@ def _context(self:BijectiveMoE,
 @patch
 def forward(self:BijectiveMoE,
     x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding, where nothing is added
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); nothing is added there
     t:Tensor|None=None, # Times, (B,), for a mixture with time_conditioning
     routes:dict|None=None, # Choices by number of the coupling, bool (B, L, n_experts); missing ones are added
 )->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,): 0 unless couplers are affine
@@ -221,7 +221,7 @@ def _load_from_state_dict(self:BijectiveMoE, state_dict, prefix, *args):
 # %% ../../nbs/layers/14_moe.ipynb #42ddb0bd
 def route_fractions(
     routes:dict, # Choices, (B, L, n) each, as forward adds them
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->dict: # Fractions of the experts, (n,), by number of the coupling; they sum to k
     "Return the fraction of positions at which each expert acts"
     def fraction(chosen):

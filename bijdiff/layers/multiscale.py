@@ -34,7 +34,7 @@ class ScaleMixer(nn.Module):
 
     def forward(self,
         h:Tensor, # Passive half, (B, L, d_model)
-        mask:Tensor|None=None, # Mask, (B, L), False at padding
+        mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
         cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
         **other, # Context of the blocks of the same stack; ignored
     )->tuple[Tensor,Tensor]: # Zero, and the input of the MLP, (B, L, d_model) each
@@ -102,7 +102,7 @@ def roll_each(
     return x[rows, (torch.arange(L, device=x.device)+by[:,None])%L]
 
 def sequence_start(
-    mask:Tensor, # Mask, (B, L), False at padding
+    mask:Tensor, # True at tokens and False at padding, (B, L)
 )->Tensor: # (B,), 0 for a sequence of padding alone
     "Return the first position of each sequence that is not padding"
     return mask.int().argmax(1)
@@ -153,7 +153,7 @@ def _summaries(self:SegmentContext, u, real):
 @patch
 def forward(self:SegmentContext,
     u:Tensor, # (B, L, d_model)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
 )->Tensor: # (B, L, d_model)
     if not u.shape[1]: return u
     real = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask

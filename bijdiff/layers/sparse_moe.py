@@ -103,7 +103,7 @@ def _choices(self:Router, z, mask, routes):
 @patch
 def forward(self:Router,
     h:Tensor, # Passive streams, (B, L, n*d)
-    mask:Tensor|None=None, # Mask, (B, L), False at padding, where no expert acts
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); no expert acts there
     routes:dict|None=None, # Choices by number of the router: used if present, else added
 )->tuple[Tensor,Tensor]: # True for the experts that act, (B, L, n), and their gates, 0 for the others
     z = self._full_precision_logits(h, mask)
@@ -148,7 +148,7 @@ class SparseMixer(ExpertMixer):
 
     def forward(self,
         h:Tensor, # Passive streams, (B, L, n*d)
-        mask:Tensor|None=None, # Mask, (B, L), False at padding
+        mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
         routes:dict|None=None, # Choices by number of the router: used if present, else added
         **context, # Keywords of every mixer
     )->tuple[Tensor,Tensor]: # Updates (B, L, n*d), and inputs of the MLPs before the gates, (B, L, n*d+n)
@@ -189,7 +189,7 @@ class SparseCouplerMixer(CouplerMixer):
 
     def forward(self,
         h:Tensor, # Passive streams, (B, L, n*d)
-        mask:Tensor|None=None, # Mask, (B, L), False at padding
+        mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
         cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
         routes:dict|None=None, # Choices by number of the router: used if present, else added
         **other, # Context of the blocks of the same stack; ignored
