@@ -9,8 +9,8 @@ __all__ = ['column_widths', 'show_pairs']
 def column_widths(
     rows, # Tuples of texts
     total:int, # Characters of a line, with three between two columns
-)->list[int]:
-    "Widths of columns that fit in a line: the widest are cut first"
+)->list[int]: # Characters of each column
+    "Return widths of columns that fit in a line: the widest are cut first"
     widths = [max(map(len, column)) for column in zip(*rows)]
     while sum(widths)+3*(len(widths)-1) > total and max(widths) > 1:
         widths[widths.index(max(widths))] -= 1
@@ -22,7 +22,7 @@ def show_pairs(
     width:int=88, # Characters of a line, at most
 ):
     "Print texts side by side, one line each"
-    rows = [names, *[[c.replace('\n', '⏎') for c in r] for r in rows]]
+    rows = [names, *[[text.replace('\n', '⏎') for text in row] for row in rows]]
     widths = column_widths(rows, width)
-    for r in rows:
-        print(' │ '.join(c[:w].ljust(w) for c,w in zip(r, widths)).rstrip())
+    for row in rows:
+        print(' │ '.join(text[:w].ljust(w) for text,w in zip(row, widths)).rstrip())

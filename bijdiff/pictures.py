@@ -13,59 +13,77 @@ import torch
 from .data.tokens import MASK_CHAR, Tokenizer
 
 # %% ../nbs/69_pictures.ipynb #cb162649
-def _pick(frames, n):
-    "n frames, evenly spread, first and last among them"
+def _evenly_chosen(frames, n):
+    "Return n evenly spread frames, the first and the last among them"
     n = min(n, len(frames))
     return [frames[round(i*(len(frames)-1)/max(n-1, 1))] for i in range(n)]
 
 def film_strip(
-    frames:list, # From sample, each (n, L)
+    frames:list, # Ids after each step, each (n, L), collected by sample
     tokenizer:Tokenizer, # Tokenizer of the model
-    n:int=6, # Frames shown
-    which:int=0, # Which of the texts
+    n:int=6, # Frames shown, at most
+    which:int=0, # Index of the sequence shown
 )->str: # One frame a line, line breaks shown as ⏎
-    "A text appearing, in text"
-    return '\n'.join(tokenizer.decode(f[which]).replace('\n', '⏎') for f in _pick(frames, n))
+    "Show in text how a sequence appears"
+    return '\n'.join(tokenizer.decode(f[which]).replace('\n', '⏎') for f in _evenly_chosen(frames, n))
+
+def _char_colour(char, is_old):
+    "Return grey for a mask, black for a character of the frame before, red for a new one"
+    if char==MASK_CHAR: return '#cccccc'
+    return 'black' if is_old else '#d62728'
+
+def _draw_char(ax, x, y, char, **kwargs):
+    "Draw a character, centred at a point"
+    ax.text(x, y, char, family='monospace', fontsize=7, ha='center', va='center', **kwargs)
 
 def _draw_frame(ax, new, old, tokenizer, width):
-    "Characters of one frame on a grid, new ones in colour"
+    "Draw the characters of one frame on a grid, new ones in colour"
     for i,(a,b) in enumerate(zip_longest(new.tolist(), old.tolist()[:len(new)])):
-        c = tokenizer.decode([a]).replace('\n', '⏎')
-        color = '#cccccc' if c==MASK_CHAR else 'black' if a==b else '#d62728'
-        ax.text(i%width, -(i//width), c, family='monospace', fontsize=7, color=color, ha='center', va='center')
+        char = tokenizer.decode([a]).replace('\n', '⏎')
+        _draw_char(ax, i%width, -(i//width), char, color=_char_colour(char, a==b))
     ax.set(xlim=(-1, width), ylim=(-math.ceil(len(new)/width)+.4, .6))
     ax.axis('off')
 
 def plot_film_strip(
-    frames:list, # From sample, each (n, L)
+    frames:list, # Ids after each step, each (n, L), collected by sample
     tokenizer:Tokenizer, # Tokenizer of the model, with one character per token
-    n:int=6, # Frames shown
-    which:int=0, # Which of the texts
-    width:int=64, # Characters a line
+    n:int=6, # Frames shown, at most
+    which:int=0, # Index of the sequence shown
+    width:int=64, # Characters of a line
 ):
-    "A text appearing, as a picture; characters new since the frame before are red"
-    picked = [f[which] for f in _pick(frames, n)]
-    rows = math.ceil(max(map(len, picked))/width)
-    fig,axs = plt.subplots(len(picked), 1, figsize=(width*.08, len(picked)*(rows*.16+.1)), squeeze=False)
-    for ax,new,old in zip(axs[:,0], picked, picked[:1]+picked[:-1]): _draw_frame(ax, new, old, tokenizer, width)
+    "Show in a picture how a sequence appears; characters new since the frame before are red"
+    shown = [f[which] for f in _evenly_chosen(frames, n)]
+    n_lines = math.ceil(max(map(len, shown))/width)
+    figsize = width*.08, len(shown)*(n_lines*.16+.1)
+    fig,axs = plt.subplots(len(shown), 1, figsize=figsize, squeeze=False)
+    for ax,new,old in zip(axs[:,0], shown, shown[:1]+shown[:-1]):
+        _draw_frame(ax, new, old, tokenizer, width)
     fig.subplots_adjust(0, 0, 1, 1, hspace=.02)
     return fig
 
 # %% ../nbs/69_pictures.ipynb #fba3fec6
+def _visible(char):
+    "Return a character in a form that can be seen"
+    if char=='\n': return '⏎'
+    return char if char.isprintable() else '·'
+
 def plot_bits(
     chars:list, # Pairs of a character and its bits
     n:int=1200, # Characters shown, at most
-    width:int=80, # Characters a line
+    width:int=80, # Characters of a line
     top:float=8., # Bits of the darkest colour
 ):
-    "The beginning of a text, each character on a background of its bits"
-    chars,cmap = chars[:n],plt.get_cmap('Reds')
-    rows = math.ceil(len(chars)/width)
-    fig,ax = plt.subplots(figsize=(width*.085+1, max(rows*.17+.3, 1)))
-    grid = [b for _,b in chars]+[float('nan')]*(rows*width-len(chars))
-    im = ax.imshow(torch.tensor(grid).view(rows, width).clamp(max=top), cmap=cmap, vmin=0, vmax=top, aspect='auto')
-    for i,(c,b) in enumerate(chars):
-        ax.text(i%width, i//width, '⏎' if c=='\n' else c if c.isprintable() else '·', family='monospace', fontsize=7, ha='center', va='center', color='white' if b>.65*top else 'black', parse_math=False)
+    "Plot the beginning of a text, each character on a background coloured by its bits"
+    chars = chars[:n]
+    n_lines = math.ceil(len(chars)/width)
+    fig,ax = plt.subplots(figsize=(width*.085+1, max(n_lines*.17+.3, 1)))
+    bits = [b for _,b in chars]
+    bits += [float('nan')]*(n_lines*width-len(chars))
+    grid = torch.tensor(bits).view(n_lines, width).clamp(max=top)
+    im = ax.imshow(grid, cmap=plt.get_cmap('Reds'), vmin=0, vmax=top, aspect='auto')
+    for i,(char,b) in enumerate(chars):
+        color = 'white' if b>.65*top else 'black'
+        _draw_char(ax, i%width, i//width, _visible(char), color=color, parse_math=False)
     ax.axis('off')
     fig.colorbar(im, ax=ax, label='bits', pad=.01, fraction=.03)
     return fig

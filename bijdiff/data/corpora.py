@@ -8,56 +8,72 @@ __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'as_text', 'split_text']
 # %% ../../nbs/data/31_corpora.ipynb #5cb31ca0
 import os
 from pathlib import Path
+from ..checks import check, check_number
 
 # %% ../../nbs/data/31_corpora.ipynb #5b64958c
 def pydoc_corpus()->str:
-    "The language reference that comes with the Python interpreter"
+    "Return the language reference that comes with the Python interpreter"
     from pydoc_data.topics import topics
     return '\n\n'.join(topics[k] for k in sorted(topics))
 
 # %% ../../nbs/data/31_corpora.ipynb #1a58c8e0
 def read_text(
-    path, # A file
-    as_bytes:bool=False, # Keep bytes that are no UTF-8, for a byte tokenizer
-)->str:
-    "The text of a file"
+    path, # Path of a text file
+    as_bytes:bool=False, # Keep bytes that are not UTF-8, for a byte tokenizer
+)->str: # Text of the file; bytes that are not UTF-8 as lone surrogates
+    "Read a text file"
     path = Path(path).expanduser()
-    if not os.path.exists(path): raise FileNotFoundError(f'{path} does not exist')          # nor does one with too long a name
-    if path.is_dir(): raise ValueError(f'{path} is a folder; expected a text file')
+    # os.path.exists returns False for a name that is too long, where Path.exists raises an error
+    if not os.path.exists(path): raise FileNotFoundError(f'{path} does not exist')
+    check(not path.is_dir(), 'path', str(path), 'a text file; this is a folder')
     raw = path.read_bytes()
     if as_bytes: return raw.decode('utf-8', 'surrogateescape')
+    advice = 'use the byte tokenizer for binary files'
     try: text = raw.decode('utf-8')
-    except UnicodeDecodeError as e: raise ValueError(f'{path} is no UTF-8 text (byte {e.start} cannot be read); use the byte tokenizer for binary files') from None
-    if '\0' in text: raise ValueError(f'{path} has zero bytes in it, so it is a binary file; use the byte tokenizer')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not UTF-8 text (byte {e.start} cannot be read); {advice}') from None
+    if '\0' in text: raise ValueError(f'{path} has zero bytes; {advice}')
     return text
 
 # %% ../../nbs/data/31_corpora.ipynb #03f087fe
 def _dataset_text(name, config, split, column):
+    "Return the texts of a data set, joined by blank lines"
     from datasets import load_dataset
     try: ds = load_dataset(name, config, split=split)
-    except Exception as e: raise ValueError(f'corpus {name!r} is no file, and loading it as a data set failed: {str(e).splitlines()[0]}') from None
-    if column not in ds.column_names: raise ValueError(f"column is {column!r}; data set {name} has {', '.join(ds.column_names)}")
+    except Exception as e:
+        reason = str(e).partition('\n')[0]
+        raise ValueError(f'corpus {name!r} is not a file, and loading it as a data set failed: {reason}') from None
+    columns = ', '.join(ds.column_names)
+    check(column in ds.column_names, 'column', column, f'a column of data set {name}, which has {columns}')
     texts = list(ds[column])
-    for i,o in enumerate(texts):
-        if not isinstance(o, str): raise ValueError(f'row {i} of column {column!r} of data set {name} is {o!r}; expected a text: choose another column')
+    for i,text in enumerate(texts):
+        if not isinstance(text, str):
+            row = f'row {i} of column {column!r} of data set {name}'
+            raise ValueError(f'{row} is {text!r}; expected a text: choose another column')
     return '\n\n'.join(texts)
 
+def _names_file(name, path):
+    "Return True for the path of a file, and for a name that looks like one and is not a folder"
+    if os.path.isfile(path): return True
+    looks_like_file = path.suffix or str(name).startswith(('/','.','~'))
+    return bool(looks_like_file) and not os.path.isdir(path)
+
 def load_corpus(
-    name:str='pydoc', # pydoc, a text file, or a data set's name or folder
+    name:str='pydoc', # pydoc, the path of a text file, or a data set's name or folder
     config:str|None=None, # Configuration of a data set
     split:str='train', # Split of a data set
     column:str='text', # Column of a data set
-    as_bytes:bool=False, # Keep bytes of a file that are no UTF-8
+    as_bytes:bool=False, # Keep bytes of a file that are not UTF-8, for a byte tokenizer
 )->str:
-    "A corpus by name"
+    "Load a corpus by its name"
     if name=='pydoc': return pydoc_corpus()
     path = Path(name).expanduser()
-    if os.path.isfile(path) or (not os.path.isdir(path) and (path.suffix or str(name).startswith(('/','.','~')))): return read_text(path, as_bytes)
+    if _names_file(name, path): return read_text(path, as_bytes)
     return _dataset_text(str(path), config, split, column)
 
 # %% ../../nbs/data/31_corpora.ipynb #60c88d73
-def _is_file(s):
-    "Whether a string names a file, or looks as if it should"
+def _could_be_file(s):
+    "Return True for a string that names a file, and for one that looks as if it did"
     if any(c in s for c in '\n\0') or len(s.encode(errors='replace'))>250: return False
     return Path(s).is_file() or bool(Path(s).suffix and ' ' not in s)
 
@@ -66,19 +82,21 @@ def as_text(
     tokenizer, # A tokenizer or its kind; for byte, files are read as bytes
 )->str:
     "Return a text that is given as itself or by a name"
-    if not isinstance(corpus, (str, Path)): raise ValueError(f'corpus is of type {type(corpus).__name__}; expected the text itself as a str, or the name or Path of a text file')
+    expected = 'the text itself as a str, or the name or Path of a text file'
+    check(isinstance(corpus, (str, Path)), 'corpus', corpus, expected)
     s = str(corpus)
-    name = isinstance(corpus, Path) or s=='pydoc' or _is_file(s)
-    text = load_corpus(s, as_bytes=getattr(tokenizer, 'kind', tokenizer)=='byte') if name else s
-    if not text: raise ValueError('the corpus is empty; expected a text')
+    is_name = isinstance(corpus, Path) or s=='pydoc' or _could_be_file(s)
+    as_bytes = getattr(tokenizer, 'kind', tokenizer)=='byte'
+    text = load_corpus(s, as_bytes=as_bytes) if is_name else s
+    check(text, 'corpus', corpus, 'a text that is not empty')
     return text
 
 # %% ../../nbs/data/31_corpora.ipynb #d59ea76d
 def split_text(
     text:str, # The corpus
-    valid_pct:float=0.1, # Share held out, at the end
+    valid_pct:float=0.1, # Fraction held out at the end, between 0 and 1
 )->tuple[str,str]: # Training and held-out text
-    "Split by position: the last part is held out"
-    if not 0<valid_pct<1: raise ValueError(f'valid_pct is {valid_pct}; expected a number between 0 and 1')
+    "Split a text by position: the last part is held out"
+    check_number('valid_pct', valid_pct, above=0, below=1)
     n = int(len(text)*(1-valid_pct))
     return text[:n],text[n:]

@@ -20,103 +20,129 @@ from .corpora import as_text, split_text
 
 # %% ../../nbs/data/32_loaders.ipynb #4622c620
 class ChunkDataset:
-    "Non-overlapping pieces of a long text; `shift` moves all cuts"
+    "Non-overlapping chunks of a long sequence; `shift` moves all cuts"
     def __init__(self,
-        ids:Tensor, # (N,)
-        seq_len:int, # Tokens in a piece
-        shiftable:bool=False, # Leave room for shifts of 0 to seq_len-1
+        ids:Tensor, # Ids of the whole sequence, (N,)
+        seq_len:int, # Tokens of a chunk
+        shiftable:bool=False, # Leave room for shifts of 0 to seq_len-1 tokens
         tokenizer:Tokenizer|None=None, # Tokenizer of the ids
     ):
         store_attr()
         self.shift = 0
-    def new_empty(self): return type(self)(self.ids[:0], self.seq_len, self.shiftable, self.tokenizer)          # for learn.export
-    def __len__(self): return max((len(self.ids)-(self.seq_len-1)*self.shiftable)//self.seq_len, 1)
+    def new_empty(self):
+        "Return a data set of the same kind without ids, which `learn.export` saves"
+        return type(self)(self.ids[:0], self.seq_len, self.shiftable, self.tokenizer)
+    def __len__(self):
+        spare = self.seq_len-1 if self.shiftable else 0
+        return max((len(self.ids)-spare)//self.seq_len, 1)
     def __getitem__(self, i):
-        if not 0<=i<len(self): raise IndexError(f'piece {i} of {len(self)}')
-        s = i*self.seq_len + self.shift%(len(self.ids)-len(self)*self.seq_len+1)
-        piece = TokenIds(self.ids[s:s+self.seq_len])
-        return piece,piece
+        if not 0<=i<len(self): raise IndexError(f'i is {i}; expected 0 to {len(self)-1}')
+        n_spare = len(self.ids)-len(self)*self.seq_len
+        start = i*self.seq_len + self.shift%(n_spare+1)
+        chunk = TokenIds(self.ids[start:start+self.seq_len])
+        return chunk,chunk
 
 class TokenIds(TensorBase):
-    "Token ids of a text"
+    "Token ids of a sequence, or of a batch of sequences"
 
 # %% ../../nbs/data/32_loaders.ipynb #24c200f8
 def interleave(
-    idxs:list, # Order of the pieces
-    bs:int, # Pieces in a batch of one process
-    world:int, # Processes
-)->list: # The order of process 0, then that of process 1, ...
-    "Reorder so that contiguous shares are, batch by batch, shares of the batches of one process"
+    idxs:list, # Order of the chunks
+    bs:int, # Chunks in a batch of one process
+    world:int, # Number of processes
+)->list: # Order of process 0, then that of process 1, ...
+    "Reorder so that the contiguous part of each process is, batch by batch, its part of every global batch"
     batches = [idxs[i:i+bs*world] for i in range(0, len(idxs), bs*world)]
-    return [i for r in range(world) for b in batches for i in b[r*len(b)//world:(r+1)*len(b)//world]]
+    order = []
+    for rank in range(world):
+        for batch in batches:
+            order += batch[rank*len(batch)//world:(rank+1)*len(batch)//world]
+    return order
 
 class ChunkDL(TfmdDL):
-    "Batches of pieces, whose cuts move every epoch where they can"
+    "Batches of chunks; if the data set is shiftable, its cuts move every epoch"
     def before_iter(self):
         super().before_iter()
         if self.dataset.shiftable: self.dataset.shift = self.rng.randrange(self.dataset.seq_len)
 
     def get_idxs(self):
-        idxs,world = super().get_idxs(),max(num_distrib(), 1)
+        idxs = super().get_idxs()
         if not self.drop_last: return idxs
-        return interleave(idxs[:len(idxs)//(self.bs*world)*self.bs*world], self.bs, world)
+        world = max(num_distrib(), 1)
+        global_bs = self.bs*world
+        return interleave(idxs[:len(idxs)//global_bs*global_bs], self.bs, world)
 
 # %% ../../nbs/data/32_loaders.ipynb #9ead3480
-def _hint(text):
-    "For a text that may have been meant as a name"
+def _dataset_hint(text):
+    "Return advice for a text that may have been meant as the name of a data set"
     if len(text)>100 or any(c.isspace() for c in text): return ''
     return f'. If {text!r} is the name of a data set, give its text: text_dls(load_corpus({text!r}))'
 
-def _encode(text, tokenizer, seq_len, what, hint):
+def _encode_part(text, tokenizer, seq_len, part, hint):
+    "Encode the training or the held-out part of a corpus"
     ids = torch.tensor(tokenizer.encode(text, replace=True), dtype=torch.long)
-    if len(ids)<seq_len: raise ValueError(f'the {what} part of the corpus has {len(ids)} tokens; expected at least seq_len={seq_len}: take a longer corpus or a smaller seq_len{hint}')
+    if len(ids)<seq_len:
+        found = f'the {part} part of the corpus has {len(ids)} tokens'
+        advice = f'take a longer corpus or a smaller seq_len{hint}'
+        raise ValueError(f'{found}; expected at least seq_len={seq_len}: {advice}')
     return ids
 
-def _warn_unknown(text, tokenizer, what):
-    if missing := tokenizer.unknown(text):
-        some = ', '.join(f'{c!r} ({n}x)' for c,n in missing.most_common(8))
-        warnings.warn(f'{sum(missing.values())} characters of the {what} part ({len(missing)} different) are not in the vocabulary and are replaced by �: {some}')
+def _warn_unknown(text, tokenizer, part):
+    "Warn of characters outside the vocabulary"
+    unknown = tokenizer.unknown(text)
+    if not unknown: return
+    found = f'{sum(unknown.values())} characters of the {part} part ({len(unknown)} different)'
+    some = ', '.join(f'{c!r} ({n}x)' for c,n in unknown.most_common(8))
+    warnings.warn(f'{found} are not in the vocabulary and are replaced by �: {some}')
 
 def text_dls(
     corpus:str, # The text itself, 'pydoc', or the path of a text file
     tokenizer='char', # char, byte, bpe, or a Tokenizer
-    seq_len:int=256, # Tokens in a piece
-    bs:int=32, # Pieces in a batch
-    valid_pct:float=0.1, # Share held out, at the end
-    device=None, # Where batches go; fastai's default device if None
+    seq_len:int=256, # Tokens of a chunk
+    bs:int=32, # Chunks in a batch
+    valid_pct:float=0.1, # Fraction held out at the end, between 0 and 1
+    device=None, # Device of the batches; fastai's default device if None
 )->DataLoaders:
-    "DataLoaders of a text: batches of `TokenIds` (B, seq_len)"
+    "Return DataLoaders of a text, with batches of `TokenIds` (B, seq_len)"
     check_whole('seq_len', seq_len)
     check_whole('bs', bs)
     text = as_text(corpus, tokenizer)
-    train,valid = split_text(text, valid_pct)
-    tok = tokenizer if isinstance(tokenizer, Tokenizer) else get_tokenizer(tokenizer, train)
-    sets = [ChunkDataset(_encode(t, tok, seq_len, w, _hint(text)), seq_len, w=='training', tok) for t,w in ((train,'training'),(valid,'held-out'))]
-    for t,w in ((train,'training'),(valid,'held-out')): _warn_unknown(t, tok, w)
-    dls = DataLoaders(*[ChunkDL(s, bs=bs, shuffle=s.shiftable, drop_last=s.shiftable and len(s)>=bs, num_workers=0, n_inp=1) for s in sets],
-                      device=device or default_device())
-    dls.tokenizer,dls.seq_len,dls.valid_text = tok,seq_len,valid
+    parts = dict(zip(('training', 'held-out'), split_text(text, valid_pct)))
+    tok = tokenizer if isinstance(tokenizer, Tokenizer) else get_tokenizer(tokenizer, parts['training'])
+    ids = {name:_encode_part(part, tok, seq_len, name, _dataset_hint(text)) for name,part in parts.items()}
+    for name,part in parts.items(): _warn_unknown(part, tok, name)
+    train_ds = ChunkDataset(ids['training'], seq_len, True, tok)
+    valid_ds = ChunkDataset(ids['held-out'], seq_len, False, tok)
+    train_dl = ChunkDL(train_ds, bs=bs, shuffle=True, drop_last=len(train_ds)>=bs, num_workers=0, n_inp=1)
+    valid_dl = ChunkDL(valid_ds, bs=bs, num_workers=0, n_inp=1)
+    dls = DataLoaders(train_dl, valid_dl, device=device or default_device())
+    dls.tokenizer = tok
+    dls.seq_len = seq_len
+    dls.valid_text = parts['held-out']
     return dls
 
 # %% ../../nbs/data/32_loaders.ipynb #0264f604
 def noisy_pairs(
     ids:Tensor, # Clean ids, (B, L)
     tokenizer:Tokenizer, # Tokenizer of the ids
-    n:int=6, # Number of texts
+    n:int=6, # Number of sequences, at most
     seed:int=0, # Seed of the noise
-):
-    "Time, noisy text and clean text for some of a batch"
-    x = ids[:n].as_subclass(Tensor).cpu()
-    t = (torch.arange(len(x))+.5)/len(x)
-    xt = Corruption(tokenizer.vocab_size, schedule=HalfCosine())(x, t, torch.Generator().manual_seed(check_seed(seed)))
-    return [(f'{a:.2f}', tokenizer.decode(b), tokenizer.decode(c)) for a,b,c in zip(t.tolist(), xt, x)]
+)->list: # Tuples of time, noisy text and clean text
+    "Corrupt the first sequences of a batch with masks, at evenly spaced times"
+    x0 = ids[:n].as_subclass(Tensor).cpu()
+    t = (torch.arange(len(x0))+.5)/len(x0)
+    corruption = Corruption(tokenizer.vocab_size, schedule=HalfCosine())
+    xt = corruption(x0, t, torch.Generator().manual_seed(check_seed(seed)))
+    decode = tokenizer.decode
+    return [(f'{time:.2f}', decode(noisy), decode(clean)) for time,noisy,clean in zip(t.tolist(), xt, x0)]
 
 # %% ../../nbs/data/32_loaders.ipynb #c542c29d
 @patch
 def show_batch(self:ChunkDL,
-    b=None, # A batch; one is drawn if None
-    max_n:int=6, # Rows
+    b=None, # A batch; one is drawn from the loader if None
+    max_n:int=6, # Number of rows, at most
     **kwargs
 ):
-    "Noisy text beside clean text"
-    show_pairs(noisy_pairs((b or self.one_batch())[0], self.tokenizer, max_n), ('t', 'noisy', 'clean'))
+    "Print noisy texts beside clean ones"
+    if b is None: b = self.one_batch()
+    show_pairs(noisy_pairs(b[0], self.tokenizer, max_n), ('t', 'noisy', 'clean'))

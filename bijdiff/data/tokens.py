@@ -10,12 +10,13 @@ __all__ = ['MASK_CHAR', 'tokenizer_kinds', 'Tokenizer', 'CharTokenizer', 'ByteTo
 from collections import Counter
 import tokenizers
 from fastcore.basics import store_attr
+from ..checks import check, check_one_of
 
 # %% ../../nbs/data/30_tokens.ipynb #f99bb33a
 MASK_CHAR = '░'
 
-def _runs(ids, mask_id):
-    "Cut ids into runs without masks, and single masks"
+def _split_at_masks(ids, mask_id):
+    "Yield runs of ids without masks, and None for each mask between them"
     run = []
     for i in ids:
         if i==mask_id:
@@ -28,22 +29,23 @@ def _runs(ids, mask_id):
 class Tokenizer:
     "Base of the vocabularies: subclasses define `kind`, `vocab_size`, `encode`, `_decode` and `state`"
     def decode(self,
-        ids, # Ids 0..V, a list or a one-dimensional tensor; V is the mask
+        ids, # Ids in 0..V, a list or a one-dimensional tensor; V is the mask
     )->str: # Text, masks as ░
-        "Ids to text"
+        "Turn ids into text"
+        mask_id = self.vocab_size
         ids = [int(i) for i in ids]
-        bad = [i for i in ids if not 0<=i<=self.vocab_size]
-        if bad: raise ValueError(f'token id {bad[0]} is outside the vocabulary; expected 0 to {self.vocab_size} (the mask)')
-        return ''.join(MASK_CHAR if r is None else self._decode(r) for r in _runs(ids, self.vocab_size))
+        wrong = next((i for i in ids if not 0<=i<=mask_id), None)
+        check(wrong is None, 'token id', wrong, f'0 to {mask_id} (the mask)')
+        return ''.join(MASK_CHAR if r is None else self._decode(r) for r in _split_at_masks(ids, mask_id))
 
     def unknown(self,
-        text:str # Any text
-    )->Counter: # Characters it cannot express, with their counts
-        "What of a text is outside the vocabulary"
+        text:str # Text that may have other characters than the vocabulary
+    )->Counter: # Characters outside the vocabulary, with their counts
+        "Count the characters of a text that the vocabulary cannot express"
         return Counter()
 
     def to_dict(self)->dict: return dict(kind=self.kind, **self.state())
-    def __eq__(self, o): return isinstance(o, Tokenizer) and self.to_dict()==o.to_dict()
+    def __eq__(self, other): return isinstance(other, Tokenizer) and self.to_dict()==other.to_dict()
     def __repr__(self): return f'{type(self).__name__}(vocab_size={self.vocab_size})'
 
 # %% ../../nbs/data/30_tokens.ipynb #357d60bf
@@ -51,9 +53,9 @@ class CharTokenizer(Tokenizer):
     "One token per character"
     kind = 'char'
     def __init__(self,
-        chars:str # The characters of the vocabulary, each once
+        chars:str # Characters of the vocabulary, each once
     ):
-        if len(set(chars))!=len(chars) or not chars: raise ValueError(f'chars has {len(chars)} characters, {len(set(chars))} of them different; expected each once, and at least one')
+        check(0<len(chars)==len(set(chars)), 'chars', chars, 'at least one character, and each of them once')
         store_attr()
         self._id = {c:i for i,c in enumerate(chars)}
 
@@ -66,24 +68,32 @@ class CharTokenizer(Tokenizer):
     def _decode(self, ids): return ''.join(self.chars[i] for i in ids)
 
     def encode(self,
-        text:str, # Text
+        text:str, # Text to encode
         replace:bool=False, # Write � for unknown characters, if the vocabulary has it
-    )->list[int]:
-        "Text to ids"
-        unknown = self._id.get('�') if replace else None
-        if unknown is None:
-            for i,c in enumerate(text):
-                if c not in self._id: raise ValueError(f"character {c!r} at position {i} is not in the vocabulary of {self.vocab_size} characters{', which has no � to write for it'*replace}")
-        return [self._id.get(c, unknown) for c in text]
+    )->list[int]: # Ids in 0..V-1
+        "Turn text into ids"
+        replacement = self._id.get('�') if replace else None
+        if replacement is None: self._check_known(text, replace)
+        return [self._id.get(c, replacement) for c in text]
+
+    def _check_known(self, text, replace):
+        "Raise a `ValueError` for the first character that is not in the vocabulary"
+        at = next((i for i,c in enumerate(text) if c not in self._id), None)
+        if at is None: return
+        vocabulary = f'the vocabulary of {self.vocab_size} characters'
+        if replace: vocabulary += ', which has no � to write for it'
+        raise ValueError(f'character {text[at]!r} at position {at} is not in {vocabulary}')
 
 # %% ../../nbs/data/30_tokens.ipynb #77f32fa3
 class ByteTokenizer(Tokenizer):
     "One token per byte of UTF-8"
-    kind,vocab_size = 'byte',256
+    kind = 'byte'
+    vocab_size = 256
     def state(self): return {}
     @classmethod
     def train(cls, text:str): return cls()
-    def encode(self, text:str, replace:bool=False)->list[int]: return list(text.encode('utf-8', 'surrogateescape'))
+    def encode(self, text:str, replace:bool=False)->list[int]:
+        return list(text.encode('utf-8', 'surrogateescape'))
     def _decode(self, ids): return bytes(ids).decode('utf-8', 'replace')
 
 # %% ../../nbs/data/30_tokens.ipynb #c3edf9d8
@@ -99,13 +109,15 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(cls,
         text:str, # Training text
-        vocab_size:int=1024, # Tokens, at least 256
+        vocab_size:int=1024, # Size of the vocabulary, at least 256
     ):
+        "Learn the byte pairs of a text"
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet)
         bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
         return cls(bpe.to_str())
 
@@ -118,20 +130,21 @@ class BPETokenizer(Tokenizer):
 # %% ../../nbs/data/30_tokens.ipynb #7d6fe7f9
 tokenizer_kinds = {c.kind:c for c in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 
-def _kind(name):
-    if name not in tokenizer_kinds: raise ValueError(f"tokenizer is {name!r}; expected one of {', '.join(tokenizer_kinds)}")
-    return tokenizer_kinds[name]
+def _tokenizer_class(kind):
+    "Return the class of a kind of tokenizer"
+    check_one_of('tokenizer', kind, tokenizer_kinds)
+    return tokenizer_kinds[kind]
 
 def get_tokenizer(
     kind:str, # char, byte or bpe
     text:str, # Training text
 )->Tokenizer:
-    "A tokenizer of this kind, trained on a text"
-    return _kind(kind).train(text)
+    "Return a tokenizer of this kind, trained on a text"
+    return _tokenizer_class(kind).train(text)
 
 def tokenizer_from_dict(
-    d:dict # From to_dict
+    d:dict # Plain values, from to_dict
 )->Tokenizer:
-    "The tokenizer a dictionary describes"
+    "Return the tokenizer that a dictionary describes"
     d = dict(d)
-    return _kind(d.pop('kind', None))(**d)
+    return _tokenizer_class(d.pop('kind', None))(**d)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 # %% ../../nbs/diffusion/21_packing.ipynb #3a251935
 class NoisyBatch(NamedTuple):
-    "Corrupted texts, packed to the left, and what a loss needs to know of them"
-    xt:Tensor # Ids 0..V; the mask, V, also fills up behind the end, (B, L)
-    x0:Tensor # Clean ids behind each symbol; 0 behind the end, (B, L)
-    text:Tensor # True up to the end of each text, (B, L)
-    gaps:Tensor # Tokens missing before each symbol, and after the last one, (B, L+1)
-    position:Tensor # Place of each symbol in the clean text; 0 behind the end, (B, L)
+    "Corrupted sequences, packed to the left, and their alignment with the clean ones"
+    xt:Tensor # Corrupted ids in 0..V, (B, L); V is the mask, and also fills a row after its last token
+    x0:Tensor # Clean id of each token of xt, (B, L); 0 after the last token
+    text:Tensor # True up to the last token of each row of xt, (B, L)
+    gaps:Tensor # Number of deleted tokens before each token of xt and after the last one, (B, L+1)
+    position:Tensor # Index of each token of xt in the clean sequence, (B, L); 0 after the last token
     @property
     def lengths(self)->Tensor: return self.text.sum(1)
 
@@ -25,8 +25,8 @@ class NoisyBatch(NamedTuple):
 def pack(
     x:Tensor, # Ids, (B, L)
     surviving:Tensor, # True for surviving tokens, (B, L)
-    fill:int, # Id that fills the rest of a row
-)->Tensor: # Ids, (B, L)
+    fill:int, # Id that fills a row after its last surviving token
+)->Tensor: # Packed ids, (B, L)
     "Move surviving tokens to the left, in order"
     order = (~surviving).to(torch.uint8).argsort(dim=1, stable=True)
     return torch.where(surviving.gather(1, order), x.gather(1, order), fill)
@@ -37,5 +37,7 @@ def count_gaps(
     text:Tensor, # True for tokens of the clean sequence, False for padding, (B, L)
 )->Tensor: # Numbers of missing tokens, (B, L+1)
     "Count the missing tokens before each surviving one, and after the last"
-    gap = surviving.cumsum(1)-surviving.long()
-    return torch.zeros(surviving.shape[0], surviving.shape[1]+1, dtype=torch.long, device=surviving.device).scatter_add_(1, gap, (text&~surviving).long())
+    B,L = surviving.shape
+    n_survivors_before = surviving.cumsum(1)-surviving.long()
+    gaps = torch.zeros(B, L+1, dtype=torch.long, device=surviving.device)
+    return gaps.scatter_add_(1, n_survivors_before, (text&~surviving).long())

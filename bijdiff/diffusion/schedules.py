@@ -11,7 +11,7 @@ import math
 import torch
 from fastcore.basics import store_attr
 from torch import Tensor
-from ..checks import check_T
+from ..checks import check, check_number, check_T
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3c9b7410
 def short_repr(
@@ -24,14 +24,14 @@ def short_repr(
     return f
 
 class Schedule:
-    "How fast tokens are hit: subclasses define `alpha`, its derivative `dalpha` and its inverse `t`"
+    "Amount of noise over time: subclasses define `alpha`, its derivative `dalpha` and its inverse `t`"
     def __init__(self,
-        eps:float=1e-3 # alpha(1), the share of tokens never hit, in [0, 1)
+        eps:float=1e-3 # alpha(1), the fraction of tokens that are never corrupted, in [0, 1)
     ):
-        if not 0<=eps<1: raise ValueError(f'eps is {eps}; expected a number from 0 to below 1')
+        check_number('eps', eps, least=0, below=1)
         self.eps = eps
     __repr__ = short_repr('eps')
-    def __eq__(self, o): return type(o) is type(self) and vars(o)==vars(self)
+    def __eq__(self, other): return type(other) is type(self) and vars(other)==vars(self)
     def __hash__(self): return hash(type(self))
     def alpha(self, t:Tensor)->Tensor: raise NotImplementedError
     def dalpha(self, t:Tensor)->Tensor: raise NotImplementedError
@@ -40,26 +40,26 @@ class Schedule:
     def dsigma(self, t:Tensor)->Tensor: return -self.dalpha(t)/self.alpha(t)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #d179dd52
-class _Squeezed(Schedule):
-    "eps + (1-eps) * a(t), for an a with a(0)=1, a(1)=0 and inverse t_a"
+class _Rescaled(Schedule):
+    "alpha = eps + (1-eps) a(t), for an a from 1 to 0: subclasses define `_a`, its derivative and its inverse"
     def alpha(self, t:Tensor)->Tensor: return self.eps + (1-self.eps)*self._a(t)
     def dalpha(self, t:Tensor)->Tensor: return (1-self.eps)*self._da(t)
     def t(self, alpha:Tensor)->Tensor: return self._t(((alpha-self.eps)/(1-self.eps)).clamp(0, 1))
 
-class LogLinear(_Squeezed):
+class LogLinear(_Rescaled):
     "alpha = 1 - (1-eps) t"
     def _a(self, t): return 1-t
     def _da(self, t): return torch.full_like(t, -1.)
     def _t(self, a): return 1-a
 
-class Polynomial(_Squeezed):
+class Polynomial(_Rescaled):
     "alpha = eps + (1-eps) (1 - t^power)"
     def __init__(self,
-        power:float=2., # Above 0; 1 is log-linear
-        eps:float=1e-3 # alpha(1), in [0, 1)
+        power:float=2., # Exponent of t, above 0; 1 is log-linear
+        eps:float=1e-3 # alpha(1), the fraction of tokens that are never corrupted, in [0, 1)
     ):
         super().__init__(eps)
-        if not 0<power<math.inf: raise ValueError(f'power is {power}; expected a number above 0')
+        check_number('power', power, above=0)
         self.power = power
     __repr__ = short_repr('power,eps')
     def _a(self, t): return 1-t**self.power
@@ -67,34 +67,36 @@ class Polynomial(_Squeezed):
     def _t(self, a): return (1-a)**(1/self.power)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #2c20207a
-_h = math.pi/2
+_half_pi = math.pi/2
 
-class Cosine(_Squeezed):
+class Cosine(_Rescaled):
     "alpha = eps + (1-eps) (1 - cos(pi/2 (1-t)))"
-    def _a(self, t): return 1-torch.cos(_h*(1-t))
-    def _da(self, t): return -_h*torch.sin(_h*(1-t))
-    def _t(self, a): return 1-torch.acos(1-a)/_h
+    def _a(self, t): return 1-torch.cos(_half_pi*(1-t))
+    def _da(self, t): return -_half_pi*torch.sin(_half_pi*(1-t))
+    def _t(self, a): return 1-torch.acos(1-a)/_half_pi
 
-class HalfCosine(_Squeezed):
+class HalfCosine(_Rescaled):
     "alpha = eps + (1-eps) cos(pi/2 t)"
-    def _a(self, t): return torch.cos(_h*t)
-    def _da(self, t): return -_h*torch.sin(_h*t)
-    def _t(self, a): return torch.acos(a)/_h
+    def _a(self, t): return torch.cos(_half_pi*t)
+    def _da(self, t): return -_half_pi*torch.sin(_half_pi*t)
+    def _t(self, a): return torch.acos(a)/_half_pi
 
-class CosineSquared(_Squeezed):
+class CosineSquared(_Rescaled):
     "alpha = eps + (1-eps) cos(pi/2 t)^2"
-    def _a(self, t): return torch.cos(_h*t)**2
-    def _da(self, t): return -_h*torch.sin(2*_h*t)
-    def _t(self, a): return torch.acos(a.sqrt())/_h
+    def _a(self, t): return torch.cos(_half_pi*t)**2
+    def _da(self, t): return -_half_pi*torch.sin(2*_half_pi*t)
+    def _t(self, a): return torch.acos(a.sqrt())/_half_pi
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #60e7a33b
 class Geometric(Schedule):
     "alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t"
     def __init__(self,
-        sigma_min:float=1e-3, # Total noise at t=0
-        sigma_max:float=20., # Total noise at t=1
+        sigma_min:float=1e-3, # Total noise sigma at t=0, above 0
+        sigma_max:float=20., # Total noise sigma at t=1, above sigma_min
     ):
-        if not 0<sigma_min<sigma_max: raise ValueError(f'sigma_min is {sigma_min} and sigma_max is {sigma_max}; expected 0 < sigma_min < sigma_max')
+        check_number('sigma_min', sigma_min, above=0)
+        check_number('sigma_max', sigma_max)
+        check(sigma_min<sigma_max, 'sigma_max', sigma_max, f'a number above sigma_min={sigma_min}')
         store_attr()
         self._log_ratio = math.log(sigma_max/sigma_min)
     __repr__ = short_repr('sigma_min,sigma_max')
@@ -102,39 +104,47 @@ class Geometric(Schedule):
     def dsigma(self, t:Tensor)->Tensor: return self.sigma(t)*self._log_ratio
     def alpha(self, t:Tensor)->Tensor: return torch.exp(-self.sigma(t))
     def dalpha(self, t:Tensor)->Tensor: return -self.dsigma(t)*self.alpha(t)
-    def t(self, alpha:Tensor)->Tensor: return ((-alpha.log()/self.sigma_min).log()/self._log_ratio).clamp(0, 1)
+    def t(self, alpha:Tensor)->Tensor:
+        log_sigma_ratio = (-alpha.log()/self.sigma_min).log()
+        return (log_sigma_ratio/self._log_ratio).clamp(0, 1)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3ad7d219
-schedules = dict(log_linear=LogLinear, cosine=Cosine, half_cosine=HalfCosine, cosine_squared=CosineSquared, polynomial=Polynomial, geometric=Geometric)
+schedules = dict(
+    log_linear=LogLinear, cosine=Cosine, half_cosine=HalfCosine, cosine_squared=CosineSquared,
+    polynomial=Polynomial, geometric=Geometric)
 
 def get_schedule(
-    name:str|Schedule, # log_linear, cosine, half_cosine, cosine_squared, polynomial or geometric; a Schedule stays what it is
-    **numbers # Numbers for the constructor of the schedule; the defaults where not given
+    name:str|Schedule, # A key of schedules, such as cosine, or a Schedule, which is returned as it is
+    **numbers # Arguments of the constructor of the schedule, such as eps
 )->Schedule:
-    "A schedule, by name or as such"
+    "Return a schedule that is given by its name or as such"
     if isinstance(name, Schedule):
-        if numbers: raise ValueError(f"{', '.join(numbers)} given beside {name}, which has its own; expected one or the other")
+        check(not numbers, 'numbers', numbers, 'no numbers beside a Schedule, which has its own')
         return name
-    if not isinstance(name, str) or name not in schedules: raise ValueError(f"schedule is {name!r}; expected one of {', '.join(schedules)}, or a Schedule")
+    is_known = isinstance(name, str) and name in schedules
+    check(is_known, 'schedule', name, f"one of {', '.join(schedules)}, or a Schedule")
     return schedules[name](**numbers)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #b5c71210
 def schedule_to_dict(
     s:Schedule, # Schedule of one of the six kinds
 )->dict: # Name and numbers of the schedule
-    "A schedule in plain values, for `get_schedule(**values)`"
+    "Return a schedule in plain values, for `get_schedule(**values)`"
     name = next((k for k,v in schedules.items() if v is type(s)), None)
-    if name is None: raise ValueError(f"schedule is {s}; a model can only be saved with one of {', '.join(schedules)}")
-    return dict(name=name, **{k:getattr(s, k) for k in ('eps','power','sigma_min','sigma_max') if hasattr(s, k)})
+    if name is None:
+        raise ValueError(f"schedule is {s}; a model can only be saved with one of {', '.join(schedules)}")
+    numbers = {k:getattr(s, k) for k in ('eps','power','sigma_min','sigma_max') if hasattr(s, k)}
+    return dict(name=name, **numbers)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #267271ec
 def low_discrepancy_times(
     n:int, # Number of times
-    T:int|None=None, # Round up to multiples of 1/T
-    generator:torch.Generator|None=None, # Source of randomness
-)->Tensor: # (n,), float64, each uniform on [0, 1), or on {1/T, ..., 1}
-    "Evenly spread times with one random offset"
+    T:int|None=None, # Number of steps: times are rounded up to multiples of 1/T; continuous if None
+    generator:torch.Generator|None=None, # Source of the random offset; PyTorch's default generator if None
+)->Tensor: # Times, (n,), float64, each uniform on [0, 1), or on {1/T, ..., 1}
+    "Return evenly spread times with one random offset"
     check_T(T)
-    u = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device if generator else 'cpu')
-    t = (u + torch.arange(n, dtype=torch.float64, device=u.device)/n) % 1
+    device = generator.device if generator else 'cpu'
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+    t = (offset + torch.arange(n, dtype=torch.float64, device=device)/n) % 1
     return t if T is None else ((t*T).floor()+1)/T
