@@ -42,7 +42,8 @@ def _dataset_text(name, config, split, column):
     try: ds = load_dataset(name, config, split=split)
     except Exception as e:
         reason = str(e).partition('\n')[0]
-        raise ValueError(f'corpus {name!r} is not a file, and loading it as a data set failed: {reason}') from None
+        message = f'corpus {name!r} is not a file, and loading it as a data set failed: {reason}'
+        raise ValueError(message) from None
     columns = ', '.join(ds.column_names)
     check(column in ds.column_names, 'column', column, f'a column of data set {name}, which has {columns}')
     texts = list(ds[column])
