@@ -40,3 +40,17 @@ def random_context(B, L, masked=False, timed=False):
 def storage_bytes(tensors):
     "Sizes in bytes of the storages of tensors, by their addresses"
     return {t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for t in tensors}
+
+# noise and losses
+
+def float64(*values):
+    "Return a tensor of these numbers"
+    return torch.tensor(values, dtype=torch.float64)
+
+def seeded_generator(seed):
+    "Return a generator of random numbers with this seed"
+    return torch.Generator().manual_seed(seed)
+
+def derivative(f, t, d=1e-4):
+    "Return f'(t) by the five-point formula (8 (f(t+d)-f(t-d)) - f(t+2d) + f(t-2d)) / 12d"
+    return (8*(f(t+d)-f(t-d))-f(t+2*d)+f(t-2*d))/(12*d)

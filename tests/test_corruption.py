@@ -1,317 +1,608 @@
-"""The noise before judges that share no code with it: counts against closed forms, texts put together again, Kolmogorov's equation by another integrator, Bayes' rule with matrices."""
+"""The noise against references that share no code with it: counts of samples against closed forms, sequences
+put together again, Kolmogorov's equation by another integrator, Bayes' rule with matrices."""
 import math
 from functools import lru_cache
+from typing import Callable, NamedTuple
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import solve_ivp
-from scipy.stats import norm
+from scipy.stats import chisquare, kstest, norm
+from helpers import derivative, float64, seeded_generator
 from bijdiff.diffusion import corruption
 from bijdiff.diffusion.schedules import Cosine, CosineSquared, Geometric, get_schedule, HalfCosine, LogLinear
 from bijdiff.diffusion.schedules import low_discrepancy_times, Polynomial, schedules
-from bijdiff.diffusion.packing import count_gaps, pack
+from bijdiff.diffusion.packing import count_gaps, NoisyBatch, pack
 from bijdiff.diffusion.corruption import Corruption, corruption_from_dict, GIDDCorruption
 
-V,h = 3,math.pi/2
-# schedule: alpha by hand, from 1 at t=0 (but for the geometric one)
-ALPHA = {'log_linear':(LogLinear(), lambda t: 1-.999*t), 'log_linear, eps 0':(LogLinear(0.), lambda t: 1-t), 'polynomial':(Polynomial(3., .01), lambda t: .01+.99*(1-t**3)), 'cosine':(Cosine(), lambda t: 1-.999*math.cos(h*(1-t))),
-         'half_cosine':(HalfCosine(), lambda t: .001+.999*math.cos(h*t)), 'cosine_squared':(CosineSquared(), lambda t: .001+.999*math.cos(h*t)**2), 'geometric':(Geometric(.01, 8.), lambda t: math.exp(-.01*800**t))}
-SHARES = dict(mask=(1,0,0), uniform=(0,1,0), hybrid=(8,2,0), mask_delete=(1,0,1), mostly_delete=(1,0,9), all_three=(.5,.2,.3), delete=(0,0,1), uniform_delete=(0,2,3))
+V = 3
 KINDS = 'mask','substitute','delete'
-# noise: (the noise, its schedules by hand); GIDD: (p_uniform, gamma)
-NOISES = {f'{k}, {n}':(Corruption(V, *c, schedule=s), [a]*3) for k,c in SHARES.items() for n,(s,a) in ALPHA.items()} | {
-    f'own schedules, {k}':(Corruption(V, *SHARES[k], schedule={o:ALPHA[n][0] for o,n in zip(KINDS, names)}), [ALPHA[n][1] for n in names])
-    for k,names in {'hybrid':('cosine','log_linear','cosine'), 'mask_delete':('half_cosine','cosine','log_linear'), 'all_three':('cosine','half_cosine','log_linear'), 'uniform_delete':('cosine','polynomial','geometric')}.items()} | {
-    f'gidd {p} {gamma}':(GIDDCorruption(V, p, gamma), (p, gamma)) for p,gamma in ((.1, 1.), (.3, 2.), (.6, .5))}
-noises = pytest.mark.parametrize('name', NOISES)
+half_pi = math.pi/2
 
-def state_probs(name, t):
-    "Kept, masked, substituted and deleted, by hand"
-    c,how = NOISES[name]
-    if isinstance(how, tuple):
-        p,gamma = how
-        odds = p/(1-p)*2**gamma*(t*(1-t))**(gamma/2)
-        return np.array([1-t, t, odds, 0.])/(1+odds)
-    shares = np.array(SHARES[name.replace('own schedules, ', '').split(',')[0]])
-    hit = shares/shares.sum()*[1-a(t) for a in how]
-    return np.array([1-hit.sum(), *hit])
+# Schedules: alpha by hand, 1 at t=0 but for the geometric one
+
+class ScheduleByHand(NamedTuple):
+    "A schedule, and its alpha as a function of a number"
+    schedule:object
+    alpha:Callable
+
+SCHEDULES = {
+    'log_linear': ScheduleByHand(LogLinear(), lambda t: 1-.999*t),
+    'log_linear, eps 0': ScheduleByHand(LogLinear(0.), lambda t: 1-t),
+    'polynomial': ScheduleByHand(Polynomial(3., .01), lambda t: .01+.99*(1-t**3)),
+    'cosine': ScheduleByHand(Cosine(), lambda t: 1-.999*math.cos(half_pi*(1-t))),
+    'half_cosine': ScheduleByHand(HalfCosine(), lambda t: .001+.999*math.cos(half_pi*t)),
+    'cosine_squared': ScheduleByHand(CosineSquared(), lambda t: .001+.999*math.cos(half_pi*t)**2),
+    'geometric': ScheduleByHand(Geometric(.01, 8.), lambda t: math.exp(-.01*800**t)),
+}
+
+def central_difference(f, t, d=1e-6):
+    "f'(t) as (f(t+d)-f(t-d)) / 2d"
+    return (f(t+d)-f(t-d))/(2*d)
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_schedules_by_hand(name):
+    s,alpha_by_hand = SCHEDULES[name]
+    t = torch.linspace(.001, .999, 97, dtype=torch.float64)
+    alpha = float64(*[alpha_by_hand(o) for o in t.tolist()])
+    dalpha = float64(*[central_difference(alpha_by_hand, o) for o in t.tolist()])
+    cases = [
+        (s.alpha(t), alpha, 1e-12),
+        (s.dalpha(t), dalpha, 1e-7),
+        (s.sigma(t), -alpha.log(), 1e-9),
+        (s.dsigma(t)*alpha, -dalpha, 1e-7),
+        (s.t(alpha), t, 1e-7),
+        (s.alpha(t.float()), alpha, 1e-5),
+    ]
+    for got,expected,tolerance in cases:
+        assert got.shape==t.shape
+        assert (got-expected).abs().max()<tolerance
+    assert s.alpha(t.float()).dtype==torch.float32
+    assert (s.alpha(t).diff()<0).all()
+
+# Noises: probabilities of the four states by hand
+
+class NoiseByHand(NamedTuple):
+    "A noise, and the probabilities of kept, masked, substituted and deleted as a function of a number"
+    corruption:Corruption
+    state_probs:Callable
+
+def weighted_probs(weights, alphas):
+    "State probabilities w_k (1-alpha_k(t)) of the kinds of noise, for normalised weights w; the rest is kept"
+    weights = np.array(weights)
+    def state_probs(t):
+        corrupted = weights/weights.sum()*[1-alpha(t) for alpha in alphas]
+        return np.array([1-corrupted.sum(), *corrupted])
+    return state_probs
+
+def gidd_probs(p_uniform, gamma):
+    "State probabilities (1-t, t, c, 0)/(1+c) of GIDD, for c = p/(1-p) 2^gamma (t(1-t))^(gamma/2)"
+    def state_probs(t):
+        c = p_uniform/(1-p_uniform)*2**gamma*(t*(1-t))**(gamma/2)
+        return np.array([1-t, t, c, 0.])/(1+c)
+    return state_probs
+
+WEIGHTS = dict( # of masking, substitution and deletion
+    mask=(1,0,0),
+    uniform=(0,1,0),
+    hybrid=(8,2,0),
+    mask_delete=(1,0,1),
+    mostly_delete=(1,0,9),
+    all_three=(.5,.2,.3),
+    delete=(0,0,1),
+    uniform_delete=(0,2,3),
+)
+OWN_SCHEDULES = dict( # of masking, substitution and deletion
+    hybrid=('cosine','log_linear','cosine'),
+    mask_delete=('half_cosine','cosine','log_linear'),
+    all_three=('cosine','half_cosine','log_linear'),
+    uniform_delete=('cosine','polynomial','geometric'),
+)
+GIDD = (.1, 1.),(.3, 2.),(.6, .5) # p_uniform and gamma
+
+def common_schedule(weights, schedule, alpha):
+    "A noise whose kinds follow one schedule"
+    return NoiseByHand(Corruption(V, *weights, schedule=schedule), weighted_probs(weights, [alpha]*3))
+
+def own_schedules(weights, names):
+    "A noise whose kinds follow schedules of their own"
+    schedule = {kind:SCHEDULES[name].schedule for kind,name in zip(KINDS, names)}
+    alphas = [SCHEDULES[name].alpha for name in names]
+    return NoiseByHand(Corruption(V, *weights, schedule=schedule), weighted_probs(weights, alphas))
+
+def all_noises():
+    "Every noise by its name"
+    noises = {}
+    for kind,weights in WEIGHTS.items():
+        for name,by_hand in SCHEDULES.items():
+            noises[f'{kind}, {name}'] = common_schedule(weights, *by_hand)
+    for kind,names in OWN_SCHEDULES.items():
+        noises[f'own schedules, {kind}'] = own_schedules(WEIGHTS[kind], names)
+    for p,gamma in GIDD:
+        noises[f'gidd {p} {gamma}'] = NoiseByHand(GIDDCorruption(V, p, gamma), gidd_probs(p, gamma))
+    return noises
+
+NOISES = all_noises()
+each_noise = pytest.mark.parametrize('name', NOISES)
 
 def marginals(name, t):
-    "What each clean token has become, (V, V+2)"
-    k,m,u,d = state_probs(name, t)
-    return np.hstack([k*np.eye(V)+u/V, np.full((V, 1), m), np.full((V, 1), d)])
+    "Distributions q(z|x) of what each clean token x has become: kept [z=x] + substituted/V, masked, deleted"
+    kept,masked,substituted,deleted = NOISES[name].state_probs(t)
+    tokens = kept*np.eye(V)+substituted/V
+    return np.hstack([tokens, np.full((V, 1), masked), np.full((V, 1), deleted)])
 
-def at(*t): return torch.tensor(t, dtype=torch.float64)
-def seeded(seed): return torch.Generator().manual_seed(seed)
+@each_noise
+def test_state_probabilities_by_hand(name):
+    c,by_hand = NOISES[name]
+    ts = .01, .2, .5, .8, .99
+    probs = torch.stack(c.state_probs(float64(*ts)), 1)
+    assert np.abs(probs.numpy()-[by_hand(t) for t in ts]).max()<1e-12
+    assert (probs.sum(1)-1).abs().max()<1e-12
+    rates = torch.stack(c.state_prob_rates(float64(*ts)), 1)
+    assert np.abs(rates.numpy()-[central_difference(by_hand, t) for t in ts]).max()<1e-6
+    assert rates.sum(1).abs().max()<1e-9
+    every_token = torch.arange(V).expand(len(ts), V)
+    q = c.marginals(every_token, float64(*ts)).numpy()
+    assert np.abs(q-[marginals(name, t) for t in ts]).max()<1e-12
 
-# Schedules
-@pytest.mark.parametrize('name', ALPHA)
-def test_schedules_by_hand(name):
-    s,a = ALPHA[name]
-    t = torch.linspace(.001, .999, 97, dtype=torch.float64)
-    each,d = lambda f: torch.tensor([f(o) for o in t.tolist()], dtype=torch.float64),1e-6
-    slope = each(lambda o: (a(o+d)-a(o-d))/(2*d))
-    for got,want,tol in ((s.alpha(t), each(a), 1e-12), (s.dalpha(t), slope, 1e-7), (s.sigma(t), -each(a).log(), 1e-9), (s.dsigma(t)*each(a), -slope, 1e-7), (s.t(each(a)), t, 1e-7), (s.alpha(t.float()), each(a), 1e-5)):
-        assert got.shape==t.shape and (got-want).abs().max()<tol
-    assert s.alpha(t.float()).dtype==torch.float32 and (s.alpha(t).diff()<0).all()
+def test_each_kind_follows_its_own_schedule():
+    "A kind without a schedule of its own follows the cosine one"
+    c = Corruption(V, 1, 1, 2, dict(mask=LogLinear(0.), delete=Polynomial(3., 0.)))
+    t = float64(.3, .6)
+    expected = torch.stack([t/4, (1-Cosine().alpha(t))/4, t**3/2])
+    assert torch.allclose(torch.stack(c.state_probs(t)[1:]), expected, atol=1e-12)
 
-@noises
-def test_masses_by_hand(name):
-    c,ts = NOISES[name][0],(.01, .2, .5, .8, .99)
-    got,d = torch.stack(c.state_probs(at(*ts)), 1),torch.stack(c.state_prob_rates(at(*ts)), 1)
-    assert np.abs(got.numpy()-[state_probs(name, t) for t in ts]).max()<1e-12 and (got.sum(1)-1).abs().max()<1e-12 and d.sum(1).abs().max()<1e-9
-    assert np.abs(d.numpy()-[(state_probs(name, t+1e-6)-state_probs(name, t-1e-6))/2e-6 for t in ts]).max()<1e-6
-    assert np.abs(c.marginals(torch.arange(V)[None].expand(5, V), at(*ts)).numpy()-[marginals(name, t) for t in ts]).max()<1e-12
-
-def test_schedules_per_kind():
-    "Each kind follows its own; one that is not given is the cosine one; one without a share does not matter"
-    c,t = Corruption(V, 1, 1, 2, dict(mask=LogLinear(0.), delete=Polynomial(3., 0.))),at(.3, .6)
-    assert torch.allclose(torch.stack(c.state_probs(t)[1:]), torch.stack([t/4, (1-Cosine().alpha(t))/4, t**3/2]), atol=1e-12)
-    a,b = (Corruption(V, 1, 1, 0, dict(mask=LogLinear(), delete=o)) for o in (Geometric(), Cosine()))
+def test_the_schedule_of_a_kind_without_weight_does_not_matter():
+    t = float64(.3, .6)
+    a,b = (Corruption(V, 1, 1, 0, dict(mask=LogLinear(), delete=s)) for s in (Geometric(), Cosine()))
     assert all(torch.equal(x, y) for x,y in zip(a.state_probs(t), b.state_probs(t)))
-    one,three = Corruption(V, 1, 1, 1, LogLinear()),Corruption(V, 1, 1, 1, dict.fromkeys(KINDS, LogLinear()))
-    assert all(torch.allclose(x, y) for x,y in zip(one.state_probs(t)+one.event_rates(t), three.state_probs(t)+three.event_rates(t)))
-    assert Corruption(V, 2, 1, 1).weights==dict(mask=.5, substitute=.25, delete=.25) and Corruption(V).masks_only and not Corruption(V).deletes and Corruption(V, 1, 0, 1e-9).deletes
 
-# Counts
-TIMES,N = (.05, .3, .7, .95),20_000                                                      # tokens of each kind and time
-def counts(c, t, seed=0):
-    "How often each clean token (row) became each symbol or was deleted, and how often both of two neighbours were hit in the same way, with the number of pairs"
-    x0 = torch.arange(V).repeat_interleave(2).repeat(N//2)[None]                               # 0 0 1 1 2 2 ...
-    n = c.corrupt(x0, at(t), seeded(seed))
-    z = torch.full_like(x0, V+1)[0]
-    m = int(n.lengths[0])
-    z[n.position[0,:m]] = n.xt[0,:m]
-    assert torch.equal(n.x0[0,:m], x0[0,n.position[0,:m]])
-    table = torch.zeros(V, V+2).index_put_((x0[0], z), torch.ones(V*N), accumulate=True).numpy()
-    pairs = [((z[0::2]==o)&(z[1::2]==o)).sum().item() for o in (V, V+1)]
-    return table, pairs, len(z)//2
+def test_three_equal_schedules_are_one():
+    t = float64(.3, .6)
+    one = Corruption(V, 1, 1, 1, LogLinear())
+    three = Corruption(V, 1, 1, 1, dict.fromkeys(KINDS, LogLinear()))
+    assert all(torch.allclose(x, y) for x,y in zip(one.state_probs(t), three.state_probs(t)))
+    assert all(torch.allclose(x, y) for x,y in zip(one.event_rates(t), three.event_rates(t)))
 
-def z_scores(name, c, t, seed=0):
-    "Standard scores of all counts; what is impossible must not happen"
-    table,pairs,n = counts(c, t, seed)
-    q,(k,m,u,d) = marginals(name, t),state_probs(name, t)
-    got,of,want = np.array([*table.ravel(), *pairs]),np.array([N]*q.size+[n, n]),np.array([*q.ravel(), m*m, d*d])
-    sure = (want<1e-12)|(want>1-1e-12)
-    assert (got[sure]==(of*want)[sure].round()).all(), 'impossible'
-    return ((got-of*want)[~sure]/np.sqrt(of*want*(1-want))[~sure])
+def test_weights_are_normalised():
+    assert Corruption(V, 2, 1, 1).weights==dict(mask=.5, substitute=.25, delete=.25)
+    assert Corruption(V).masks_only
+    assert not Corruption(V).deletes
+    assert Corruption(V, 1, 0, 1e-9).deletes
 
-TESTS = len(NOISES)*len(TIMES)*(V*(V+2)+2)
-def judge_counts(name, c=None):
-    "A z-test of every frequency, at the level of one in a thousand for all tests of all noises together (Bonferroni)"
-    worst = max(np.abs(z_scores(name, c or NOISES[name][0], t, i)).max(initial=0.) for i,t in enumerate(TIMES))
-    assert worst<norm.isf(1e-3/2/TESTS), f'{worst:.1f} standard errors off'
-@noises
-def test_frequencies_are_the_masses(name): judge_counts(name)
+# Frequencies of samples
 
-FAULTS = {'a little less time':('all_three, log_linear', lambda z: lambda x0, m, V, g: z(x0, type(m)(m.kept+.02*(1-m.kept), *(.98*o for o in m[1:])), V, g)), 'masks and substitutes change places':('hybrid, cosine', lambda z: lambda x0, m, V, g: z(x0, type(m)(m.kept, m.substitute, m.mask, m.delete), V, g)),
-          'one token is never drawn':('uniform, log_linear', lambda z: lambda x0, m, V, g: torch.where((o := z(x0, m, V, g))==V-1, x0, o)), 'neighbours share their fate':('mask_delete, cosine', lambda z: lambda x0, m, V, g: torch.where((o := z(x0[:,::2], m, V, g).repeat_interleave(2, 1))<V, x0, o)),
-          'shifted by one':('hybrid, log_linear', lambda z: lambda x0, m, V, g: z(x0.roll(1, 1), m, V, g))}
-@pytest.mark.parametrize('fault', FAULTS)
-def test_the_z_test_refuses(fault, monkeypatch):
-    name,spoil = FAULTS[fault]
-    monkeypatch.setattr(corruption, '_draw', spoil(corruption._draw))
-    with pytest.raises(AssertionError, match='standard errors off|impossible'): judge_counts(name)
+DELETED = V+1 # the symbol of a deleted token
+TIMES = .05, .3, .7, .95
+N = 20_000 # tokens of each kind at each time
+N_TESTS = len(NOISES)*len(TIMES)*(V*(V+2)+2)
+
+def corrupted_tokens(c, t, seed):
+    "Tokens 0 0 1 1 2 2 0 0 ..., N of each, and what each has become at time t"
+    x0 = torch.arange(V).repeat_interleave(2).repeat(N//2)
+    noisy = c.corrupt(x0[None], float64(t), seeded_generator(seed))
+    n_left = int(noisy.lengths[0])
+    position = noisy.position[0,:n_left]
+    assert torch.equal(noisy.x0[0,:n_left], x0[position])
+    z = torch.full_like(x0, DELETED)
+    z[position] = noisy.xt[0,:n_left]
+    return x0,z
+
+def z_scores(name, c, t, seed):
+    """Standard scores (k-np)/sqrt(np(1-p)) of all frequencies k of a sample
+
+    Counted are the symbols that each clean token has become, and pairs of neighbours that are both masked or
+    both deleted, of probability p^2 if tokens are independent. Frequencies of probability 0 and 1 must be exact.
+    """
+    x0,z = corrupted_tokens(c, t, seed)
+    table = torch.zeros(V, V+2).index_put_((x0, z), torch.ones(V*N), accumulate=True).numpy()
+    pairs = [((z[0::2]==symbol)&(z[1::2]==symbol)).sum().item() for symbol in (V, DELETED)]
+    _,masked,_,deleted = NOISES[name].state_probs(t)
+    k = np.array([*table.ravel(), *pairs])
+    n = np.array([N]*table.size+[len(z)//2]*2)
+    p = np.array([*marginals(name, t).ravel(), masked**2, deleted**2])
+    certain = (p<1e-12)|(p>1-1e-12)
+    assert (k[certain]==(n*p)[certain].round()).all(), 'impossible'
+    return ((k-n*p)[~certain]/np.sqrt(n*p*(1-p))[~certain])
+
+def assert_frequencies(name):
+    "A z-test of every frequency, at the level of 1/1000 for all tests of all noises together (Bonferroni)"
+    c = NOISES[name].corruption
+    worst = max(np.abs(z_scores(name, c, t, seed)).max(initial=0.) for seed,t in enumerate(TIMES))
+    assert worst<norm.isf(1e-3/2/N_TESTS), f'{worst:.1f} standard errors off'
+
+@each_noise
+def test_frequencies_are_the_state_probabilities(name): assert_frequencies(name)
+
+# Planted faults: wrong versions of draw(x0, state_probs, vocab_size, generator), which draws all symbols
+
+def too_little_noise(draw):
+    "All noise is 2% less likely"
+    def wrong(x0, p, V, g):
+        kept = p.kept+.02*(1-p.kept)
+        return draw(x0, type(p)(kept, *[.98*o for o in p[1:]]), V, g)
+    return wrong
+
+def masks_for_substitutes(draw):
+    "Masks and substitutes change places"
+    return lambda x0, p, V, g: draw(x0, p._replace(mask=p.substitute, substitute=p.mask), V, g)
+
+def last_token_never_drawn(draw):
+    "The clean token takes the place of token V-1"
+    def wrong(x0, p, V, g):
+        z = draw(x0, p, V, g)
+        return torch.where(z==V-1, x0, z)
+    return wrong
+
+def dependent_neighbours(draw):
+    "Two neighbours are masked or deleted together"
+    def wrong(x0, p, V, g):
+        z = draw(x0[:,::2], p, V, g).repeat_interleave(2, 1)
+        return torch.where(z<V, x0, z)
+    return wrong
+
+def shifted_tokens(draw):
+    "Clean tokens are shifted by one"
+    return lambda x0, p, V, g: draw(x0.roll(1, 1), p, V, g)
+
+FAULTS = {
+    too_little_noise: 'all_three, log_linear',
+    masks_for_substitutes: 'hybrid, cosine',
+    last_token_never_drawn: 'uniform, log_linear',
+    dependent_neighbours: 'mask_delete, cosine',
+    shifted_tokens: 'hybrid, log_linear',
+}
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda f: f.__name__)
+def test_frequencies_show_a_fault(fault, monkeypatch):
+    monkeypatch.setattr(corruption, '_draw', fault(corruption._draw))
+    with pytest.raises(AssertionError, match='standard errors off|impossible'):
+        assert_frequencies(FAULTS[fault])
 
 # Alignment and gaps
-def slow_gaps(position, n):
-    "From the positions of what is left: how many are missing before each, and after the last"
-    out,last = [],-1
-    for p in position: out.append(p-last-1); last = p
-    return out+[n-1-last]
 
-def judge_texts(c, x0, lengths, n):
-    "Every text, symbol by symbol, with nothing but lists"
+def slow_gaps(positions, n):
+    "Numbers of tokens missing before each of these positions of n, and after the last"
+    return [b-a-1 for a,b in zip([-1, *positions], [*positions, n])]
+
+def put_together(left, gaps, missing):
+    "Put tokens that are left and missing ones together, gap by gap"
+    missing = iter(missing)
+    sequence = []
+    for gap,token in zip(gaps, [*left, None]):
+        sequence += [next(missing) for _ in range(gap)]
+        if token is not None: sequence.append(token)
+    return sequence
+
+def assert_possible(c, symbol, token):
+    "Assert that a noise can turn a token into a symbol"
+    if symbol==c.mask_id: assert c.weights['mask'], 'a mask without a weight'
+    elif c.weights['substitute']: assert 0<=symbol<c.vocab_size, 'not a token'
+    else: assert symbol==token, 'neither kept nor masked'
+
+def assert_row_aligned(c, clean, row, n_left):
+    "Assert that a row of a noisy batch, as lists, fits the clean sequence"
+    padding = len(row.xt)-n_left
+    position,x0,xt = row.position[:n_left],row.x0[:n_left],row.xt[:n_left]
+    assert row.text==[True]*n_left+[False]*padding
+    assert row.xt[n_left:]==[c.mask_id]*padding
+    assert row.x0[n_left:]==[0]*padding
+    assert row.position[n_left:]==[0]*padding
+    assert position==sorted(set(position)), 'out of order'
+    assert all(0<=p<len(clean) for p in position)
+    assert row.gaps==slow_gaps(position, len(clean))+[0]*padding
+    assert sum(row.gaps)+n_left==len(clean), 'tokens are lost'
+    assert c.deletes or n_left==len(clean), 'deleted without a weight'
+    missing = [token for i,token in enumerate(clean) if i not in set(position)]
+    assert put_together(x0, row.gaps, missing)==clean
+    for symbol,token in zip(xt, x0): assert_possible(c, symbol, token)
+
+def assert_aligned(c, x0, lengths, noisy):
+    "Assert that a noisy batch fits the clean one, token by token"
     B,L = x0.shape
-    assert all(o.shape==(B, L) for o in (n.xt, n.x0, n.text, n.position)) and n.gaps.shape==(B, L+1) and n.text.dtype==torch.bool
-    for clean,N,xt,back,text,gaps,position,m in zip(x0.tolist(), lengths.tolist(), *(o.tolist() for o in n), n.lengths.tolist()):
-        position_,clean = position[:m],clean[:N]
-        assert text==[True]*m+[False]*(L-m) and set(xt[m:])<={c.mask_id} and set(back[m:])|set(position[m:])<={0}, 'behind the end'
-        assert all(a<b for a,b in zip(position_, position_[1:])) and all(0<=p<N for p in position_), 'in order'
-        assert gaps==slow_gaps(position_, N)+[0]*(L-m), 'gaps'
-        assert sum(gaps)+m==N and (c.deletes or m==N), 'nothing is lost'
-        rebuilt,missing = [],[o for i,o in enumerate(clean) if i not in set(position_)]
-        for g,token in zip(gaps, back[:m]+[None]): rebuilt += [missing.pop(0) for _ in range(g)]+[token]*(token is not None)
-        assert rebuilt==clean, 'put together again'
-        for z,token in zip(xt, back[:m]):
-            if z==c.mask_id: assert c.weights['mask'], 'no masks without a share'
-            elif not c.weights['substitute']: assert z==token, 'kept or masked'
-            else: assert 0<=z<c.vocab_size, 'a token'
+    assert all(o.shape==(B, L) for o in (noisy.xt, noisy.x0, noisy.text, noisy.position))
+    assert noisy.gaps.shape==(B, L+1)
+    assert noisy.text.dtype==torch.bool
+    rows = zip(*(o.tolist() for o in noisy))
+    for clean,n,row,n_left in zip(x0.tolist(), lengths.tolist(), rows, noisy.lengths.tolist()):
+        assert_row_aligned(c, clean[:n], NoisyBatch(*row), n_left)
 
-share = st.sampled_from([0., 0., .1, 1., 3.])
+any_weight = st.sampled_from([0., 0., .1, 1., 3.])
 @st.composite
-def some_noise(draw):
-    V,shares = draw(st.integers(1, 7)),draw(st.tuples(share, share, share).filter(any))
+def any_noise(draw):
+    "A noise with weights, schedules and a vocabulary of any kind"
+    V = draw(st.integers(1, 7))
+    mask_substitute_delete = draw(st.tuples(any_weight, any_weight, any_weight).filter(any))
     if draw(st.integers(0, 7))==0: return GIDDCorruption(V, draw(st.floats(.05, .9)), draw(st.floats(.2, 2.)))
-    s = st.sampled_from(sorted(schedules)).map(get_schedule)
-    return Corruption(V, *shares, schedule=draw(st.one_of(s, st.fixed_dictionaries({k:s for k in KINDS}))))
+    schedule = st.sampled_from(sorted(schedules)).map(get_schedule)
+    own = st.fixed_dictionaries({kind:schedule for kind in KINDS})
+    return Corruption(V, *mask_substitute_delete, schedule=draw(st.one_of(schedule, own)))
 
-texts = dict(L=st.integers(0, 24), seed=st.integers(0, 2**32), ragged=st.booleans())
-def some_texts(c, L, seed, ragged, B):
-    g = seeded(seed)
-    x0,t,lengths = torch.randint(0, c.vocab_size, (B, L), generator=g),torch.rand(B, generator=g, dtype=torch.float64),torch.randint(0, L+1, (B,), generator=g) if ragged else torch.full((B,), L)
+def random_batch(c, L, seed, ragged, B):
+    "B sequences of L tokens, or of 0 to L if ragged, their lengths, and a noisy batch at times from 0 to 1"
+    g = seeded_generator(seed)
+    x0 = torch.randint(0, c.vocab_size, (B, L), generator=g)
+    t = torch.rand(B, generator=g, dtype=torch.float64)
+    lengths = torch.randint(0, L+1, (B,), generator=g) if ragged else torch.full((B,), L)
     t[0],t[-1] = 0,1
     return x0, lengths, c.corrupt(x0, t, g, lengths if ragged else None)
+batches = dict(L=st.integers(0, 24), seed=st.integers(0, 2**32), ragged=st.booleans())
 
 @settings(max_examples=100, deadline=None)
-@given(c=some_noise(), **texts)
-def test_texts_can_be_put_together_again(c, L, seed, ragged): judge_texts(c, *some_texts(c, L, seed, ragged, 100))       # 10,000 texts
+@given(c=any_noise(), **batches)
+def test_sequences_can_be_put_together_again(c, L, seed, ragged):
+    assert_aligned(c, *random_batch(c, L, seed, ragged, B=100))
 
 @settings(max_examples=200, deadline=None)
 @given(surviving=st.lists(st.booleans(), max_size=12), n=st.integers(0, 12))
 def test_packing_and_gaps(surviving, n):
-    L = len(surviving); n = min(n, L); surviving = [a and i<n for i,a in enumerate(surviving)]
-    left,mask = [i for i in range(L) if surviving[i]],torch.tensor([surviving], dtype=torch.bool).view(1, L)
-    assert pack(torch.arange(L)[None], mask, 99).tolist()==[left+[99]*(L-len(left))]
-    assert count_gaps(mask, torch.arange(L)[None]<n).tolist()==[slow_gaps(left, n)+[0]*(L-len(left))]
+    L = len(surviving)
+    n = min(n, L)
+    left = [i for i in range(n) if surviving[i]]
+    mask = torch.tensor([[i in left for i in range(L)]], dtype=torch.bool).view(1, L)
+    padding = L-len(left)
+    assert pack(torch.arange(L)[None], mask, 99).tolist()==[left+[99]*padding]
+    assert count_gaps(mask, torch.arange(L)[None]<n).tolist()==[slow_gaps(left, n)+[0]*padding]
 
-@pytest.mark.parametrize('spoil', ['gaps', 'position', 'x0', 'xt', 'text'])
-def test_the_judge_of_texts_refuses(spoil):
+WRONG_FIELDS = dict(
+    gaps=lambda o: o.roll(1),
+    position=lambda o: o.roll(1),
+    x0=lambda o: (o+1)%5,
+    xt=lambda o: (o+1)%6,
+    text=lambda o: o.roll(1),
+)
+@pytest.mark.parametrize('field', WRONG_FIELDS)
+def test_a_wrong_alignment_is_seen(field):
     c = Corruption(5, 1, 0, 1, schedule=LogLinear())
-    x0,lengths,n = some_texts(c, 20, 0, True, 50)
-    judge_texts(c, x0, lengths, n)
-    i = int(((n.lengths>2)&(n.lengths<lengths)).nonzero()[0])                                # something is left, and something missing
-    wrong = getattr(n, spoil).clone()
-    wrong[i] = dict(gaps=wrong[i].roll(1), position=wrong[i].roll(1), x0=(wrong[i]+1)%5, xt=(wrong[i]+1)%6, text=wrong[i].roll(1))[spoil]
-    with pytest.raises(AssertionError): judge_texts(c, x0, lengths, n._replace(**{spoil:wrong}))
+    x0,lengths,noisy = random_batch(c, 20, 0, True, 50)
+    assert_aligned(c, x0, lengths, noisy)
+    some_left_and_some_missing = (noisy.lengths>2)&(noisy.lengths<lengths)
+    i = int(some_left_and_some_missing.nonzero()[0])
+    wrong = getattr(noisy, field).clone()
+    wrong[i] = WRONG_FIELDS[field](wrong[i])
+    with pytest.raises(AssertionError): assert_aligned(c, x0, lengths, noisy._replace(**{field:wrong}))
+
+# Seeds and files
 
 @settings(max_examples=50, deadline=None)
-@given(c=some_noise(), **texts)
-def test_seeds_fix_everything(c, L, seed, ragged):
-    a = some_texts(c, L, seed, ragged, 8)[2]
-    torch.rand(1)                                                                            # the global generator plays no part
-    assert all(torch.equal(x, y) for x,y in zip(a, some_texts(c, L, seed, ragged, 8)[2]))
-    d = corruption_from_dict(c.vocab_size, c.to_dict())
-    assert all(torch.allclose(x, y, atol=1e-12) for x,y in zip(d.state_probs(at(.2, .7)), c.state_probs(at(.2, .7)))) and type(d) is type(c) and d.T==c.T
+@given(c=any_noise(), **batches)
+def test_a_seed_fixes_a_batch(c, L, seed, ragged):
+    "Whatever the state of the global generator"
+    noisy = random_batch(c, L, seed, ragged, 8)[2]
+    torch.rand(1)
+    assert all(torch.equal(a, b) for a,b in zip(noisy, random_batch(c, L, seed, ragged, 8)[2]))
 
-def test_other_seeds_give_other_texts():
-    c,x0,t = Corruption(9, 1, 1, 1),torch.zeros(4, 50, dtype=torch.long),at(.2, .4, .6, .8)
-    assert not torch.equal(c(x0, t, seeded(0)), c(x0, t, seeded(1)))
-    def default(s): torch.manual_seed(s); return c(x0, t)
-    assert torch.equal(default(0), default(0)) and not torch.equal(default(0), default(1))
-    kept = x0.clone(); assert torch.equal(c(x0, t, seeded(0)), c.corrupt(x0, t, seeded(0)).xt) and torch.equal(x0, kept)
+@settings(max_examples=50, deadline=None)
+@given(c=any_noise())
+def test_a_noise_comes_back_from_plain_values(c):
+    d = corruption_from_dict(c.vocab_size, c.to_dict())
+    assert type(d) is type(c)
+    assert d.T==c.T
+    t = float64(.2, .7)
+    assert all(torch.allclose(a, b, atol=1e-12) for a,b in zip(d.state_probs(t), c.state_probs(t)))
+
+def test_other_seeds_give_other_sequences():
+    c = Corruption(9, 1, 1, 1)
+    x0 = torch.zeros(4, 50, dtype=torch.long)
+    t = float64(.2, .4, .6, .8)
+    def by_default_generator(seed):
+        torch.manual_seed(seed)
+        return c(x0, t)
+    assert not torch.equal(c(x0, t, seeded_generator(0)), c(x0, t, seeded_generator(1)))
+    assert torch.equal(by_default_generator(0), by_default_generator(0))
+    assert not torch.equal(by_default_generator(0), by_default_generator(1))
+
+def test_a_call_gives_the_ids_of_a_corrupted_batch_and_leaves_its_input():
+    c = Corruption(9, 1, 1, 1)
+    x0 = torch.zeros(4, 50, dtype=torch.long)
+    before = x0.clone()
+    t = float64(.2, .4, .6, .8)
+    assert torch.equal(c(x0, t, seeded_generator(0)), c.corrupt(x0, t, seeded_generator(0)).xt)
+    assert torch.equal(x0, before)
 
 # The process
-def slope(f, t, d=1e-4): return (8*(f(t+d)-f(t-d))-f(t+2*d)+f(t-2*d))/(12*d)
-@noises
-def test_generator_has_the_marginals(name):
-    "Kolmogorov's equation with masses by hand; rates are rates; only masks vanish, where there are any; nothing depends on which token it is"
-    c = NOISES[name][0]
+
+@each_noise
+def test_the_generator_has_the_marginals(name):
+    "Kolmogorov's equation q' = qQ, for q by hand"
+    c = NOISES[name].corruption
     for t in (.1, .4, .8):
-        Q = c.generator(at(t))[0].numpy()
-        assert np.abs(slope(lambda s: marginals(name, s), t)-marginals(name, t)@Q).max()<1e-7
-        assert np.abs(Q.sum(1)).max()<1e-9 and (Q-np.diag(np.diag(Q))>=-1e-12).all() and not Q[V+1].any()
-        assert not Q[:V,V+1].any() if c.weights['mask'] else not Q[:V,V].any()
-        swap = [1, 0, *range(2, V+2)]
-        assert np.allclose(Q, Q[swap][:,swap])
+        Q = c.generator(float64(t))[0].numpy()
+        dq = derivative(lambda s: marginals(name, s), t)
+        assert np.abs(dq-marginals(name, t)@Q).max()<1e-7
+
+@each_noise
+def test_the_generator_is_one(name):
+    """Rows sum to 0, other rates are not negative, nothing leaves the deleted state
+
+    Where there are masks, only masks are deleted. Tokens 0 and 1 may change places.
+    """
+    c = NOISES[name].corruption
+    for t in (.1, .4, .8):
+        Q = c.generator(float64(t))[0].numpy()
+        assert np.abs(Q.sum(1)).max()<1e-9
+        assert (Q-np.diag(np.diag(Q))>=-1e-12).all()
+        assert not Q[DELETED].any()
+        assert not Q[:V, DELETED if c.weights['mask'] else V].any()
+        swapped = [1, 0, *range(2, V+2)]
+        assert np.allclose(Q, Q[swapped][:,swapped])
 
 @settings(max_examples=150, deadline=None)
-@given(c=some_noise(), t=st.floats(1e-4, 1-1e-4))
-def test_rates_are_never_negative(c, t): assert all((r>=-1e-9).all() and r.isfinite().all() for r in c.event_rates(at(t)))
+@given(c=any_noise(), t=st.floats(1e-4, 1-1e-4))
+def test_rates_are_never_negative(c, t):
+    for rate in c.event_rates(float64(t)):
+        assert (rate>=-1e-9).all()
+        assert rate.isfinite().all()
 
 @pytest.mark.parametrize('gamma', [2.5, 4.])
-def test_gidd_whose_rates_would_be_negative_is_an_error(gamma):
-    "Above gamma=2 the share of substitution falls faster than redraws can make it fall"
+def test_gidd_whose_rates_would_be_negative_is_rejected(gamma):
+    "Above gamma=2 the probability of substitution falls faster than resampling can make it fall"
     with pytest.raises(ValueError, match='gamma'): GIDDCorruption(V, .2, gamma)
 
 @lru_cache(None)
 def integrated(name, s, t):
-    "Kolmogorov's forward equation by scipy"
-    c = NOISES[name][0]
-    f = lambda a, P: (P.reshape(V+2, V+2)@c.generator(at(a))[0].numpy()).ravel()
-    return solve_ivp(f, (s, t), np.eye(V+2).ravel(), method='DOP853', rtol=1e-9, atol=1e-12).y[:,-1].reshape(V+2, V+2)
+    "Transition probabilities from s to t, (V+2, V+2), as the solution of P' = PQ by SciPy"
+    c = NOISES[name].corruption
+    def dP(time, P): return (P.reshape(V+2, V+2)@c.generator(float64(time))[0].numpy()).ravel()
+    solution = solve_ivp(dP, (s, t), np.eye(V+2).ravel(), method='DOP853', rtol=1e-9, atol=1e-12)
+    return solution.y[:,-1].reshape(V+2, V+2)
 
-INTERVALS = (.1, .5), (.3, .6), (.6, .95)
-@noises
-def test_transition_is_the_integral_of_the_generator(name):
-    c = NOISES[name][0]
+INTERVALS = (.1, .5),(.3, .6),(.6, .95)
+@each_noise
+def test_the_transition_is_the_integral_of_the_generator(name):
+    c = NOISES[name].corruption
     for s,t in INTERVALS:
-        got = c.transition(at(s), at(t))[0].numpy()
-        assert np.abs(got-integrated(name, s, t)).max()<(3e-4 if c.deletes else 1e-7), (s, t)
-        assert np.abs(got.sum(1)-1).max()<1e-12 and np.abs(marginals(name, s)@got-marginals(name, t)).max()<(3e-4 if c.deletes else 1e-9)
-    assert np.abs(c.transition(at(.4), at(.4))[0].numpy()-np.eye(V+2)).max()<1e-12
+        P = c.transition(float64(s), float64(t))[0].numpy()
+        assert np.abs(P-integrated(name, s, t)).max()<(3e-4 if c.deletes else 1e-7), (s, t)
+        assert np.abs(P.sum(1)-1).max()<1e-12
+        assert np.abs(marginals(name, s)@P-marginals(name, t)).max()<(3e-4 if c.deletes else 1e-9)
+    assert np.abs(c.transition(float64(.4), float64(.4))[0].numpy()-np.eye(V+2)).max()<1e-12
 
-@noises
+@each_noise
 def test_transitions_are_probabilities(name):
-    "Up to the ends of time; and what the events cannot do has probability 0"
-    c,last = NOISES[name][0],1-1e-9 if 'eps 0' in name or 'gidd' in name else 1.
+    "Up to the ends of time; impossible transitions have probability 0"
+    c = NOISES[name].corruption
+    substitutes = c.weights['substitute'] or 'gidd' in name
+    last = 1-1e-9 if 'eps 0' in name or 'gidd' in name else 1.
     for s,t in ((0., .5), (.2, .3), (.5, last), (.9, last), (0., last)):
-        P = c.transition(at(s), at(t))[0]
-        assert P.isfinite().all() and P.min()>-1e-9 and (P.sum(1)-1).abs().max()<1e-9, (s, t, P.min())
-        if not c.weights['substitute'] and 'gidd' not in name: assert (P[:V,:V]-torch.diag(P.diag()[:V])).abs().max()<1e-9 and P[V,:V].abs().max()<1e-9, (s, t, 'no token becomes another one')
-        if not c.weights['mask']: assert P[:V,V].abs().max()<1e-9, (s, t, 'no masks')
+        P = c.transition(float64(s), float64(t))[0]
+        assert P.isfinite().all(), (s, t)
+        assert P.min()>-1e-9, (s, t)
+        assert (P.sum(1)-1).abs().max()<1e-9, (s, t)
+        if not substitutes:
+            assert (P[:V,:V]-torch.diag(P.diag()[:V])).abs().max()<1e-9, (s, t, 'a token becomes another one')
+            assert P[V,:V].abs().max()<1e-9, (s, t, 'a mask becomes a token')
+        if not c.weights['mask']: assert P[:V,V].abs().max()<1e-9, (s, t, 'a token becomes a mask')
 
-@noises
-def test_reverse_posterior_is_bayes_rule(name):
-    "For one-hot and for soft distributions of the clean token, and every symbol it may have become"
-    c,g = NOISES[name][0],np.random.default_rng(0)
-    probs = np.concatenate([np.eye(V), g.dirichlet(np.ones(V), 3)])
+@each_noise
+def test_the_reverse_posterior_is_bayes_rule(name):
+    """q(z_s | z_t) = q(z_s) P(z_t | z_s) / q(z_t), for one-hot and for soft distributions of the clean token
+
+    Symbols z_t that are impossible are left out.
+    """
+    c,by_hand = NOISES[name]
+    soft = np.random.default_rng(0).dirichlet(np.ones(V), 3)
+    probs = np.concatenate([np.eye(V), soft])
     for s,t in INTERVALS:
-        P,prior = integrated(name, s, t)[:V+1,:V+1],(probs@marginals(name, s))[:,:V+1]
-        symbols = [z for z in range(V+1) if state_probs(name, t)[1]>0 or z<V]
-        joint = prior[:,:,None]*P                                                              # (clean, at s, at t)
-        want = (joint/joint.sum(1, keepdims=True).clip(1e-300)).transpose(0, 2, 1)[:,symbols]
-        n,one = len(symbols),torch.ones(len(probs), dtype=torch.float64)
-        got = c.reverse_posterior(torch.tensor(probs)[:,None].expand(-1, n, -1), torch.tensor(symbols).expand(len(probs), n), s*one, t*one)
-        ok = joint.sum(1)[:,symbols]>1e-9                                                      # of what is possible
-        assert np.abs(got.numpy()-want)[ok].max()<(2e-3 if c.deletes else 1e-7), (s, t)
-        assert np.abs(got.numpy().sum(-1)-1)[ok].max()<1e-9
+        q_s = (probs@marginals(name, s))[:,:V+1]
+        joint = q_s[:,:,None]*integrated(name, s, t)[:V+1,:V+1] # (clean, at s, at t)
+        masked = by_hand(t)[1]
+        symbols = [*range(V), V] if masked>0 else [*range(V)]
+        expected = (joint/joint.sum(1, keepdims=True).clip(1e-300)).transpose(0, 2, 1)[:,symbols]
+        possible = joint.sum(1)[:,symbols]>1e-9
+        n = len(probs)
+        p = torch.tensor(probs)[:,None].expand(-1, len(symbols), -1)
+        xt = torch.tensor(symbols).expand(n, len(symbols))
+        got = c.reverse_posterior(p, xt, float64(*[s]*n), float64(*[t]*n)).numpy()
+        assert np.abs(got-expected)[possible].max()<(2e-3 if c.deletes else 1e-7), (s, t)
+        assert np.abs(got.sum(-1)-1)[possible].max()<1e-9
 
-@pytest.mark.parametrize('name', [k for k,(c,_) in NOISES.items() if not c.weights['substitute']])
+@pytest.mark.parametrize('name', [k for k,o in NOISES.items() if not o.corruption.weights['substitute']])
 def test_a_token_that_can_only_have_been_kept_was_kept(name):
-    "Without substitution what stands at t stood at s, whatever the network thinks; also from t=1"
-    c = NOISES[name][0]
+    "Without substitution a token at t was the same token at s, whatever the network predicts; also from t=1"
+    c = NOISES[name].corruption
+    xt = torch.arange(V)[None]
+    p = float64(.2, .3, .5).expand(1, V, V)
     for s,t in (*INTERVALS, (.5, .999), (.5, 1.), (.99, 1.)):
-        if t==1 and 'eps 0' in name: continue                                                  # no tokens are left
-        z = torch.arange(V)[None]
-        got = c.reverse_posterior(torch.tensor([[.2, .3, .5]], dtype=torch.float64).expand(1, V, V), z, at(s), at(t))[0]
+        no_tokens_left = t==1 and 'eps 0' in name
+        if no_tokens_left: continue
+        got = c.reverse_posterior(p, xt, float64(s), float64(t))[0]
         assert (got-torch.eye(V, V+1)).abs().max()<1e-6, (s, t, got)
 
-@pytest.mark.parametrize('name', ['uniform, cosine', 'gidd 0.1 1.0', 'all_three, log_linear', 'mask_delete, cosine'])
-def test_reverse_posterior_is_what_a_simulation_counts(name):
-    "A million copies of a token, hit event by event in small steps of the rates"
-    c,g,n,s,t,steps = NOISES[name][0],np.random.default_rng(1),10**6,.3,.6,400
-    pairs = np.diag(g.multinomial(n, marginals(name, s)[1]))                                # how many were what at s, and are what now
+def simulated_pairs(name, s, t, n, steps=400):
+    "Counts of (symbol at s, symbol at t) for n copies of token 1, which follow the rates in small steps"
+    c = NOISES[name].corruption
+    g = np.random.default_rng(1)
+    dt = (t-s)/steps
+    pairs = np.diag(g.multinomial(n, marginals(name, s)[1]))
     for i in range(steps):
-        step = np.eye(V+2)+c.generator(at(s+(t-s)*(i+.5)/steps))[0].numpy()*(t-s)/steps
-        pairs = np.stack([sum(g.multinomial(k, p) for k,p in zip(row, step)) for row in pairs])
-    for now,m in enumerate(pairs.sum(0)[:V+1]):
-        if not m: continue
-        q = c.reverse_posterior(torch.eye(V, dtype=torch.float64)[1].expand(1, 1, V), torch.tensor([[now]]), at(s), at(t))[0,0].numpy()
-        assert (np.abs(pairs[:V+1,now]/m-q)<=5*np.sqrt(q*(1-q)/m)+1e-3).all(), (now, pairs[:V+1,now]/m, q)
+        Q = c.generator(float64(s+(t-s)*(i+.5)/steps))[0].numpy()
+        P = np.eye(V+2)+Q*dt
+        pairs = np.stack([sum(g.multinomial(k, p) for k,p in zip(row, P)) for row in pairs])
+    return pairs
 
-# Bad input
+SIMULATED = 'uniform, cosine','gidd 0.1 1.0','all_three, log_linear','mask_delete, cosine'
+@pytest.mark.parametrize('name', SIMULATED)
+def test_the_reverse_posterior_is_what_a_simulation_counts(name):
+    c = NOISES[name].corruption
+    s,t = .3,.6
+    pairs = simulated_pairs(name, s, t, n=10**6)
+    one = float64(0., 1., 0.).expand(1, 1, V)
+    for symbol,n in enumerate(pairs.sum(0)[:V+1]):
+        if not n: continue
+        q = c.reverse_posterior(one, torch.tensor([[symbol]]), float64(s), float64(t))[0,0].numpy()
+        frequencies = pairs[:V+1,symbol]/n
+        assert (np.abs(frequencies-q)<=5*np.sqrt(q*(1-q)/n)+1e-3).all(), (symbol, frequencies, q)
+
+# Bad input: an argument, and its value where it can be shown
+
 x = torch.zeros(2, 4, dtype=torch.long)
-BAD = {'negative share':(lambda: Corruption(V, -1.), 'mask is -1'), 'nan share':(lambda: Corruption(V, substitute=math.nan), 'substitute is nan'), 'infinite share':(lambda: Corruption(V, delete=math.inf), 'delete is inf'), 'no share':(lambda: Corruption(V, 0, 0, 0), 'all 0'),
-       'no vocabulary':(lambda: Corruption(0), 'vocab_size is 0'), 'T 0':(lambda: Corruption(V, T=0), 'T is 0'), 'T negative':(lambda: GIDDCorruption(V, T=-3), 'T is -3'), 'unknown kind':(lambda: Corruption(V, schedule=dict(insert=Cosine())), 'insert'),
-       'p_uniform 0':(lambda: GIDDCorruption(V, 0.), 'p_uniform'), 'p_uniform 1':(lambda: GIDDCorruption(V, 1.), 'p_uniform'), 'p_uniform nan':(lambda: GIDDCorruption(V, math.nan), 'p_uniform'), 'gamma 0':(lambda: GIDDCorruption(V, .1, 0.), 'gamma'), 'gamma nan':(lambda: GIDDCorruption(V, .1, math.nan), 'gamma'),
-       'eps 1':(lambda: LogLinear(1.), 'eps is 1'), 'eps negative':(lambda: Cosine(-.1), 'eps'), 'eps nan':(lambda: HalfCosine(math.nan), 'eps'), 'power 0':(lambda: Polynomial(0.), 'power'), 'power nan':(lambda: Polynomial(math.nan), 'power'), 'sigmas':(lambda: Geometric(1., 1.), 'sigma_min'), 'sigma nan':(lambda: Geometric(math.nan), 'sigma_min'),
-       'schedule':(lambda: get_schedule('linear'), 'expected one of'), 'id too large':(lambda: Corruption(V)(x+V, at(.5, .5)), 'expected 0 to 2'), 'the mask is no clean token':(lambda: Corruption(V).corrupt(torch.full((1, 1), V), at(.5)), 'x0 has ids'), 'negative id':(lambda: Corruption(V)(x-1, at(.5, .5)), 'ids from -1'),
-       'no batch':(lambda: Corruption(V)(x[0], at(.5)), 'expected \\(B, L\\)'), 't above 1':(lambda: Corruption(V)(x, at(.5, 1.01)), 't has values'), 't below 0':(lambda: Corruption(V)(x, at(-.01, .5)), 't has values'), 't nan':(lambda: Corruption(V)(x, at(math.nan, .5)), 't has values'),
-       'too few t':(lambda: Corruption(V)(x, at(.5)), 't has shape'), 't not one per text':(lambda: Corruption(V)(x, torch.full((2, 1), .5)), 't has shape'), 's after t':(lambda: Corruption(V).transition(at(.5), at(.4)), 'expected s at most t'), 'posterior of s after t':(lambda: Corruption(V).reverse_posterior(torch.full((2, 4, V), 1/3), x, at(.5, .6), at(.4, .7)), 'expected s at most t')}
+uniform_guess = torch.full((2, 4, V), 1/3)
+nan,inf = math.nan,math.inf
+BAD = {
+    'negative weight': (lambda: Corruption(V, -1.), 'mask is -1'),
+    'nan weight': (lambda: Corruption(V, substitute=nan), 'substitute is nan'),
+    'infinite weight': (lambda: Corruption(V, delete=inf), 'delete is inf'),
+    'all weights 0': (lambda: Corruption(V, 0, 0, 0), 'mask.*0'),
+    'no vocabulary': (lambda: Corruption(0), 'vocab_size is 0'),
+    'T 0': (lambda: Corruption(V, T=0), 'T is 0'),
+    'T negative': (lambda: GIDDCorruption(V, T=-3), 'T is -3'),
+    'unknown kind': (lambda: Corruption(V, schedule=dict(insert=Cosine())), 'schedule.*insert'),
+    'p_uniform 0': (lambda: GIDDCorruption(V, 0.), 'p_uniform is 0'),
+    'p_uniform 1': (lambda: GIDDCorruption(V, 1.), 'p_uniform is 1'),
+    'p_uniform nan': (lambda: GIDDCorruption(V, nan), 'p_uniform is nan'),
+    'gamma 0': (lambda: GIDDCorruption(V, .1, 0.), 'gamma is 0'),
+    'gamma nan': (lambda: GIDDCorruption(V, .1, nan), 'gamma is nan'),
+    'eps 1': (lambda: LogLinear(1.), 'eps is 1'),
+    'eps negative': (lambda: Cosine(-.1), 'eps is -0.1'),
+    'eps nan': (lambda: HalfCosine(nan), 'eps is nan'),
+    'power 0': (lambda: Polynomial(0.), 'power is 0'),
+    'power nan': (lambda: Polynomial(nan), 'power is nan'),
+    'sigmas': (lambda: Geometric(1., 1.), 'sigma_max is 1.*sigma_min=1'),
+    'sigma nan': (lambda: Geometric(nan), 'sigma_min is nan'),
+    'schedule': (lambda: get_schedule('linear'), "schedule is 'linear'"),
+    'id too large': (lambda: Corruption(V)(x+V, float64(.5, .5)), '^x0 has ids from 3 to 3'),
+    'mask as clean token': (lambda: Corruption(V).corrupt(torch.full((1, 1), V), float64(.5)), '^x0 has ids'),
+    'negative id': (lambda: Corruption(V)(x-1, float64(.5, .5)), '^x0 has ids from -1'),
+    'no batch': (lambda: Corruption(V)(x[0], float64(.5)), r'^x0 has shape \(4,\)'),
+    't above 1': (lambda: Corruption(V)(x, float64(.5, 1.01)), '^t has values from 0.5 to 1.01'),
+    't below 0': (lambda: Corruption(V)(x, float64(-.01, .5)), '^t has values from -0.01'),
+    't nan': (lambda: Corruption(V)(x, float64(nan, .5)), '^t has values'),
+    'too few t': (lambda: Corruption(V)(x, float64(.5)), r'^t has shape \(1,\)'),
+    't not one a sequence': (lambda: Corruption(V)(x, torch.full((2, 1), .5)), r'^t has shape \(2, 1\)'),
+    's after t': (lambda: Corruption(V).transition(float64(.5), float64(.4)), r'\bs is .*0\.5.*\bt\b'),
+    'posterior of s after t': (
+        lambda: Corruption(V).reverse_posterior(uniform_guess, x, float64(.5, .6), float64(.4, .7)),
+        r'\bs is .*0\.5, 0\.6.*\bt\b'),
+}
 @pytest.mark.parametrize('name', BAD)
-def test_bad_input_is_an_error(name):
-    f,message = BAD[name]
-    with pytest.raises(ValueError, match=message): f()
+def test_bad_input_is_rejected(name):
+    f,argument = BAD[name]
+    with pytest.raises(ValueError, match=argument): f()
 
 # Times
+
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(1, 300), T=st.one_of(st.none(), st.integers(1, 2000)), seed=st.integers(0, 2**32))
 def test_times_are_even_and_on_the_grid(n, T, seed):
-    t = low_discrepancy_times(n, T, seeded(seed))
-    assert t.shape==(n,) and t.dtype==torch.float64 and torch.equal(t, low_discrepancy_times(n, T, seeded(seed)))
+    "Continuous times have distance 1/n; of T steps each is as often as the others, give or take one"
+    t = low_discrepancy_times(n, T, seeded_generator(seed))
+    assert t.shape==(n,)
+    assert t.dtype==torch.float64
+    assert torch.equal(t, low_discrepancy_times(n, T, seeded_generator(seed)))
     if T is None:
-        assert (t>=0).all() and (t<1).all() and (n==1 or (t.sort()[0].diff()-1/n).abs().max()<1e-12)
+        assert ((t>=0)&(t<1)).all()
+        assert n==1 or (t.sort()[0].diff()-1/n).abs().max()<1e-12
         return
     steps = (t*T).round()
-    assert torch.equal(t, steps/T) and (steps>=1).all() and (steps<=T).all()
+    assert torch.equal(t, steps/T)
+    assert ((steps>=1)&(steps<=T)).all()
     counts = torch.bincount(steps.long(), minlength=T+1)[1:]
-    assert (counts.double()-n/T).abs().max()<1+1e-9                                                # each step as often as the others, give or take one
+    assert (counts.double()-n/T).abs().max()<1+1e-9
 
 def test_times_are_uniform():
-    "Each time by itself: Kolmogorov and Smirnov, and with T steps each step as often as the others"
-    from scipy.stats import chisquare, kstest
-    g = seeded(0)
+    "Each time by itself, by the test of Kolmogorov and Smirnov; each of T steps as often as the others"
+    g = seeded_generator(0)
     t = torch.stack([low_discrepancy_times(8, generator=g) for _ in range(3000)]).numpy()
     assert min(kstest(o, 'uniform').pvalue for o in t.T)>1e-4
-    k = torch.stack([low_discrepancy_times(8, 5, g) for _ in range(3000)]).numpy()*5
-    assert min(chisquare(np.bincount(o.round().astype(int), minlength=6)[1:]).pvalue for o in k.T)>1e-4
+    steps = torch.stack([low_discrepancy_times(8, 5, g) for _ in range(3000)]).numpy()*5
+    counts = [np.bincount(o.round().astype(int), minlength=6)[1:] for o in steps.T]
+    assert min(chisquare(o).pvalue for o in counts)>1e-4
