@@ -73,14 +73,16 @@ def chi_square(
     counts, # Number of samples of each outcome, a NumPy array
     p, # Probability of each outcome, a NumPy array
 )->float:
-    "Return the p-value of counts, or raise an `AssertionError` for an outcome of probability 0"
+    "Return the p-value of the sum of (count-np)^2/(np); raise an `AssertionError` for impossible outcomes"
     from scipy.stats import chi2
     n = counts.sum()
-    assert abs(p.sum()-1)<1e-6 and not counts[p<1e-13].any(), 'impossible'
+    assert abs(p.sum()-1)<1e-6, 'the probabilities do not sum to 1'
+    assert not counts[p<1e-13].any(), 'impossible outcomes occur'
     rarest_first = np.argsort(p)
     # outcomes counted together: the rarest, until 5 of them are expected
     n_rare = max(1, int((np.cumsum(p[rarest_first])*n<5).sum())+1)
-    rare,others = rarest_first[:n_rare],rarest_first[n_rare:]
+    rare = rarest_first[:n_rare]
+    others = rarest_first[n_rare:]
     observed = np.append(counts[others], counts[rare].sum())
     expected = np.append((p*n)[others], (p*n)[rare].sum())
     if len(expected)==1: return 1.
@@ -93,7 +95,8 @@ def run_command(
     line:str, # Arguments, separated by spaces
 )->tuple[int,str,str]: # Exit status, stdout and stderr
     "Run a command as if it had been started from a command line"
-    out,err = io.StringIO(),io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     status = 0
     argv = [f'/somewhere/{f.__name__}', *line.split()]
     with mock.patch.object(sys, 'argv', argv), redirect_stdout(out), redirect_stderr(err):
