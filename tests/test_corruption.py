@@ -145,10 +145,10 @@ def test_state_probabilities_by_hand(name):
     assert np.abs(q-[marginals(name, t) for t in ts]).max()<1e-12
 
 def test_each_kind_follows_its_own_schedule():
-    "A kind without a schedule of its own follows the cosine one"
+    "A kind without a schedule of its own follows the default one"
     c = Corruption(V, 1, 1, 2, dict(mask=LogLinear(0.), delete=Polynomial(3., 0.)))
     t = float64(.3, .6)
-    expected = torch.stack([t/4, (1-Cosine().alpha(t))/4, t**3/2])
+    expected = torch.stack([t/4, (1-HalfCosine().alpha(t))/4, t**3/2])
     assert torch.allclose(torch.stack(c.state_probs(t)[1:]), expected, atol=1e-12)
 
 def test_the_schedule_of_a_kind_without_weight_does_not_matter():
@@ -253,7 +253,7 @@ FAULTS = {
 }
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda f: f.__name__)
 def test_frequencies_show_a_fault(fault, monkeypatch):
-    monkeypatch.setattr(corruption, '_draw', fault(corruption._draw))
+    monkeypatch.setattr(corruption, '_draw_symbols', fault(corruption._draw_symbols))
     with pytest.raises(AssertionError, match='standard errors off|impossible'):
         assert_frequencies(FAULTS[fault])
 

@@ -9,7 +9,7 @@ from helpers import derivative, float64, seeded_generator
 from bijdiff.diffusion import objective
 from bijdiff.diffusion.schedules import CosineSquared, get_schedule, LogLinear, Polynomial, Schedule
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
-from bijdiff.diffusion.objective import bound_integrand, prior_term, hybrid_nelbo, insertion_nelbo
+from bijdiff.diffusion.objective import prior_term, hybrid_nelbo, insertion_nelbo
 from bijdiff.diffusion.objective import log_scores, masked_nelbo, reconstruction_term, score_entropy
 from bijdiff.diffusion.objective import uniform_nelbo
 
@@ -477,7 +477,7 @@ def test_integrand_is_the_sum_over_tokens_and_gaps(name):
         every_gap = torch.ones(4, 13, dtype=torch.bool)
         inserted = insertion_nelbo(gap_logits, noisy.gaps, every_gap, t, c)
         expected += sum_of_first(inserted, noisy.lengths+1)
-    assert_same(bound_integrand(logits, noisy, t, c, gap_logits), expected, 1e-12)
+    assert_same(c.bound_integrand(logits, noisy, t, gap_logits), expected, 1e-12)
 
 # Gradients: against finite differences
 
@@ -613,9 +613,9 @@ def loss_and_gradients(c, logits, noisy, t):
     if c.deletes and c.weights['mask']:
         gap_logits = logits[:,:1,0].detach().clamp(-20, 20)*torch.ones(13)
         inputs.append(gap_logits.to(logits.dtype).requires_grad_())
-        loss = bound_integrand(logits, noisy, t, c, inputs[1])
+        loss = c.bound_integrand(logits, noisy, t, inputs[1])
     elif c.deletes: loss = torch.where(noisy.text, hybrid_nelbo(logits, noisy.x0, noisy.xt, t, c), 0.).sum(1)
-    else: loss = bound_integrand(logits, noisy, t, c)
+    else: loss = c.bound_integrand(logits, noisy, t)
     return loss, torch.autograd.grad(loss.sum(), inputs)
 
 def is_finite(c, times, lengths, scale, dtype):
