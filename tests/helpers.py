@@ -4,6 +4,14 @@ from torch import nn
 
 # layers, mixtures
 
+import numpy as np, torch
+from scipy.stats import chi2
+from torch.nn.functional import pad
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
+
+# sampling and likelihood
+
 def plant_fault(monkeypatch, target, fault):
     "Replace a function, a pair of its owner and its name, by `fault(function)`, a wrong version of it"
     monkeypatch.setattr(*target, fault(getattr(*target)))
@@ -54,3 +62,133 @@ def seeded_generator(seed):
 def derivative(f, t, d=1e-4):
     "Return f'(t) by the five-point formula (8 (f(t+d)-f(t-d)) - f(t+2d) + f(t-2d)) / 12d"
     return (8*(f(t+d)-f(t-d))-f(t+2*d)+f(t-2*d))/(12*d)
+
+def chi_square(counts, p):
+    """Return the p-value of Pearson's statistic, the sum of (count-n*p)**2/(n*p) over outcomes, for n draws
+
+    Outcomes of probability 0 must not occur. The rarest outcomes are merged until 5 of them are expected.
+    """
+    n = counts.sum()
+    assert abs(p.sum()-1)<1e-6, 'the probabilities do not sum to 1'
+    assert not counts[p<1e-13].any(), 'impossible outcomes occur'
+    order = np.argsort(p)
+    n_merged = max(1, int((np.cumsum(p[order])*n<5).sum())+1)
+    merged,others = order[:n_merged],order[n_merged:]
+    observed = np.append(counts[others], counts[merged].sum())
+    expected = np.append(p[others]*n, (p[merged]*n).sum())
+    if len(expected)==1: return 1.
+    return chi2.sf(((observed-expected)**2/expected.clip(1e-300)).sum(), len(expected)-1)
+
+def assert_drawn_from(counts, p, n_tests):
+    "Assert that counts fit probabilities; by chance this fails in one of 1,000 runs of `n_tests` such tests"
+    value = chi_square(counts, p)
+    assert value>1e-3/n_tests, f'p-value {value:.1e}'
+
+def count_sequences(x, n_symbols):
+    "Count each sequence of the symbols 0 to n_symbols-1 in x, (n, L); in the order of itertools.product"
+    L = x.shape[1]
+    code = x@n_symbols**torch.arange(L).flip(0)
+    return np.bincount(code.numpy(), minlength=n_symbols**L)
+
+def assert_given_kept(x, template, mask_id):
+    "Assert that all tokens are clean, and that those given in the template, (L,), are unchanged"
+    assert (x<mask_id).all(), 'masks are left'
+    for i,given in enumerate(template):
+        if given<mask_id: assert (x[:,i]==given).all(), 'given tokens are changed'
+
+def cut_tail(p, top_p):
+    "Set to 0 what comes after the likeliest outcomes have reached `top_p` together, (V,)"
+    p,total = p.copy(),0.
+    for i in np.argsort(-p, kind='stable'):
+        if total>=top_p: p[i] = 0
+        total += p[i]
+    return p
+
+def tempered_probs(logits, temperature=1., top_p=1.):
+    "Softmax of logits/temperature, (..., V), cut to the likeliest tokens and normalised again"
+    p = np.exp(logits/temperature)
+    p /= p.sum(-1, keepdims=True)
+    if top_p<1: p = np.apply_along_axis(cut_tail, -1, p, top_p)
+    return p/p.sum(-1, keepdims=True)
+
+def slope(f, t, d=1e-5):
+    "Derivative of f at t, by a central difference"
+    return (f(t+d)-f(t-d))/(2*d)
+
+def fixed_weights(alpha, mask, substitute, delete=0.):
+    "Probabilities that a token is kept, masked, substituted, deleted: alpha(t), and weight*(1-alpha(t)) each"
+    def state_probs(t):
+        lost = 1-alpha(t)
+        return np.array([alpha(t), mask*lost, substitute*lost, delete*lost])
+    return state_probs
+
+def gidd_weights(p_uniform, gamma):
+    "Probabilities that a token is kept, masked, substituted, deleted, under the hybrid noise of GIDD"
+    scale = p_uniform/(1-p_uniform)*2**gamma
+    def state_probs(t):
+        c = scale*max(t*(1-t), 0)**(gamma/2)
+        return np.array([1-t, t, c, 0.])/(1+c)
+    return state_probs
+
+class HandmadeDenoiser(BijectiveDenoiser):
+    "A denoiser whose outputs are computed by the method `outputs` of a subclass, in place of a network"
+    def __init__(self, vocab_size, seq_len, noise=None, **config_kwargs):
+        own = {}
+        if noise is not None:
+            own = dict(noise=noise.to_dict(), time_conditioning=not noise.masks_only, gap_head=noise.deletes)
+        config_kwargs = dict(d_model=2, n_heads=1, n_layers=1) | own | config_kwargs
+        super().__init__(DenoiserConfig(vocab_size, seq_len=seq_len, **config_kwargs))
+        self.eval()
+
+    def outputs(self, xt, t, mask):
+        "Logits, (B, L, V), and gap logits, (B, L+1), or None"
+        raise NotImplementedError
+
+    def forward(self, xt, t=None, mask=None):
+        logits,gap_logits = self.outputs(xt, t, mask)
+        return logits if gap_logits is None else DenoiserOutput((logits, gap_logits))
+
+    def code(self, xt, mask):
+        "Number of each sequence of tokens, masks and padding, (B,)"
+        V,L = self.config.vocab_size,self.config.seq_len
+        padded = xt if mask is None else torch.where(mask, xt, V+1)
+        padded = pad(padded, (0, L-xt.shape[1]), value=V+1)
+        return padded@(V+2)**torch.arange(L)
+
+class TableDenoiser(HandmadeDenoiser):
+    "Random logits for each sequence; a time-conditioned denoiser adds 2t times other random logits"
+    def __init__(self, vocab_size, seq_len, noise=None, seed=0, choices=None, **config_kwargs):
+        super().__init__(vocab_size, seq_len, noise, **config_kwargs)
+        V,L,n = vocab_size,seq_len,(vocab_size+2)**seq_len
+        g = torch.Generator().manual_seed(seed)
+        self.table = 1.5*torch.randn(2, n, L, V, generator=g, dtype=torch.float64)
+        if self.config.gap_head:
+            self.gap_table = 1.5*torch.randn(2, n, L+1, generator=g, dtype=torch.float64)
+        if choices is not None:
+            which = torch.randint(0, len(choices), (2, n, L), generator=g)
+            self.table = torch.tensor(choices, dtype=torch.float64)[which]
+        self.double()
+
+    def look_up(self, table, code, t):
+        "Entries of a table at a time, (B, ...)"
+        if not self.config.time_conditioning: return table[0][code]
+        return table[0][code]+2*t.double().view(-1, *[1]*(table.ndim-2))*table[1][code]
+
+    def outputs(self, xt, t, mask):
+        code,L = self.code(xt, mask),xt.shape[1]
+        logits = self.look_up(self.table, code, t)[:,:L]
+        if not self.config.gap_head: return logits, None
+        return logits, .3*self.look_up(self.gap_table, code, t)[:,:L+1]
+
+def ids_and_time(xt, t):
+    "Noisy ids and times of a call of a denoiser"
+    return xt.clone(), t if t is None else t.clone()
+
+def record_calls(monkeypatch, model, note=ids_and_time):
+    "Return a list to which `note` of ids and times is added whenever a denoiser is called"
+    calls,forward = [],model.forward
+    def spy(xt, t=None, mask=None):
+        calls.append(note(xt, t))
+        return forward(xt, t, mask)
+    monkeypatch.setattr(model, 'forward', spy)
+    return calls
