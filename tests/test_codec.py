@@ -1,4 +1,4 @@
-"""Files come back byte for byte, have as many bits as their likelihood says, and damaged ones are rejected."""
+"""Files come back byte for byte, have as many bits as their likelihood says; damaged ones are rejected."""
 import json, math, random, struct
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The denoiser over many shapes: its inverse and log-determinant, its tokenizers, and the Hub without a network."""
+"""The denoiser over many shapes: inverse, log-determinant, tokenizers, and the Hub without a network."""
 import shutil
 import huggingface_hub, pytest, torch
 from hypothesis import given, settings, strategies as st
