@@ -111,6 +111,14 @@ def tempered_probs(logits, temperature=1., top_p=1.):
     if top_p<1: p = np.apply_along_axis(cut_tail, -1, p, top_p)
     return p/p.sum(-1, keepdims=True)
 
+def warmer(token_probs):
+    "Fault: temperatures that are a tenth too high"
+    return lambda logits, temperature=1., top_p=1.: token_probs(logits, 1.1*temperature, top_p)
+
+def of_sampled_tokens(confidence):
+    "Fault: the probability of a sampled token, in place of the largest probability"
+    return lambda probs, rule: probs.gather(-1, torch.multinomial(probs, 1))[...,0]
+
 def slope(f, t, d=1e-5):
     "Derivative of f at t, by a central difference"
     return (f(t+d)-f(t-d))/(2*d)

@@ -9,8 +9,8 @@ from itertools import combinations, permutations, product
 from typing import NamedTuple
 import numpy as np, pytest, torch
 from torch.nn.functional import pad
-from helpers import assert_drawn_from, assert_given_kept, count_sequences, plant_fault
-from helpers import TableDenoiser, tempered_probs
+from helpers import assert_drawn_from, assert_given_kept, count_sequences, of_sampled_tokens, plant_fault
+from helpers import TableDenoiser, tempered_probs, warmer
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import Cosine, HalfCosine, Polynomial
 from bijdiff.likelihood import exact as likelihood
@@ -321,14 +321,7 @@ def test_samples(name):
 
 # Faults of the sampler: each takes the right function and returns a wrong one
 
-def of_sampled_tokens(confidence):
-    "The probability of a sampled token, in place of the largest probability"
-    return lambda p, rule: p.gather(-1, torch.multinomial(p, 1))[...,0]
-
 def of_another_rule(confidence): return lambda p, rule: confidence(p, 'confidence')
-
-def warmer(token_probs):
-    return lambda logits, temperature=1., top_p=1.: token_probs(logits, 1.1*temperature, top_p)
 
 def without_top_p(token_probs):
     return lambda logits, temperature=1., top_p=1.: token_probs(logits, temperature)
