@@ -1,16 +1,13 @@
 """Helpers that several test files share."""
+import numpy as np
 import torch
 from torch import nn
-
-# layers, mixtures
-
-import numpy as np, torch
-from scipy.stats import chi2
 from torch.nn.functional import pad
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
+from bijdiff.testing import chi_square, random_weights
 
-# sampling and likelihood
+# layers, mixtures
 
 def plant_fault(monkeypatch, target, fault):
     "Replace a function, a pair of its owner and its name, by `fault(function)`, a wrong version of it"
@@ -63,21 +60,8 @@ def derivative(f, t, d=1e-4):
     "Return f'(t) by the five-point formula (8 (f(t+d)-f(t-d)) - f(t+2d) + f(t-2d)) / 12d"
     return (8*(f(t+d)-f(t-d))-f(t+2*d)+f(t-2*d))/(12*d)
 
-def chi_square(counts, p):
-    """Return the p-value of Pearson's statistic, the sum of (count-n*p)**2/(n*p) over outcomes, for n draws
+# sampling and likelihood
 
-    Outcomes of probability 0 must not occur. The rarest outcomes are merged until 5 of them are expected.
-    """
-    n = counts.sum()
-    assert abs(p.sum()-1)<1e-6, 'the probabilities do not sum to 1'
-    assert not counts[p<1e-13].any(), 'impossible outcomes occur'
-    order = np.argsort(p)
-    n_merged = max(1, int((np.cumsum(p[order])*n<5).sum())+1)
-    merged,others = order[:n_merged],order[n_merged:]
-    observed = np.append(counts[others], counts[merged].sum())
-    expected = np.append(p[others]*n, (p[merged]*n).sum())
-    if len(expected)==1: return 1.
-    return chi2.sf(((observed-expected)**2/expected.clip(1e-300)).sum(), len(expected)-1)
 
 def assert_drawn_from(counts, p, n_tests):
     "Assert that counts fit probabilities; by chance this fails in one of 1,000 runs of `n_tests` such tests"
@@ -154,7 +138,10 @@ class HandmadeDenoiser(BijectiveDenoiser):
 
     def forward(self, xt, t=None, mask=None):
         logits,gap_logits = self.outputs(xt, t, mask)
-        return logits if gap_logits is None else DenoiserOutput((logits, gap_logits))
+        return logits if gap_logits is None else DenoiserOutput(logits, gap_logits)
+
+    def hidden(self, ids, t=None, mask=None): return self.outputs(ids, t, mask)[0]
+    def head(self, h): return h
 
     def code(self, xt, mask):
         "Number of each sequence of tokens, masks and padding, (B,)"
@@ -194,9 +181,24 @@ def ids_and_time(xt, t):
 
 def record_calls(monkeypatch, model, note=ids_and_time):
     "Return a list to which `note` of ids and times is added whenever a denoiser is called"
-    calls,forward = [],model.forward
-    def spy(xt, t=None, mask=None):
-        calls.append(note(xt, t))
-        return forward(xt, t, mask)
-    monkeypatch.setattr(model, 'forward', spy)
+    calls = []
+    def spy_on(f):
+        def spy(xt, t=None, mask=None):
+            calls.append(note(xt, t))
+            return f(xt, t, mask)
+        return spy
+    for name in ('forward', 'hidden'):
+        monkeypatch.setattr(model, name, spy_on(getattr(model, name)))
     return calls
+
+# layers
+
+def seeded_weights(m, std=.3, seed=0):
+    "Draw all parameters from N(0, std^2), leaving the global generator as it was"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return random_weights(m, std)
+
+def random_mask(B, L):
+    "Draw a mask with another fraction of padding in each sequence, from none of it to all of it"
+    return torch.rand(B, L)<torch.rand(B, 1)*1.5-.25

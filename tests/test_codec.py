@@ -24,7 +24,7 @@ from bijdiff.testing import random_weights
 ENCODE,DECODE,UNMASK = (codec, '_encode'),(codec, '_decode'),(codec, 'unmask')
 GET_RULE,TOKEN_PROBS = (codec, 'get_rule'),(rules, 'token_probs')
 OPEN,FSYNC,REPLACE,LINK = (saving, 'open'),(codec.os, 'fsync'),(codec.os, 'replace'),(codec.os, 'link')
-magic,version,checksum = codec.MAGIC,codec.CODEC_VERSION,codec._sum
+magic,version,checksum = codec._MAGIC,codec._VERSION,codec._checksum
 CHECKSUM_BYTES = 16
 LENGTH_AT = len(magic)+1 # the version is one byte
 HEADER_AT = LENGTH_AT+4

@@ -294,7 +294,7 @@ class PoissonDenoiser(HandmadeDenoiser):
         self.mean,self.p_survive = mean,float(1-noise.state_probs(torch.ones(1)).delete)
         self.double()
     def outputs(self, xt, t, mask):
-        p_survive = self.corruption.state_probs(t[:1].double()).surviving.item()
+        p_survive = self.noise.state_probs(t[:1].double()).surviving.item()
         per_gap = math.log(self.mean*p_survive)-torch.log(mask.sum(1, keepdim=True)+1.)
         return torch.zeros(*xt.shape, V), per_gap.expand(-1, xt.shape[1]+1)
 
@@ -318,7 +318,7 @@ def test_true_noise_keeps_its_distribution_while_lengths_are_found(name, passes)
     batch = VariableLengthBatch(torch.full((20_000, 40), V), V, 60)
     batch.delete(torch.arange(61)>=lengths[:,None])
     assert torch.equal(batch.lengths, lengths.long().clamp(max=40))
-    state = SamplerState(model, batch.x, model.corruption, seed=passes)
+    state = SamplerState(model, batch.x, model.noise, seed=passes)
     with torch.no_grad(): find_lengths(state, batch, passes)
     assert_poisson(batch.lengths.numpy(), mean)
 

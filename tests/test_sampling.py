@@ -27,7 +27,7 @@ from bijdiff.testing import tiny_denoiser
 
 # Functions of the package that planted faults replace, where they are looked up
 TOKEN_PROBS,REVEAL_PROBS = (samplers, 'token_probs'),(samplers, 'reveal_probs')
-CLEAN_LOGITS,OUTPUT_SCORES = (samplers, 'clean_logits'),(samplers, 'output_scores')
+CLEAN_LOGITS,SCORES = (LogitOutputs, 'clean_logits'),(LogitOutputs, 'scores')
 ON_OBSERVED,TWEEDIE = (samplers, 'condition_on_observed'),(samplers, '_tweedie')
 SAMPLE_CATEGORICAL,PREDICT = (samplers, 'sample_categorical'),(SamplerState, 'predict')
 CONFIDENCE,FIRST_HITTING = (rules, 'confidence'),(generate, 'first_hitting')
@@ -302,15 +302,15 @@ def test_each_rule_has_its_own_distribution():
 def of_another_schedule(reveal_probs): return lambda steps, schedule: reveal_probs(steps, HalfCosine())
 def not_conditioned(condition_on_observed): return lambda probs, z, state_probs, V: probs
 def too_large(output_scores): return lambda *args: 1.05*output_scores(*args)
-def at_another_time(predict): return lambda self, t: predict(self, .9*t)
+def at_another_time(predict): return lambda self, t, where=None: predict(self, .9*t, where)
 def without_entropy(confidence): return lambda probs, rule: probs.max(-1).values
 
 def of_the_posterior(clean_logits):
     "Clean tokens conditioned on their own symbols, in place of the leave-one-out distribution"
-    def wrong(model, out, xt, m):
+    def wrong(self, out, xt, m, noise):
         kept,sub = (o[:,None,None] for o in (m.kept, m.substitute))
         likelihood = torch.where(xt[...,None]==V, 1., kept*(xt[...,None]==torch.arange(V))+sub/V)
-        return clean_logits(model, out, xt, m)+likelihood.clamp(min=1e-9).log()
+        return clean_logits(self, out, xt, m, noise)+likelihood.clamp(min=1e-9).log()
     return wrong
 
 def score_not_taken_back(tweedie):
@@ -326,10 +326,10 @@ def faster(event_rates):
     return wrong
 
 def left_to_right(first_hitting):
-    def wrong(run):
+    def wrong(run, steps):
         while (masked := run.x==V).any():
             first = masked & (masked.cumsum(1)==1)
-            run.write(first, sample_categorical(run.probs(.5, first), run.g))
+            run.write(first, sample_categorical(run.mask_probs(.5, first), run.g))
     return wrong
 
 def in_pairs(sample_categorical):
@@ -355,7 +355,7 @@ FAULTS = {
     'posterior, not leave-one-out: uniform': Fault('uniform', 'ancestral', CLEAN_LOGITS, of_the_posterior),
     'posterior, not leave-one-out: hybrid': Fault('hybrid', 'tweedie', CLEAN_LOGITS, of_the_posterior),
     'score not taken back': Fault('hybrid', 'tweedie', TWEEDIE, score_not_taken_back),
-    'scores too large': Fault('uniform, scores', 'tweedie', OUTPUT_SCORES, too_large),
+    'scores too large': Fault('uniform, scores', 'tweedie', SCORES, too_large),
     'rates too high': Fault('hybrid', 'euler', EVENT_RATES, faster),
     'rates of masks too high': Fault('mask', 'euler', EVENT_RATES, faster),
     'confidence of the sampled token': Fault('mask', 'confidence', CONFIDENCE, of_sampled_tokens),
@@ -476,7 +476,7 @@ def test_function_evaluations(name, sampler, n, steps, template, masks, monkeypa
     if sampler=='first_hitting': assert len(calls)==masks
     else: assert 0<len(calls)<=steps
     assert len({str(o) for o in calls})==len(calls)
-    if n==1 and m.corruption.masks_only and not m.config.time_conditioning: assert len(calls)<=masks
+    if n==1 and m.noise.masks_only and not m.config.time_conditioning: assert len(calls)<=masks
 
 @pytest.mark.parametrize('name', ['mask, delete', 'all three'])
 def test_function_evaluations_that_find_lengths(name, monkeypatch):
@@ -611,7 +611,7 @@ class WordDenoiser(HandmadeDenoiser):
         super().__init__(4, 8, noise)
         self.double()
     def outputs(self, xt, t, mask):
-        kept,mask,sub,_ = (o[:,None,None].double() for o in self.corruption.state_probs(t.double()))
+        kept,mask,sub,_ = (o[:,None,None].double() for o in self.noise.state_probs(t.double()))
         likelihood = torch.where(xt[:,None]==4, mask, kept*(xt[:,None]==WORDS)+sub/4) # (B, words, L)
         log_likelihood = likelihood.log()
         of_others = (log_likelihood.sum(-1, keepdim=True)-log_likelihood).softmax(1)
@@ -643,7 +643,7 @@ def test_self_correction_repairs(name):
     assert torch.equal(self_correct(m, WORDS), WORDS)
     assert torch.equal(self_correct(m, wrong), right)
     assert torch.equal(wrong, before)
-    assert torch.equal(self_correct(m, wrong, per_pass=1), right)
+    assert torch.equal(self_correct(m, wrong, per_step=1), right)
 
 @pytest.mark.parametrize('name', REPAIRED)
 def test_self_correction_never_changes_fixed_tokens(name):
@@ -654,7 +654,7 @@ def test_self_correction_never_changes_fixed_tokens(name):
 @pytest.mark.parametrize('name', REPAIRED)
 def test_one_correction_is_of_a_wrong_token(name):
     m,(wrong,right) = WordDenoiser(REPAIRED[name]),words_with_errors()
-    x = self_correct(m, wrong, passes=1, per_pass=1)
+    x = self_correct(m, wrong, steps=1, per_step=1)
     assert ((x!=wrong).sum(1)==1).all()
     assert ((x!=right).sum(1)==1).all()
 
@@ -666,7 +666,7 @@ def test_a_model_of_masks_corrects_nothing(name):
 
 @pytest.mark.parametrize('name', ['uniform', 'uniform, scores', 'hybrid', 'gidd'])
 def test_a_model_of_substitutions_corrects_something(name):
-    assert (self_correct(network(name), SOME, wrong=.8)!=SOME).any()
+    assert (self_correct(network(name), SOME, error_rate=.8)!=SOME).any()
 
 # Rejected input
 
@@ -697,7 +697,7 @@ REJECTED_BY_SAMPLE = {
     'top_p 0': ('top_p', 'uniform', dict(top_p=0)),
     'top_p above 1': ('top_p', 'mask', dict(top_p=1.1)),
     'top_p nan': ('top_p', 'mask, delete', dict(top_p=math.nan)),
-    'length steps without insertion': ('settle|length_steps', 'hybrid', dict(length_steps=1)),
+    'length steps without insertion': ('length_steps', 'hybrid', dict(length_steps=1)),
 }
 ALL_SAMPLERS = 'ancestral','tweedie','euler','confidence','entropy','first_hitting','insertion'
 for name,sampler in product(MODELS, ALL_SAMPLERS):
@@ -712,8 +712,8 @@ def test_sample_rejects_bad_input(case):
 CLEAN,MASKS = torch.zeros(1, 12).long(),torch.full((1, 12), 5)
 # The argument that the error names, the name of a model, and arguments of `self_correct`
 REJECTED_BY_SELF_CORRECT = {
-    'wrong 0': ('wrong', 'hybrid', (CLEAN, 0.)),
-    'wrong nan': ('wrong', 'hybrid', (CLEAN, math.nan)),
+    'error rate 0': ('error_rate', 'hybrid', (CLEAN, 0.)),
+    'error rate nan': ('error_rate', 'hybrid', (CLEAN, math.nan)),
     'deletion': ('model', 'all three', (CLEAN,)),
     'a mask': ('x', 'hybrid', (MASKS,)),
     'negative id': ('x', 'uniform', (-1-CLEAN,)),

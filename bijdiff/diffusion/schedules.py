@@ -127,13 +127,13 @@ def get_schedule(
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #b5c71210
 def schedule_to_dict(
-    s:Schedule, # Schedule of one of the six kinds
+    s:Schedule, # Schedule of a class in the dictionary schedules
 )->dict: # Name and numbers of the schedule
     "Return a schedule in plain values, for `get_schedule(**values)`"
     name = next((k for k,v in schedules.items() if v is type(s)), None)
     if name is None:
         raise ValueError(f"schedule is {s}; a model can only be saved with one of {', '.join(schedules)}")
-    numbers = {k:getattr(s, k) for k in ('eps','power','sigma_min','sigma_max') if hasattr(s, k)}
+    numbers = {k:v for k,v in vars(s).items() if not k.startswith('_')}
     return dict(name=name, **numbers)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #267271ec
