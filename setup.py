@@ -12,12 +12,15 @@ minor = int(cfg['min_python'].split('.')[1])
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
-    long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
     packages=find_packages(include=['bijdiff', 'bijdiff.*']), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
     extras_require={'dev': shlex.split(cfg['dev_requirements'])},
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Natural Language :: English']
-        + [f'Programming Language :: Python :: 3.{m}' for m in range(minor, 14)],
+    entry_points={'console_scripts': cfg['console_scripts'].split(),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
+                 'Natural Language :: English',
+                 *(f'Programming Language :: Python :: 3.{m}' for m in range(minor, 14))],
 )

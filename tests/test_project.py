@@ -1,9 +1,10 @@
 """The shape of the project: notebooks run, imports go down the staircase, generated files are up to date."""
-import ast, json, multiprocessing, os, re, shutil, subprocess, sys
+import ast, io, json, multiprocessing, os, re, shutil, subprocess, sys, tokenize
+from collections import defaultdict
 from configparser import ConfigParser
 from itertools import groupby
 from pathlib import Path
-import pytest
+import pytest, yaml
 from filelock import FileLock
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -17,7 +18,14 @@ unnumbered = ['index.ipynb', 'tutorials', 'experiments']
 not_loaded = dict.fromkeys(['layers', 'diffusion'], ['fastai', 'datasets', 'matplotlib', 'tokenizers'])
 for place in ('checks', 'display', 'model', 'sampling', 'likelihood', 'pictures'):
     not_loaded[place] = ['fastai']
+for place in ('console', 'cli'):
+    not_loaded[place] = ['torch', 'numpy', 'fastai', 'datasets', 'matplotlib', 'tokenizers']
 longest_module = 330
+
+# Limits of the form
+longest_line = 110
+longest_function = 40
+most_raises = 20    # in 1,000 lines of the package
 
 # Notebooks and what is written in them
 
@@ -267,7 +275,7 @@ def modules_of(place):
 
 @pytest.mark.parametrize('place', not_loaded)
 def test_a_folder_loads_only_what_it_is_about(place):
-    "The network does not load fastai; layers and noise do not load texts and pictures either"
+    "The network loads no fastai, layers and noise load no texts and pictures, commands load no PyTorch"
     modules = modules_of(place)
     status,out = import_in_order(modules, watched=not_loaded[place])
     assert modules and status==0, out
@@ -339,10 +347,159 @@ def test_no_old_flat_module_is_left():
     flat = {p.stem for p in (root/'bijdiff').glob('*.py')}
     assert flat=={'__init__', '_modidx', *(m for m in numbers if '.' not in m)}
 
+# The form of the code
+
+modules = {k: v for k,v in module_texts(root/'bijdiff').items() if k!='_modidx.py'}
+
 def test_no_module_is_too_long():
-    lines = {k: len(v.splitlines()) for k,v in module_texts(root/'bijdiff').items() if k!='_modidx.py'}
+    lines = {k: len(v.splitlines()) for k,v in modules.items()}
     long = {k: n for k,n in lines.items() if n>longest_module}
     assert not long, f'{long} have more than {longest_module} lines: split their notebooks'
+
+def without_magics(src):
+    "Blank out lines that are not Python: %magics, !commands, and the list that nbdev makes of public names"
+    src = re.sub(r'^\s*[%!].*$', '', src, flags=re.M)
+    return re.sub(r'^__all__ = \[.*?\]$', lambda m: '\n'*m[0].count('\n'), src, flags=re.M|re.S)
+
+def tokens(src):
+    "Tokens of a piece of Python"
+    return list(tokenize.generate_tokens(io.StringIO(without_magics(src)).readline))
+
+def string_widths(src):
+    "Columns of each string that stands on one line, by line"
+    widths,begin,depth = defaultdict(list),None,0
+    for token in tokens(src):
+        kind = tokenize.tok_name[token.type]
+        if kind in ('STRING', 'FSTRING_START') and depth==0:
+            begin = token.start
+        depth += (kind=='FSTRING_START')-(kind=='FSTRING_END')       # f-strings are several tokens from 3.12 on
+        if kind in ('STRING', 'FSTRING_END') and depth==0 and begin[0]==token.end[0]:
+            widths[begin[0]].append(token.end[1]-begin[1])
+    return widths
+
+def long_lines(src):
+    "Lines that are too long, unless a single string is: it could not be broken off"
+    widths = string_widths(src)
+    for n,line in enumerate(without_magics(src).splitlines(), 1):
+        indent = len(line)-len(line.lstrip())
+        is_string = any(indent+w>longest_line>=len(line)-w for w in widths[n])
+        is_option = line.startswith('#|')
+        if len(line)>longest_line and not is_string and not is_option:
+            yield f'line {n} has {len(line)} columns'
+
+def joined_statements(src):
+    "Lines with a semicolon between statements; one at the end hides the output of a cell"
+    found = tokens(src)
+    for token,after in zip(found, found[1:]):
+        if token.string==';' and after.type not in (tokenize.NEWLINE, tokenize.COMMENT):
+            yield f'line {token.start[0]} has several statements'
+
+def long_functions(src):
+    "Functions that are too long"
+    for node in ast.walk(ast.parse(src)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            n = node.end_lineno-node.lineno+1
+            if n>longest_function:
+                yield f'{node.name} has {n} lines'
+
+def count_raises(src):
+    "Count raise statements"
+    return sum(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(src)))
+
+def code_of_project():
+    "Every piece of Python by its place: code cells, modules, tests, benchmarks, tools, setup.py"
+    found = {f'bijdiff/{k}': v for k,v in modules.items()}
+    for path in notebooks:
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        code = {i: ''.join(c['source']) for i,c in enumerate(cells) if c['cell_type']=='code'}
+        found |= {f'{path.relative_to(root)} cell {i}': src for i,src in code.items()}
+    scripts = [path for folder in ('tests', 'benchmarks', 'tools') for path in (root/folder).glob('*.py')]
+    for path in sorted([*scripts, root/'setup.py']):
+        found[path.relative_to(root).as_posix()] = path.read_text(encoding='utf-8')
+    return found
+
+def faults_of(check, code):
+    "What a check finds in pieces of Python, each with its place"
+    return [f'{place}: {fault}' for place,src in code.items() for fault in check(src)]
+
+@pytest.mark.parametrize('check, advice', [
+    (long_lines, f'break lines after {longest_line} columns'),
+    (joined_statements, 'write one statement a line')])
+def test_form_of_all_code(check, advice):
+    found = faults_of(check, code_of_project())
+    assert not found, '\n'.join([f'{len(found)} faults; {advice}', *found])
+
+def test_functions_of_the_package_are_short():
+    found = faults_of(long_functions, modules)
+    assert not found, '\n'.join([f'{len(found)} functions have more than {longest_function} lines', *found])
+
+def test_the_package_checks_in_one_place():
+    "At most 20 `raise` in 1,000 lines; bijdiff.checks raises for the others"
+    lines = sum(len(src.splitlines()) for src in modules.values())
+    raises = {k: n for k,src in modules.items() if (n := count_raises(src))}
+    allowed = most_raises*lines//1000
+    most = dict(sorted(raises.items(), key=lambda o: -o[1])[:8])
+    total = sum(raises.values())
+    assert total<=allowed, f'{total} raise in {lines} lines, {allowed} allowed; use bijdiff.checks: {most}'
+
+prose = "'" + 'x'*longest_line + "'"
+
+@pytest.mark.parametrize('check, right, wrong', [
+    (long_lines, 'x'*longest_line, 'x'*longest_line+'y'),
+    (long_lines, f'f({prose})', f'f({prose[2:-50]!r}, {prose[-50:-1]!r})'),
+    (long_lines, f'def f():\n    return f{prose}', f'def f():\n    return 1{prose}  # {"y"*longest_line}'),
+    (long_lines, f'#| fig-alt: {prose}', f'# {prose}'),
+    (long_lines, f'__all__ = ["a",\n{" "*longest_line}"b"]', f'names = ["a",\n{" "*longest_line}"b"]'),
+    (joined_statements, 'f();', 'f(); g()'),
+    (joined_statements, "f(';') # ; ;", 'if x: f(); g()'),
+    (long_functions, 'def f():' + '\n    1'*39, 'def f():' + '\n    1'*40)])
+def test_faults_of_the_form_are_seen(check, right, wrong):
+    assert not [*check(right)] and len([*check(wrong)])==1
+
+def test_every_raise_counts():
+    assert count_raises('def f():\n    if x: raise ValueError("raise")\n    raise\n# raise')==2
+
+# The words
+
+def count_words(folder):
+    "Exit status and output of tools/count_words.py in a folder with these tools"
+    return run(sys.executable, str(folder/'tools'/'count_words.py'), cwd=folder)
+
+def test_no_phrase_that_is_never_right_stands_in_the_package():
+    status,out = count_words(root)
+    assert status==0, out
+
+@pytest.mark.parametrize('src', [
+    '#| export\ndef f():\n    "Return a portion"',
+    '#| export\ndef f(\n    x, # Portions of x\n): ...',
+    '#| exports\nx = 1 # one of\n# two\n# portions',
+    '#| export\nif x: raise ValueError(f"{x} in front  of {y}")',
+    '#| export\ncheck(x, "n", n, "what is no portion")',
+    '#| export\n# this is no mask, and there is no other',
+    '#| export\n@patch\nclass A:\n    "A network pass"'])
+def test_a_phrase_that_is_never_right_is_seen(tmp_path, src):
+    shutil.copytree(root/'tools', tmp_path/'tools')
+    exported = '#| export\nportion = f("portion") # `portion`, there is no other'
+    harmless = exported, '# a portion', '%portion\n1'
+    path = write_notebook(tmp_path/'nbs'/'01_a.ipynb', *harmless)
+    status,out = count_words(tmp_path)
+    assert status==0 and re.search(r'portion\* +0 +1 ', out), out
+    write_notebook(path, *harmless, src)
+    status,out = count_words(tmp_path)
+    assert status==1 and 'nbs/01_a.ipynb cell 3:' in out, out
+
+# The files beside the package
+
+def test_scripts_are_valid_and_the_workflow_runs_them():
+    for path in ('.ci/run', *(p.relative_to(root) for p in (root/'tools').glob('*.sh'))):
+        assert run('bash', '-n', str(path))==(0, '')
+    workflow = yaml.safe_load((root/'.github'/'workflows'/'test.yml').read_text(encoding='utf-8'))
+    assert any(step.get('run')=='.ci/run' for step in workflow['jobs']['test']['steps'])
+
+def test_the_citation_agrees_with_the_settings():
+    citation = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    assert citation['version']==settings['version'] and citation['repository-code']==settings['git_url']
+    assert [author['name'] for author in citation['authors']]==[settings['author']]
 
 # What the texts refer to
 
