@@ -79,7 +79,7 @@ def check_unfinished(
 ):
     "Check that a run is resumed where one was interrupted, and only there"
     path = out/CHECKPOINT
-    if resume==path.exists(): return
+    if bool(resume)==path.exists(): return
     if resume: raise FileNotFoundError(f'{path} does not exist: there is no interrupted run to resume')
     ways = f'continue it with --resume, delete {path}, or choose another --out'
     raise ValueError(f'{out} holds an interrupted run; {ways}')

@@ -136,7 +136,7 @@ def target_fault(path, nbs):
     return None if targets=={expected} else f'must export to {expected} alone'
 
 def layout_faults(nbs):
-    "What is wrong with the names, the targets and the order of the notebooks below a folder"
+    "Faults of the names, the targets and the order of the notebooks below a folder"
     found = [f'{p.relative_to(nbs)} {fault}' for p in all_notebooks(nbs) if (fault := target_fault(p, nbs))]
     in_order = numbered_notebooks(nbs)
     if len({p.name[:2] for p in in_order})<len(in_order):
@@ -311,7 +311,7 @@ def differences(package, other):
 
 @pytest.fixture(scope='session')
 def exported(tmp_path_factory):
-    "What nbdev_export makes of the notebooks where there was no package; made once for all workers"
+    "Package that nbdev_export makes of the notebooks in an empty folder; made once for all workers"
     base = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         base = base.parent
@@ -372,7 +372,7 @@ def string_widths(src):
         kind = tokenize.tok_name[token.type]
         if kind in ('STRING', 'FSTRING_START') and depth==0:
             begin = token.start
-        depth += (kind=='FSTRING_START')-(kind=='FSTRING_END')       # f-strings are several tokens from 3.12 on
+        depth += (kind=='FSTRING_START')-(kind=='FSTRING_END')  # several tokens from 3.12 on
         if kind in ('STRING', 'FSTRING_END') and depth==0 and begin[0]==token.end[0]:
             widths[begin[0]].append(token.end[1]-begin[1])
     return widths
@@ -419,7 +419,7 @@ def code_of_project():
     return found
 
 def faults_of(check, code):
-    "What a check finds in pieces of Python, each with its place"
+    "Faults that a check finds in pieces of Python, each with its place"
     return [f'{place}: {fault}' for place,src in code.items() for fault in check(src)]
 
 @pytest.mark.parametrize('check, advice', [

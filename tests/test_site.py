@@ -92,7 +92,7 @@ def start_processor():
     return subprocess.Popen([sys.executable, '-c', processor], cwd=root, stdin=pipe, stdout=pipe, text=True)
 
 def fails(*task):
-    "Have the processor process a notebook; tell whether it failed"
+    "Process a notebook; return True if that fails"
     running = start_processor()
     print(json.dumps([str(part) for part in task]), file=running.stdin, flush=True)
     return running.stdout.readline() != '0\n'
@@ -111,7 +111,7 @@ def page_id(path):
     return '/'.join(parts[parts.index('nbs') + 1:])
 
 def published_name(relative):
-    "Where nbdev publishes a notebook: the number is stripped, the folder stays"
+    "Address at which nbdev publishes a notebook: the number is stripped, the folder stays"
     name = re.sub(r'^\d+[a-zA-Z0-9]*_', '', relative.name.lower())
     return relative.with_name(name).with_suffix('.html').as_posix()
 
@@ -162,7 +162,7 @@ class Site:
         return json.loads(self.stored(path).read_text())
 
     def stored(self, path):
-        "Where the result of processing a notebook is kept"
+        "File with the result of processing a notebook"
         return self.cache/(page_id(path).replace('/', '+') + '.json')
 
     def store(self, path, how):
@@ -181,15 +181,15 @@ class Site:
         task = (self.root, path, destination, log)
         failures = []
         if fails(*task):
-            said = log.read_text()
-            unknown = [dict(id=None, source='', error=last_error(said))]
+            message = log.read_text()
+            unknown = [dict(id=None, source='', error=last_error(message))]
             failures = unknown if fails(*task, noted) else json.loads(noted.read_text()) or unknown
-            log.write_text(said)
+            log.write_text(message)
         cells = json.loads(destination.read_text())['cells'] if destination.exists() else []
         return dict(cells=cells, failures=failures, log=log.read_text()[-2000:])
 
 class Page:
-    "A notebook and what nbdev made of it"
+    "A notebook and the page that nbdev made of it"
 
     def __init__(self, site, path, processed):
         self.site = site
@@ -228,7 +228,7 @@ def shortened(line, width=70):
 # Cells
 
 def is_option(line):
-    "Whether a line of code is an option of nbdev or Quarto"
+    "Return True for a line of code that is an option of nbdev or Quarto"
     return bool(re.match(r'\s*#\s*\|', line))
 
 def option_lines(cell):
@@ -246,12 +246,12 @@ def options(cell):
     return found if isinstance(found, dict) else {}
 
 def shows_source(cell):
-    "Whether the page shows the code of a cell"
+    "Return True if the page shows the code of a cell"
     chosen = options(cell)
     return chosen.get('include') is not False and chosen.get('echo') is not False
 
 def shows_output(cell):
-    "Whether the page shows the outputs of a cell"
+    "Return True if the page shows the outputs of a cell"
     chosen = options(cell)
     return chosen.get('include') is not False and chosen.get('output') is not False
 
@@ -281,7 +281,7 @@ def html_texts(cell):
     return output_texts(cell, 'text/html')
 
 def is_show_doc(cell):
-    "Whether a cell shows the documentation of a function or a class"
+    "Return True for a cell that shows the documentation of a function or a class"
     return bool(re.search(r'^show_doc\(', joined(cell['source']), re.M))
 
 # Markdown
@@ -377,7 +377,7 @@ def find_anchors(texts):
     return anchors
 
 def unused(name, anchors):
-    "A heading that is there already gets a number"
+    "Name of a heading, with a number if it is taken"
     names = [name, *(f'{name}-{n}' for n in range(1, len(anchors) + 2))]
     return next(candidate for candidate in names if candidate not in anchors)
 
@@ -395,18 +395,18 @@ def swallowed_errors(page, cell):
         yield f'{page.where(cell)}: no documentation is shown'
 
 def text_outputs(cell):
-    "What a cell prints and returns, as text"
+    "Printed and returned text of a cell"
     outputs = cell.get('outputs', [])
     printed = [joined(out['text']) for out in outputs if out.get('name') == 'stdout']
     return printed + [joined(out['data'].get('text/plain', '')) for out in outputs if 'data' in out]
 
 def is_replaced(page, cell):
-    "Whether nbdev has run a cell again, and the page shows another output than the notebook"
+    "Return True if nbdev has run a cell again, and the page shows another output than the notebook"
     stored = [own for own in page.source if own.get('id') == cell.get('id')]
     return bool(stored) and not is_show_doc(cell) and text_outputs(cell) != text_outputs(stored[0])
 
 def is_readable(cell):
-    "Whether the options of a cell are YAML"
+    "Return True if the options of a cell are YAML"
     try:
         yaml.safe_load('\n'.join(option_lines(cell)))
     except yaml.YAMLError:
@@ -447,20 +447,20 @@ def without_comments(text):
     return re.sub(r'<!--.*?-->', '', text, flags=re.S).strip()
 
 def is_on_page(cell):
-    "Whether a reader sees anything of a cell"
+    "Return True for a cell of which the page shows anything"
     if cell['cell_type'] == 'code':
         return shows_source(cell) or bool(shown_outputs(cell))
     return cell['cell_type'] == 'markdown' and bool(without_comments(joined(cell['source'])))
 
 def is_prose(cell):
-    "Whether a cell begins with a paragraph: not with code, a heading, a list, a picture, a box or a formula"
+    "Return True if a cell begins with a paragraph, not with code, a heading, a list, a picture or a formula"
     text = without_comments(joined(cell['source']))
     is_list = re.match(r'([*+-]|\d+[.)])\s', text)
     is_text = re.match(r'(?!```|\$\$)[\w*`$\["\'(]', text)
     return cell['cell_type'] == 'markdown' and bool(is_text) and not is_list
 
 def introduction_faults(page):
-    "What a reader misses at the head of a page"
+    "Parts missing at the head of a page"
     faults = [f'no {name}' for name in ('title', 'description') if not page.front_matter.get(name)]
     lost = lost_lines(title_cell(page))
     if lost:
@@ -486,7 +486,7 @@ def file_of(page, path):
     return (folder/path.lstrip('/')).resolve()
 
 def broken_file(page, path, anchor):
-    "What is wrong with a relative link, if anything"
+    "Fault of a relative link, or None"
     target = file_of(page, path)
     if page.site.nbs not in target.parents:
         return 'the site holds only what is below nbs/: link to the file on GitHub'
@@ -501,14 +501,14 @@ def broken_file(page, path, anchor):
     return None
 
 def broken_anchor(target, anchor):
-    "What is wrong with the anchor of a link, if anything"
+    "Fault of the anchor of a link, or None"
     if anchor in target.anchors:
         return None
     similar = difflib.get_close_matches(anchor, target.anchors, n=1)
     return f'{target.id} has no such anchor' + (f', but #{similar[0]}' if similar else '')
 
 def broken_address(site, address):
-    "What is wrong with an absolute link to the site or to the files of this project, if anything"
+    "Fault of an absolute link to the site or to the files of this project, or None"
     path = unquote(address.partition('#')[0]).rstrip('/')
     files = '/'.join((site.settings['git_url'], 'blob', site.settings['branch'], ''))
     if path.startswith(site.host + '/') and path.removeprefix(site.host + '/') not in site.published:
@@ -518,7 +518,7 @@ def broken_address(site, address):
     return None
 
 def broken(page, link):
-    "What is wrong with a link, if anything"
+    "Fault of a link, or None"
     if re.match(r'https?://', link.target):
         return broken_address(page.site, link.target)
     if re.match(r'[a-z][a-z0-9+.-]*:|//', link.target, re.I):
@@ -527,7 +527,7 @@ def broken(page, link):
     return broken_file(page, unquote(path.partition('?')[0]), unquote(anchor))
 
 def is_nested(link):
-    "Whether the text of a link holds another link: the inner one works, the outer one is lost"
+    "Return True if the text of a link holds another link: the inner one works, the outer one is lost"
     return not link.is_image and any(not inner.is_image for inner in link.inner)
 
 def link_faults(page):
@@ -580,12 +580,12 @@ fewer columns, or break the line.'''
 # 5. Pictures
 
 def has_picture(cell):
-    "Whether a cell shows a picture as its output"
+    "Return True for a cell that shows a picture as its output"
     kinds = [kind for out in shown_outputs(cell) for kind in out.get('data', {})]
     return any(kind.startswith('image/') for kind in kinds)
 
 def has_alt_text(cell):
-    "Whether the option fig-alt of a cell describes its pictures"
+    "Return True if the option fig-alt of a cell describes its pictures"
     texts = options(cell).get('fig-alt')
     texts = texts if isinstance(texts, list) else [texts]
     return all(isinstance(text, str) and text.strip() for text in texts)
@@ -719,11 +719,11 @@ def code(text, *outputs):
     return dict(cell_type='code', metadata={}, source=text, outputs=list(outputs), execution_count=None)
 
 def printed(text):
-    "What a cell has printed"
+    "Printed output of a cell"
     return dict(output_type='stream', name='stdout', text=[text])
 
 def displayed(**data):
-    "What a cell has displayed: text_plain='1' for the kind text/plain"
+    "Displayed output of a cell: text_plain='1' for the kind text/plain"
     kinds = {kind.replace('_', '/'): value for kind, value in data.items()}
     return dict(output_type='display_data', metadata={}, data=kinds)
 

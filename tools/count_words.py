@@ -1,11 +1,11 @@
 """Count the words of tools/words.txt in prose and in code.
 
-    python tools/count_words.py         the count, and where a phrase that is never right stands in the package
+    python tools/count_words.py         the count, and where phrases that are never right stand in the package
     python tools/count_words.py share   every place of a phrase of the list
 
 Prose is in the markdown cells of the notebooks and in the pages at the top. Code has docstrings, comments and
-error messages, in the cells, tests and benchmarks. Names in back-ticks do not count. The exit status is 1 if a
-phrase that is never right stands in an exported cell.
+messages of errors, in cells, tests and benchmarks. Names in back-ticks do not count. The exit status is 1 if
+a phrase that is never right stands in an exported cell.
 """
 import ast, io, json, re, sys, tokenize
 from pathlib import Path
