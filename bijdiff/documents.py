@@ -21,7 +21,7 @@ from .data.corpora import read_text
 from .model.saving import write_atomically
 from .model.denoiser import BijectiveDenoiser
 from .sampling.rules import get_rule
-from .sampling.generate import infill_template, prompt_template, sample
+from .sampling.generate import infill_template, prompt_template, sample, samplers_for
 from .likelihood.bounds import score_ids
 from .likelihood.exact import char_bits, document_nll
 from .likelihood.codec import fingerprint
@@ -39,9 +39,10 @@ def load_model(
 # %% ../nbs/88_documents.ipynb #5a0c1e35
 def _template(model, prompt, infill):
     "Ids with masks to be filled, from the beginning of a text or from a text with blanks"
-    start = model.tokenizer,model.config.seq_len
-    if infill is None: return prompt_template(*start, prompt or '')
-    return infill_template(*start, infill, 8 if model.corruption.deletes else None)
+    if infill is None: return prompt_template(model, prompt or '')
+    return infill_template(model, infill, 8 if _inserts(model) else None)
+
+def _inserts(model): return samplers_for(model)==['insertion']
 
 def write_texts(
     folder, # Folder of a saved model
@@ -58,7 +59,7 @@ def write_texts(
         raise ValueError('prompt and infill are both given; expected one of them')
     model = load_model(folder)
     template = _template(model, prompt, infill)
-    length_steps = 64 if infill is not None and model.corruption.deletes else 0
+    length_steps = 64 if infill is not None and _inserts(model) else 0
     for ids in sample(model, n, template=template, length_steps=length_steps, seed=seed, **kwargs):
         print(model.tokenizer.decode(ids) + '\n')
 

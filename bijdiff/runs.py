@@ -20,6 +20,7 @@ from .data.corpora import load_corpus
 from .data.loaders import text_dls
 from .model.config import DenoiserConfig
 from .model.saving import write_atomically
+from .model.predictions import any_schedule
 from .model.denoiser import inverse_errors
 from .sampling.generate import sample
 from .likelihood.bounds import score_ids
@@ -122,9 +123,8 @@ def _print_heading(title): print(f'\n── {title} '.ljust(76, '─'))
 def _print_scores(learn, ids):
     "Print the bound on the held-out text, and the worst error of each inverse"
     model,noise = learn.model,learn.corruption.corruption
-    is_free = noise.masks_only and not model.config.time_conditioning
-    own = dict(schedule=noise.schedule, T=noise.T) if is_free else {}
-    score = score_ids(model, learn.dls.valid.dataset.ids, n=16, **own)
+    given = dict(schedule=noise.schedule, T=noise.T) if any_schedule(model) else {}
+    score = score_ids(model, learn.dls.valid.dataset.ids, n=16, **given)
     bits,se = score.bits(len(learn.dls.valid_text))
     _print_heading('the model')
     print(f'bound on the held-out text: {bits:.3f} ± {se:.3f} bits per character')

@@ -16,7 +16,7 @@ from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
 from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
 from bijdiff.model.adapters import MDLMAdapter, SEDDAdapter
 from bijdiff.model.config import DenoiserConfig
-from bijdiff.model.predictions import output_integrand
+from bijdiff.model.predictions import LogitOutputs, output_integrand, ScoreOutputs
 from bijdiff.pictures import film_strip
 from bijdiff.sampling import generate, rules, samplers
 from bijdiff.sampling.generate import sample, samplers_for
@@ -27,7 +27,7 @@ from bijdiff.testing import tiny_denoiser
 
 # Functions of the package that planted faults replace, where they are looked up
 TOKEN_PROBS,REVEAL_PROBS = (samplers, 'token_probs'),(samplers, 'reveal_probs')
-CLEAN_LOGITS,SCORES = (LogitOutputs, 'clean_logits'),(LogitOutputs, 'scores')
+CLEAN_LOGITS,SCORES = (LogitOutputs, 'clean_logits'),(ScoreOutputs, 'scores')
 ON_OBSERVED,TWEEDIE = (samplers, 'condition_on_observed'),(samplers, '_tweedie')
 SAMPLE_CATEGORICAL,PREDICT = (samplers, 'sample_categorical'),(SamplerState, 'predict')
 CONFIDENCE,FIRST_HITTING = (rules, 'confidence'),(generate, 'first_hitting')
