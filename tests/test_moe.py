@@ -966,7 +966,7 @@ WRONG_CONTEXTS = {
     'long mask':      (False, dict(mask=torch.ones(2, 8).bool()), 'mask is'),
     'mask of floats': (False, dict(mask=torch.ones(2, 9)), 'mask is'),
     'time':           (False, dict(t=torch.rand(2)), 'without time_conditioning'),
-    'no time':        (True, dict(), 't is missing'),
+    'no time':        (True, dict(), 't is None'),
     'three times':    (True, dict(t=torch.rand(3)), 't has shape'),
 }
 @DENSE_AND_SPARSE

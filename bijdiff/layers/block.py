@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from ..checks import check, check_one_of, check_shape, check_whole, is_whole
-from .bijection import Bijection, BijectiveSequential, sum_log_determinants
+from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, AffineCoupling, zero_padding, check_mask, CouplingNet
+from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
 from .reversible import couple_all, ChunkedUpdate, uncouple_all
 from .attention import gather_rows, BidirectionalAttention, head_dim, rotary_angles
 
@@ -47,9 +47,8 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.to_scale_shift = None if cond_dim is None else nn.Linear(cond_dim, 2*d_model)
-        if cond_dim is None: return
-        nn.init.zeros_(self.to_scale_shift.weight)
-        nn.init.zeros_(self.to_scale_shift.bias)
+        if cond_dim is not None:
+            for p in self.to_scale_shift.parameters(): nn.init.zeros_(p)
 
     def forward(self,
         x:Tensor, # (B, L, d_model)
@@ -81,23 +80,25 @@ class BlockMixer(nn.Module):
         self.attn = BidirectionalAttention(d_model, n_heads, dropout)
         self.mlp_norm = AdaptiveNorm(d_model, cond_dim)
 
-# %% ../../nbs/layers/10_block.ipynb #22466e2d
-@patch
-def forward(self:BlockMixer,
-    h:Tensor, # Input of attention, (B, L, d_model)
-    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
-    cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
-    rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
-    read:Tensor|None=None, # State that the MLP reads, before the updates of mixing and attention; h if None
-    rows:Tensor|None=None, # Numbers of the positions to update, (B, R); all positions if None
-)->tuple[Tensor,Tensor]: # Update by attention, and input of the MLP, (B, L or R, d_model) each
-    n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
-    a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
-    r = (h if read is None else read)+n
-    if rows is not None: r = gather_rows(r, rows)
-    return a, self.mlp_norm(r+a, cond)
+    def forward(self,
+        h:Tensor, # Input of attention, (B, L, d_model)
+        mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
+        cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
+        rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
+        read:Tensor|None=None, # State that the MLP reads, without updates of mixing and attention; h if None
+        rows:Tensor|None=None, # Numbers of the positions to update, (B, R); all positions if None
+    )->tuple[Tensor,Tensor]: # Update by attention, and input of the MLP, (B, L or R, d_model) each
+        n = 0. if self.local is None else self.local(self.local_norm(h, cond), mask)
+        a = self.attn(self.attn_norm(h+n, cond), mask, rotary, rows)
+        r = (h if read is None else read)+n
+        if rows is not None: r = gather_rows(r, rows)
+        return a, self.mlp_norm(r+a, cond)
 
 # %% ../../nbs/layers/10_block.ipynb #9a1e1001
+def _check_kinds(attention, ffn):
+    for name,kind in (('attention', attention), ('ffn', ffn)):
+        check_one_of(name, kind, ('bijective','standard'))
+
 class BijectiveTransformerBlock(AdditiveCoupling):
     "A whole pre-norm transformer block as the update of an additive coupling"
     def __init__(self,
@@ -112,8 +113,7 @@ class BijectiveTransformerBlock(AdditiveCoupling):
         dropout:float=0., # Probability of dropping a feature in training
         cond_dim:int|None=None, # Features of the conditioning vector; unconditional if None
     ):
-        check_one_of('attention', attention, ('bijective','standard'))
-        check_one_of('ffn', ffn, ('bijective','standard'))
+        _check_kinds(attention, ffn)
         mixer = BlockMixer(d_model, n_heads, local_window, dropout, cond_dim)
         mlp = CouplingNet(d_model, coupling_hidden_dim, coupling_depth, dropout)
         super().__init__(ChunkedUpdate(mixer, mlp), lattice_bits)
@@ -122,15 +122,11 @@ class BijectiveTransformerBlock(AdditiveCoupling):
     @property
     def is_bijective(self)->bool: return self.attention==self.ffn=='bijective'
 
-# %% ../../nbs/layers/10_block.ipynb #d7f24f50
-@patch
-def extra_repr(self:BijectiveTransformerBlock)->str:
-    return f'attention={self.attention!r}, ffn={self.ffn!r}, lattice_bits={self.lattice_bits}'
+    def extra_repr(self)->str:
+        return f'attention={self.attention!r}, ffn={self.ffn!r}, lattice_bits={self.lattice_bits}'
 
 # %% ../../nbs/layers/10_block.ipynb #974f808d
-def _stream(kind, x1, x2):
-    "Stream that a part of this kind reads"
-    return x2 if kind=='bijective' else x1+x2
+def _stream(kind, x1, x2): return x2 if kind=='bijective' else x1+x2
 
 @patch
 def update(self:BijectiveTransformerBlock,
@@ -147,12 +143,9 @@ def update(self:BijectiveTransformerBlock,
     h = _stream(self.attention, x1, x2).contiguous()
     return zero_padding(self.f(h, mask=mask, cond=cond, rotary=rotary, read=read), mask)
 
-# %% ../../nbs/layers/10_block.ipynb #82219239
 @patch
-def forward(self:BijectiveTransformerBlock,
-    x:Tensor, # State, (B, L, 2*d_model)
-    **context, # Keywords of update: mask, cond, rotary
-)->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,): 0, or NaN if a part is standard
+def forward(self:BijectiveTransformerBlock, x:Tensor, **context)->tuple[Tensor,Tensor]:
+    "Apply the block to a state, (B, L, 2*d_model); the log-determinant is NaN if a part is standard"
     y,logdet = super(BijectiveTransformerBlock, self).forward(x, **context)
     return y, logdet if self.is_bijective else logdet+float('nan')
 
@@ -176,12 +169,18 @@ def count_bijective(
     check(0<=bijective_ratio<=1, 'bijective_ratio', bijective_ratio, 'a number from 0 to 1')
     n = n_bijective_layers
     if n is None: return round(bijective_ratio*n_layers)
-    ok = is_whole(n) and 0<=n<=n_layers
-    check(ok, 'n_bijective_layers', n, f'a whole number from 0 to n_layers={n_layers}')
+    check(is_whole(n) and 0<=n<=n_layers, 'n_bijective_layers', n, f'a whole number from 0 to {n_layers=}')
     if bijective_ratio not in (1., n/n_layers):
         raise ValueError(f'n_bijective_layers is {n} and bijective_ratio is {bijective_ratio}, '
                          'which disagree; give one of them')
     return n
+
+def _check_later_kinds(n, attention, ffn):
+    "Check the kinds of the `n` layers after the bijective ones"
+    _check_kinds(attention, ffn)
+    kinds,name = (attention, ffn),'attention, ffn of the layers after the bijective ones'
+    check(n>0 or kinds==('standard', 'standard'), name, kinds, "fewer bijective layers, or 'standard'")
+    check('standard' in kinds, name, kinds, "at least one 'standard'")
 
 # %% ../../nbs/layers/10_block.ipynb #e520fb75
 class TimeEmbedding(nn.Module):
@@ -213,97 +212,37 @@ class CouplingStack(Bijection):
         check_whole('d_model', d_model)
         store_attr('d_model,lattice_bits,reversible')
         self.d_head = head_dim(d_model, n_heads)
-        # a scalar needs few features, and every norm has a matrix for them
-        self.time_dim = max(8, d_model//4) if time_conditioning else None
+        self.time_dim = max(8, d_model//4) if time_conditioning else None # Few features for a scalar
         self.time = TimeEmbedding(self.time_dim) if time_conditioning else None
 
-    def couplings(self): # Couplings, AdditiveCoupling or AffineCoupling each
-        "Return the couplings of the bijective layers, in order"
-        raise NotImplementedError(f'{type(self).__name__} defines no couplings')
+    def couplings(self): raise NotImplementedError(f'{type(self).__name__} defines no couplings')
+    def _all_couplings(self): return self.couplings() # Those of standard layers included
+    def _check_invertible(self): "Raise an error for a stack that cannot be inverted"
 
-# %% ../../nbs/layers/10_block.ipynb #5324eb76
+    @property
+    def is_bijective(self)->bool: return all(c.is_bijective for c in self._all_couplings())
+    @property
+    def state_dim(self)->int: return 2*self.d_model
+
+    def _couple(self, x, context):
+        return couple_all(self.couplings(), x, self.reversible, **context), sum_log_determinants([], x)
+    def _uncouple(self, y, context):
+        return uncouple_all(self.couplings(), y, **context), sum_log_determinants([], y)
+
+# %% ../../nbs/layers/10_block.ipynb #9a1e1005
 @patch
-def _all_couplings(self:CouplingStack):
-    "All couplings in order, those of standard layers included"
-    return self.couplings()
-
-@patch(as_prop=True)
-def is_bijective(self:CouplingStack)->bool: return all(c.is_bijective for c in self._all_couplings())
-@patch(as_prop=True)
-def state_dim(self:CouplingStack)->int: return 2*self.d_model
-
-# %% ../../nbs/layers/10_block.ipynb #9a1e1002
-@patch
-def _check_state(self:CouplingStack, x):
-    if x.ndim==3 and x.shape[-1]==self.state_dim: return
-    n = self.state_dim//self.d_model
-    raise ValueError(f"the state has shape {tuple(x.shape)}; expected (B, L, {self.state_dim}), "
-                     f"{'two' if n==2 else n} streams of d_model={self.d_model}")
-
-@patch
-def _check_time(self:CouplingStack, t, B):
-    if t is not None: check_shape('t', t, B)
-    if t is None and self.time is not None:
-        raise ValueError('t is missing, but the stack is conditioned on time; expected times of shape (B,)')
-    if t is not None and self.time is None:
-        raise ValueError('t is given, but the stack was built without time_conditioning; expected None')
-
-# %% ../../nbs/layers/10_block.ipynb #356648b4
-@patch
-def _context(self:CouplingStack,
-    x:Tensor, # State, (B, L, state_dim)
-    mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
-    t:Tensor|None=None, # Times, (B,)
-)->dict: # Keywords of every coupling: mask, cond (B, cond_dim), rotary
-    "Check state, mask and times, and compute what all couplings share"
-    self._check_state(x)
+def _context(self:CouplingStack, x, mask=None, t=None):
+    "Check state, mask (B, L) and times (B,), and return the keywords of every coupling"
+    D,d = self.state_dim,self.d_model
+    check(x.ndim==3 and x.shape[-1]==D, 'the state', x, f'(B, L, {D}), {D//d} streams of d_model={d}')
     require_lattice(x, self.lattice_bits)
     check_mask(mask, x)
-    self._check_time(t, len(x))
+    if t is not None: check_shape('t', t, len(x))
+    if self.time is None: check(t is None, 't', t, 'None for a stack without time_conditioning')
+    else: check(t is not None, 't', t, 'times of shape (B,) for a stack with time_conditioning')
     cond = None if t is None else self.time(t)
     return dict(mask=mask, cond=cond, rotary=rotary_angles(x.shape[1], self.d_head, x.device))
 
-# %% ../../nbs/layers/10_block.ipynb #9a1e1004
-def _kind(c):
-    "Kind of a coupling"
-    if isinstance(c, AffineCoupling): return 'affine'
-    return 'additive' if c.is_bijective else 'standard'
-
-@patch
-def _runs(self:CouplingStack)->list: # Kind, number of the first coupling, and couplings of each run
-    "Cut the couplings into runs of one kind"
-    runs = []
-    for i,c in enumerate(self._all_couplings()):
-        if not runs or _kind(c)!=runs[-1][0]: runs.append((_kind(c), i, []))
-        runs[-1][2].append(c)
-    return runs
-
-# %% ../../nbs/layers/10_block.ipynb #8ec803c6
-@patch
-def _couple(self:CouplingStack, x, context):
-    "Apply all couplings, run by run"
-    y,logdets = x,[]
-    for kind,first,run in self._runs():
-        if kind=='affine':
-            y,logdet = BijectiveSequential(*run)(y, **context)
-            logdets.append(logdet)
-        else:
-            y = couple_all(run, y, self.reversible and kind=='additive', first, **context)
-            if kind=='standard': logdets.append(float('nan'))
-    return y, sum_log_determinants(logdets, x)
-
-@patch
-def _uncouple(self:CouplingStack, y, context):
-    "Undo all couplings, run by run"
-    x,logdets = y,[]
-    for kind,_,run in reversed(self._runs()):
-        if kind=='affine':
-            x,logdet = BijectiveSequential(*run).inverse(x, **context)
-            logdets.append(logdet)
-        else: x = uncouple_all(run, x, **context)
-    return x, sum_log_determinants(logdets, y)
-
-# %% ../../nbs/layers/10_block.ipynb #9a1e1005
 @patch
 def forward(self:CouplingStack,
     x:Tensor, # State, (B, L, state_dim)
@@ -311,10 +250,6 @@ def forward(self:CouplingStack,
     t:Tensor|None=None, # Times, (B,), for a stack with time_conditioning
 )->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,); NaN if a layer is standard
     return self._couple(x, self._context(x, mask, t))
-
-@patch
-def _check_invertible(self:CouplingStack):
-    "Raise a `ValueError` if a layer cannot be inverted"
 
 @patch
 def inverse(self:CouplingStack,
@@ -328,30 +263,16 @@ def inverse(self:CouplingStack,
 
 # %% ../../nbs/layers/10_block.ipynb #4af3e76c
 @patch
-def set_lattice(self:CouplingStack,
-    bits:int|None, # Grid of the states; None for plain floating point
-):
-    "Move the stack to another lattice, or off it"
+def set_lattice(self:CouplingStack, bits:int|None):
+    "Move the stack to the lattice of `bits`, or off it if None"
     for m in (self, *self._all_couplings()): m.lattice_bits = bits
 
 @patch
-def compile(self:CouplingStack,
-    **kwargs, # Keywords of torch.compile; with fullgraph=True, reaching its recompile limit is an error
-):
-    "Compile the two stages of every coupling"
+def compile(self:CouplingStack, **kwargs):
+    "Compile both stages of every coupling; with `fullgraph=True`, exceeding the recompile limit is an error"
     for c in self._all_couplings(): c.f.compile(**kwargs)
 
 # %% ../../nbs/layers/10_block.ipynb #7c9e6a8a
-def _check_later(n, attention, ffn):
-    "Check the kinds of the `n` layers after the bijective ones"
-    for name,kind in (('attention', attention), ('ffn', ffn)):
-        check_one_of(name, kind, ('bijective','standard'))
-    both = f'attention={attention!r} and ffn={ffn!r} are for the layers after the bijective ones'
-    if n==0 and 'bijective' in (attention, ffn):
-        raise ValueError(f'{both}, and there are none; expected fewer bijective layers')
-    if attention==ffn=='bijective': raise ValueError(f"{both}; expected at least one 'standard'")
-
-# %% ../../nbs/layers/10_block.ipynb #310f287d
 class BijectiveTransformer(CouplingStack):
     "Transformer blocks on a state of two streams, exactly invertible if all of them are bijective"
     def __init__(self,
@@ -370,38 +291,30 @@ class BijectiveTransformer(CouplingStack):
     ):
         super().__init__(d_model, n_heads, lattice_bits, reversible, time_conditioning)
         n = count_bijective(n_layers, n_bijective_layers, bijective_ratio)
-        _check_later(n_layers-n, attention, ffn)
+        _check_later_kinds(n_layers-n, attention, ffn)
         self.n_bijective_layers = n
         options = dict(lattice_bits=lattice_bits, dropout=dropout, cond_dim=self.time_dim, **block)
         kinds = [('bijective', 'bijective')]*n + [(attention, ffn)]*(n_layers-n)
         self.blocks = nn.ModuleList(BijectiveTransformerBlock(d_model, n_heads, *k, **options) for k in kinds)
 
-# %% ../../nbs/layers/10_block.ipynb #d04636f3
-@patch
-def couplings(self:BijectiveTransformer): # Couplings, BijectiveTransformerBlock each
-    "Return the bijective blocks"
-    return self.blocks[:self.n_bijective_layers]
+    def couplings(self)->nn.ModuleList: return self.blocks[:self.n_bijective_layers]
+    def _all_couplings(self): return [*self.couplings(), *self.blocks[self.n_bijective_layers:]]
 
-@patch
-def _all_couplings(self:BijectiveTransformer):
-    return [*self.couplings(), *self.blocks[self.n_bijective_layers:]]
+    def _couple(self, x, context):
+        y,logdet = super()._couple(x, context)
+        if self.is_bijective: return y,logdet
+        n = self.n_bijective_layers
+        return couple_all(self.blocks[n:], y, False, len(self.couplings()), **context), logdet+float('nan')
 
-@patch
-def _layer_numbers(self:BijectiveTransformer):
-    "Numbers of the bijective and of the standard layers"
-    layers = list(range(len(self.blocks)))
-    return layers[:self.n_bijective_layers],layers[self.n_bijective_layers:]
+    def _check_invertible(self):
+        if self.is_bijective: return
+        standard = list(range(self.n_bijective_layers, len(self.blocks)))
+        raise ValueError(f'this stack cannot be inverted: its layers {standard} are standard and read both '
+                         'streams; choose bijective_ratio=1')
 
-@patch
-def _check_invertible(self:BijectiveTransformer):
-    if self.is_bijective: return
-    raise ValueError(f'this stack cannot be inverted: its layers {self._layer_numbers()[1]} are standard and '
-                     'read both streams; choose bijective_ratio=1')
-
-@patch
-def extra_repr(self:BijectiveTransformer)->str:
-    bijective,standard = self._layer_numbers()
-    return f'bijective layers: {bijective}, standard layers: {standard}, reversible={self.reversible}'
+    def extra_repr(self)->str:
+        n,layers = self.n_bijective_layers,list(range(len(self.blocks)))
+        return f'bijective layers: {layers[:n]}, standard layers: {layers[n:]}, reversible={self.reversible}'
 
 # %% ../../nbs/layers/10_block.ipynb #36afeafa
 def layer_by_layer(

@@ -7,13 +7,14 @@ __all__ = ['BijectiveMoE', 'route_fractions']
 
 # %% ../../nbs/layers/14_moe.ipynb #4e6025a4
 from functools import partial
+from itertools import groupby
 import torch
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from ..checks import check, check_one_of, check_type, check_whole, optional
-from .bijection import BijectiveSequential
+from .bijection import BijectiveSequential, sum_log_determinants
 from .coupling import AdditiveCoupling, AffineCoupling
-from .reversible import ChunkedUpdate
+from .reversible import couple_all, ChunkedUpdate, uncouple_all
 from .block import BijectiveTransformerBlock, CouplingStack
 from .multiscale import GlobalUpdate, LocalUpdate, SegmentUpdate
 from .coupled_experts import check_experts, coupler_update, join_updates
@@ -123,6 +124,35 @@ def _coupler_update(self:BijectiveMoE, dropout):
 def _add_coupler(self:BijectiveMoE, dropout):
     "Add a coupling for each half of the state"
     for _ in range(2): self._add('coupler', self._coupler_update(dropout))
+
+# %% ../../nbs/layers/14_moe.ipynb #9a1e1404
+@patch
+def _runs(self:BijectiveMoE):
+    "Couplings of one class that follow one another"
+    return [list(run) for _,run in groupby(self.layers, key=type)]
+
+@patch
+def _couple(self:BijectiveMoE, x, context):
+    "Apply all couplings, run by run"
+    y,logdets,first = x,[],0
+    for run in self._runs():
+        if isinstance(run[0], AffineCoupling):
+            y,logdet = BijectiveSequential(*run)(y, **context)
+            logdets.append(logdet)
+        else: y = couple_all(run, y, self.reversible, first, **context)
+        first += len(run)
+    return y, sum_log_determinants(logdets, x)
+
+@patch
+def _uncouple(self:BijectiveMoE, y, context):
+    "Undo all couplings, run by run"
+    x,logdets = y,[]
+    for run in reversed(self._runs()):
+        if isinstance(run[0], AffineCoupling):
+            x,logdet = BijectiveSequential(*run).inverse(x, **context)
+            logdets.append(logdet)
+        else: x = uncouple_all(run, x, **context)
+    return x, sum_log_determinants(logdets, y)
 
 # %% ../../nbs/layers/14_moe.ipynb #2f837230
 @patch
