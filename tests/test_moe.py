@@ -557,8 +557,8 @@ def test_gradients_are_those_of_stored_activations(o):
     kw = {k:o[k] for k in ('n', 'd', 'layers', 'couple', 'dropout')}
     kw |= dict(enable_multiscale=o['scales'], segment_length=3)
     if o['k'] is not None: kw |= dict(k_active=o['k'], balance=o['terms'][0], z_loss=o['terms'][1])
-    call = {k:o[k] for k in ('B', 'L', 'bf16', 'min_chunk_rows', 'masked', 'timed', 'train', 'seed')}
-    judge_gradients(kw, **call)
+    batch = {k:o[k] for k in ('B', 'L', 'bf16', 'min_chunk_rows', 'masked', 'timed', 'train', 'seed')}
+    judge_gradients(kw, **batch)
 
 def test_gradients_with_affine_couplers():
     "Off the lattice rebuilt states are a little different"
