@@ -3,19 +3,21 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pytest
 
-job = Path(__file__).parent/'distributed_job.py'
+JOB = Path(__file__).parent/'distributed_job.py'
 
-def run(n, bs=16):
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n)] if n>1 else []
+def run_job(n_processes, bs=16):
+    "Metrics of one training run"
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n_processes)]
+    command = [sys.executable, *(launcher if n_processes>1 else []), str(JOB), str(bs)]
     env = {**os.environ, 'ACCELERATE_USE_CPU':'1', 'OMP_NUM_THREADS':'1'}
-    res = subprocess.run([sys.executable, *launch, str(job), str(bs)], capture_output=True, text=True, timeout=400, env=env)
-    assert res.returncode==0, res.stderr[-3000:]
-    return json.loads([l for l in res.stdout.splitlines() if l.startswith('{')][-1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
+    assert done.returncode==0, done.stderr[-3000:]
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith('{')][-1])
 
 def test_two_processes_train_like_one():
-    one,two = run(1),run(2)
+    one,two = run_job(1),run_job(2)
     assert len(one['losses'])==len(two['losses'])>100
-    assert two['losses']==pytest.approx(one['losses'], rel=2e-3)          # every step: same data, same noise, another order of summation
+    assert two['losses']==pytest.approx(one['losses'], rel=2e-3)     # same data and noise, another order of summation
     assert two['bits']==pytest.approx(one['bits'], abs=2e-3)
     assert two['se']==pytest.approx(one['se'], rel=.1)
     assert two['weights']==pytest.approx(one['weights'], rel=1e-3)
