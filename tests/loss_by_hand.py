@@ -1,7 +1,7 @@
 """The training loss written out from its formulas, for the half-cosine schedule, without the package's code.
 
-A token is kept with probability alpha(t), and otherwise masked, substituted or deleted in proportion to the weights
-m, u and d. Times have the shape (B, 1, 1) for symbols, and (B, 1) for gaps."""
+A token is kept with probability alpha(t), and otherwise masked, substituted or deleted in proportion to the
+weights m, u and d. Times have the shape (B, 1, 1) for symbols, and (B, 1) for gaps."""
 import math, torch
 import torch.nn.functional as F
 
@@ -66,7 +66,7 @@ def continuous_loss(logits, x0, z, t, weights):
 
 def discrete_loss(logits, x0, z, t, weights, T):
     """T times the divergence of posteriors over the symbols at s = t - 1/T, by Bayes' rule, (B, L).
-    From s to t a symbol is kept with probability alpha(t)/alpha(s), and otherwise becomes a random token or a mask."""
+    From s to t a symbol is kept with probability alpha(t)/alpha(s); otherwise it is masked or substituted."""
     here = F.one_hot(z, logits.shape[-1]+1).bool()
     (B,L,V),s = logits.shape,t-1/T
     kept = alpha(t)/alpha(s)

@@ -1,4 +1,4 @@
-"""Norms of gradients and steps by block, against gradients of every batch by themselves. Faults are planted."""
+"""Norms of gradients and steps by block, against the gradients of each batch. Faults are planted."""
 import math
 from functools import partial
 import pytest, torch

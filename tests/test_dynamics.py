@@ -1,5 +1,5 @@
-"""Statistics of loss curves, on series whose truth is known: how often intervals hold the truth, how often noise is
-called a period, how often a period is found. Each claim is also put to a broken version of the code."""
+"""Statistics of loss curves, on series whose truth is known: how often intervals hold the truth, noise is called a
+period, and a period is found. Each claim is also put to a broken version of the code."""
 import numpy as np, pytest
 from scipy import signal, stats
 from bijdiff.training import dynamics as D
@@ -99,7 +99,7 @@ def test_basis_takes_out_the_trend_however_it_moves():
     assert is_orthonormal(b)
     for v in (t(steps), *t.jacobian(steps).T, np.full(300, 5.)):
         assert v-b@(b.T@v)==pytest.approx(np.zeros(300), abs=1e-9)
-    late = D._basis(D.Trend(2., 3., 5., None), 200, 300, 4)                   # where the exponential has died out
+    late = D._basis(D.Trend(2., 3., 5., None), 200, 300, 4)         # where the exponential has died out
     assert np.isfinite(late).all() and is_orthonormal(late)
 
 # Is noise called a period?

@@ -1,5 +1,5 @@
-"""What is measured layer by layer: lattice usage, against the couplings written out, and log-determinants, against
-dense Jacobians."""
+"""What is measured layer by layer: lattice usage, against the couplings written out, and log-determinants,
+against dense Jacobians."""
 import math
 from functools import partial
 from types import SimpleNamespace

@@ -43,7 +43,7 @@ def terms_by_hand(learn):
     return denoise, state_nll_by_hand(learn.model, y)
 
 class SGDByHand:
-    "Terms of each batch, and the weights after each step: p - lr (g_denoise + lam g_likelihood), and the learner's"
+    "Terms of each batch, weights p - lr (g_denoise + lam g_likelihood) after each step, and those of the learner"
     def __init__(self, lam, lr):
         self.lam,self.lr = lam,lr
         self.terms,self.want,self.got = [],[],[]
@@ -52,8 +52,8 @@ class SGDByHand:
         params = list(learn.model.parameters())
         terms = terms_by_hand(learn)
         self.terms.append([term.item() for term in terms])
-        def grads_of(term): return torch.autograd.grad(term, params, retain_graph=True, materialize_grads=True)
-        grads = [grads_of(term) for term in terms]
+        options = dict(retain_graph=True, materialize_grads=True)
+        grads = [torch.autograd.grad(term, params, **options) for term in terms]
         self.want.append([p.detach()-self.lr*(d+self.lam*n) for p,d,n in zip(params, *grads)])
     def record(self, learn): self.got.append([p.detach().clone() for p in learn.model.parameters()])
 

@@ -1,4 +1,4 @@
-"""The loss of one held-out batch with fixed noise, against the loss written out by hand. Faults are planted."""
+"""The loss of a held-out batch with fixed noise, against the loss written out by hand. Faults are planted."""
 import sys
 import pytest, torch
 from fastai.basics import Callback
