@@ -43,7 +43,7 @@ def terms_by_hand(learn):
     return denoise, state_nll_by_hand(learn.model, y)
 
 class SGDByHand:
-    "Terms of each batch, weights p - lr (g_denoise + lam g_likelihood) after each step, and those of the learner"
+    "Terms by hand, and the weights after each step: p - lr (g_denoise + lam g_likelihood), and the learner's"
     def __init__(self, lam, lr):
         self.lam,self.lr = lam,lr
         self.terms,self.want,self.got = [],[],[]
