@@ -1,5 +1,7 @@
-"""Statistics of loss curves, on series whose truth is known: how often intervals hold the truth, and how often
-noise is called a period or a period is found. Each claim is also put to a broken version of the code."""
+"""Statistics of loss curves, on series whose truth is known.
+
+How often do intervals hold the truth, how often is noise called a period, how often is a period found? Each
+claim is also put to a broken version of the code."""
 import numpy as np, pytest
 from scipy import signal, stats
 from bijdiff.training import dynamics as D

@@ -1,4 +1,5 @@
 """The objective of three terms, against losses, gradients and weights by hand. Faults are planted."""
+from functools import partial
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from fastai.basics import SGD, CancelFitException
@@ -157,20 +158,21 @@ class LearnedInverse(Bijection):
 
 class StateOnly(nn.Module):
     "A LearnedInverse after another module, without its log-determinant"
-    def __init__(self, f, inner=nn.Identity()):
+    def __init__(self, f, inner=nn.Identity(), by_keyword=False):
         super().__init__()
-        self.f,self.inner = f,inner
+        self.f,self.inner,self.by_keyword = f,inner,by_keyword
     def forward(self, x, *args):
-        cond = () if self.f.S is None else args
-        return self.f(self.inner(x, *args), *cond)[0]
+        y = self.inner(x, *args)
+        if self.f.S is None: return self.f(y)[0]
+        return self.f(y, cond=args[0])[0] if self.by_keyword else self.f(y, *args)[0]
 
 def after_embedding(model): model.entry = StateOnly(LearnedInverse(16))
 def in_block(model):
     mixer = model.backbone.blocks[0].f.mixer
     mixer.mlp_norm = StateOnly(LearnedInverse(8), mixer.mlp_norm)
-def in_time_conditioned_block(model):
+def in_time_conditioned_block(model, by_keyword=False):
     mixer = model.backbone.blocks[0].f.mixer
-    mixer.mlp_norm = StateOnly(LearnedInverse(8, 8), mixer.mlp_norm)
+    mixer.mlp_norm = StateOnly(LearnedInverse(8, 8), mixer.mlp_norm, by_keyword)
 def in_mlp(model): model.backbone.blocks[0].f.pointwise.insert(1, StateOnly(LearnedInverse(32)))
 
 def inexact_learner(*cbs, insert=after_embedding, reversible=False, lam=.1, std=None, **kwargs):
@@ -247,9 +249,11 @@ def test_states_that_are_not_detached_are_seen(monkeypatch):
     monkeypatch.setattr(ObjectiveCallback, '_note', keep_attached)
     with pytest.raises((AssertionError, RuntimeError)): check_gradients(after_embedding)
 
+@pytest.mark.parametrize('by_keyword', [False, True])
 @pytest.mark.parametrize('reversible', [False, True])
-def test_no_gradient_through_the_context(reversible):
-    kwargs = dict(insert=in_time_conditioned_block, reversible=reversible, corruption=small_noise(.5, .5))
+def test_no_gradient_through_the_context(reversible, by_keyword):
+    insert = partial(in_time_conditioned_block, by_keyword=by_keyword)
+    kwargs = dict(insert=insert, reversible=reversible, corruption=small_noise(.5, .5))
     (_,with_term,_),(_,without,_) = (gradients(lam, **kwargs) for lam in (.5, 0.))
     of_time = [name for name in with_term if name.startswith('backbone.time')]
     assert of_time
