@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-Writes benchmarks/attention.json; `attend` in the attention notebook is chosen by it."""
+Writes benchmarks/results/attention.json; `attend` in the attention notebook is chosen by it."""
 import json, platform, statistics, sys, time
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -35,4 +35,4 @@ def main(heads:int=3, d_head:int=52, tokens:int=8192, n:int=9, device:str='cpu')
             print(rows[-1], flush=True)
     res = dict(rows=rows, heads=heads, d_head=d_head, tokens=tokens, n=n, seed=0, device=device, machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__,
                command='python benchmarks/attention.py '+' '.join(sys.argv[1:]))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')
+    (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')

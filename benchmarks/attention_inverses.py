@@ -3,7 +3,7 @@
     python benchmarks/attention_inverses.py
 
 States are embedded characters of the embedded corpus with random position codes. Trained weights come from filling in masked characters through one attention layer.
-Errors in float32; `logdet_error` compares with the dense Jacobian in float64 at length 16. Writes benchmarks/attention_inverses.json."""
+Errors in float32; `logdet_error` compares with the dense Jacobian in float64 at length 16. Writes benchmarks/results/attention_inverses.json."""
 import json, platform, random, statistics, sys, time, warnings
 from pathlib import Path
 import torch
@@ -103,4 +103,4 @@ def main(
                 print({k:f'{v:.3g}' if isinstance(v, float) else v for k,v in rows[-1].items() if v is not None}, flush=True)
     res = dict(rows=rows, d_model=d_model, n_heads=n_heads, bs=bs, steps=steps, seed=0, machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__,
                command='python benchmarks/attention_inverses.py '+' '.join(sys.argv[1:]))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')
+    (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')

@@ -3,7 +3,7 @@
     python benchmarks/codec.py PATH/TO/tinyshakespeare.txt MODEL --steps 16
 
 MODEL is a folder written by tinyshakespeare.py --tokenizer byte --out. Says the bytes of the compressed file, its length against the summed exact log-likelihood, seconds for each direction; gzip -9, bzip2 -9, xz -9e and zstd -19 on the same bytes, by themselves and with the training text
-in front of them (the difference is what the held-out part costs someone who has the training text, as the model has); and the size of the model in 32 and 16 bits per weight. zstd is left out where the package zstandard is not installed. Writes benchmarks/codec.json."""
+in front of them (the difference is what the held-out part costs someone who has the training text, as the model has); and the size of the model in 32 and 16 bits per weight. zstd is left out where the package zstandard is not installed. Writes benchmarks/results/codec.json."""
 import bz2, gzip, lzma, math, time
 from pathlib import Path
 import torch
@@ -43,4 +43,4 @@ def main(path:str, # The text
                seconds=dict(compress=round(t_in, 1), decompress=round(t_out, 1), log_prob=round(t_lp, 1)), bytes_per_s=dict(compress=round(len(valid)/t_in, 1), decompress=round(len(valid)/t_out, 1), log_prob=round(len(valid)/t_lp, 1)),
                others={k:dict(alone=f(valid), after_training_text=f(train+valid)-f(train)) for k,f in others().items()}, model_bytes={'32 bits':4*n_params, '16 bits':2*n_params}, model=describe(Path(folder), model), **this_run('codec.py', {}))
     print(res)
-    save(Path(__file__).with_suffix('.json'), res)
+    save((Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json'), res)

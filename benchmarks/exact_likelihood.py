@@ -4,7 +4,7 @@
     python benchmarks/exact_likelihood.py PATH/TO/tinyshakespeare.txt MODEL --rules confidence --schedules cosine
 
 MODEL is a folder written by tinyshakespeare.py --tokenizer byte --out. The text is n pieces of the model's length, evenly spread over the last tenth of the file; means are over pieces, with standard errors over pieces: the probabilities themselves have no error.
-`seconds` is the time of log_prob for all of them, `chars_per_s` what follows from it. Writes benchmarks/exact_likelihood.json after every combination; those already in it are skipped, so remove it to begin anew."""
+`seconds` is the time of log_prob for all of them, `chars_per_s` what follows from it. Writes benchmarks/results/exact_likelihood.json after every combination; those already in it are skipped, so remove it to begin anew."""
 import math, time
 from pathlib import Path
 import torch
@@ -29,7 +29,7 @@ def main(path:str, # The text
          threads:int=1, # Of PyTorch
          seed:int=0):
     torch.set_num_threads(threads)
-    out,text,model = Path(__file__).with_suffix('.json'),load_corpus(path),BijectiveDenoiser.from_pretrained(folder)
+    out,text,model = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json'),load_corpus(path),BijectiveDenoiser.from_pretrained(folder)
     settings = dict(n=n, seed=seed, threads=threads, model=describe(Path(folder), model))
     res = resume(out, settings)
     x = spread_pieces(split_text(text)[1], model.tokenizer, n, L := model.config.seq_len)

@@ -6,7 +6,7 @@
 2. The notes' table at a batch of 8x64x512: reconstruction error, parameters, gradient norms of the four configurations.
 3. Training loss with and without rounding to the lattice, same seeds and data.
 4. What rounding changes at given weights: loss on the same texts with the same noise.
-Writes benchmarks/exactness.json."""
+Writes benchmarks/results/exactness.json."""
 import json, platform, random, statistics, time
 from pathlib import Path
 import torch
@@ -154,7 +154,7 @@ def main(
     seeds:int=3, # Runs of part 3 for every grid
     only:str=None, # One part to measure again: notes, lattice_in_training, rounding_at_fixed_weights or deep
 ):
-    path,start = Path(__file__).with_suffix('.json'),time.time()
+    path,start = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json'),time.time()
     parts = dict(notes=notes_table, lattice_in_training=lambda: lattice_in_training(lattice_steps, seeds), rounding_at_fixed_weights=lambda: rounding_at_fixed_weights(lattice_steps), deep=lambda: deep(steps))
     res = json.loads(path.read_text()) if only else {}
     for name,f in parts.items():

@@ -6,7 +6,7 @@
 Models are the sub-folders written by tinyshakespeare.py --out; n texts are written at once. Each is judged by a character n-gram model of the training text (interpolated Witten-Bell, bits per character), by its words
 (share of runs of letters, not cut off at an end of the text, that occur in the training text), and by its variety (share of different 5-grams among the 5-grams of all n texts: repetitive texts are easy to predict).
 The same is said of as much held-out text and of as many shuffled training characters, in pieces of the same length. `network_passes` counts passes of the whole batch.
-Writes benchmarks/generation.json after every combination; those already in it, of the same weights, are skipped, so remove it to begin anew."""
+Writes benchmarks/results/generation.json after every combination; those already in it, of the same weights, are skipped, so remove it to begin anew."""
 import hashlib, json, math, os, platform, random, re, sys, time
 from collections import Counter
 from pathlib import Path
@@ -105,7 +105,7 @@ def main(path:str, # The text
          threads:int=1, # Of PyTorch
          seed:int=0):
     torch.set_num_threads(threads)
-    out,text = Path(__file__).with_suffix('.json'),load_corpus(path)
+    out,text = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json'),load_corpus(path)
     train,valid = split_text(text)
     settings = dict(n=n, length=length, seed=seed, order=order, threads=threads, text_sha256=hashlib.sha256(text.encode()).hexdigest())
     old = resume(out, settings)

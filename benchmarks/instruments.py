@@ -2,7 +2,7 @@
 
     python benchmarks/instruments.py
 
-Trains networks of two sizes on the embedded corpus for some steps, with every instrument at its default setting. The clock runs inside the same training, so a busy machine slows both sides alike. Writes benchmarks/instruments.json."""
+Trains networks of two sizes on the embedded corpus for some steps, with every instrument at its default setting. The clock runs inside the same training, so a busy machine slows both sides alike. Writes benchmarks/results/instruments.json."""
 import json, platform, sys, tempfile, time
 from pathlib import Path
 import torch, fastai
@@ -42,4 +42,4 @@ def main(steps:int=100, repeats:int=3):
         rows.append(dict(setting=name, **{k:sorted(r[k] for r in runs)[repeats//2] for k in runs[0]}, config_kwargs=config_kwargs))
         print(rows[-1], flush=True)
     res = dict(rows=rows, what='median over repeats; shares of the time of an epoch, validation included', steps=steps, repeats=repeats, machine=f'{platform.machine()}, 1 thread', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/instruments.py '+' '.join(sys.argv[1:]))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')
+    (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')

@@ -4,7 +4,7 @@
     python benchmarks/moe.py one PATH/TO/tinyshakespeare.txt --name dense --lr 3e-3 --seed 1
 
 Small networks, 700 steps of 32 texts of 64 characters (two passes over 716,800 characters, the next 79,645 held out), Adam in one cycle, float32, stored activations. Each architecture tries the same learning rates with seed 0 and
-keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. Those ending in 0.8 M are twice as wide with twice as many heads, which makes it about 0.8 million parameters where the others have 0.2. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/moe.jsonl:
+keeps the one with the better held-out bound for the other seeds. Parameters are matched to those of the dense network to within 9%; the rows ending in _c are matched to its computation per token instead. Those ending in 0.8 M are twice as wide with twice as many heads, which makes it about 0.8 million parameters where the others have 0.2. "2 uncoupled" has couplers that stay at zero. Every run is a process of its own and one line of benchmarks/results/moe.jsonl:
 stop it when you like, and start it again. Several may work at it at once (benchmarks/study.py has the machinery)."""
 import json, platform, statistics, sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from bijdiff.all import *
 from gated import GateCallback, make_gated
 from study import append_row, fit, held_out, work
 
-RESULTS = Path(__file__).with_suffix('.jsonl')
+RESULTS = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.jsonl')
 LRS,SEEDS = (6e-3, 1.2e-2, 2.4e-2),(0, 1, 2)
 CONFIGS = {
     'dense':dict(d_model=64), '2 uncoupled':dict(d_model=44, n_experts=2, uncoupled=True), 'standard':dict(d_model=64, n_bijective_layers=0),

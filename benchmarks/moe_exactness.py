@@ -5,7 +5,7 @@
 1. Inverse error of mixtures with trained weights, on the lattice and off it, in float32 and under bfloat16 autocast, and with the batch in another order: 2, 4 and 8 experts, both couplings, dense and sparse, 8 and 32 blocks.
    Trained means: a few steps of Adam on the embedded corpus, from random weights of standard deviation 0.05, so that every block does something.
 2. A million choices of routers: how many the inverse makes differently, on the lattice and off it; and the inverse error off it when the choices are kept.
-Writes benchmarks/moe_exactness.json after every row; rows that are there are skipped."""
+Writes benchmarks/results/moe_exactness.json after every row; rows that are there are skipped."""
 import json, platform, time
 from pathlib import Path
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from fastcore.script import call_parse
 from bijdiff.all import *
 
-OUT = Path(__file__).with_suffix('.json')
+OUT = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json')
 D,L,B = 16,64,8
 
 def trained(steps, **config_kwargs):

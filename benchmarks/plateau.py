@@ -2,7 +2,7 @@
 
     python benchmarks/plateau.py
 
-Small models on the embedded corpus, the same data order and noise for all that share a schedule. Writes benchmarks/plateau.json."""
+Small models on the embedded corpus, the same data order and noise for all that share a schedule. Writes benchmarks/results/plateau.json."""
 import json, math, platform, sys, warnings
 from collections import Counter
 from functools import partial
@@ -41,4 +41,4 @@ def main(epochs:int=1, lr:float=2e-3, seed:int=42):
         print(rows[-1], flush=True)
     res = dict(rows=rows, unigram_entropy_bits=round(unigram, 3), left_plateau='mean of 20 losses more than 0.5 bits below the unigram entropy', steps=len(bits), epochs=epochs, lr=lr, seed=seed,
                machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, command='python benchmarks/plateau.py '+' '.join(sys.argv[1:]))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')
+    (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')

@@ -1,7 +1,7 @@
 """Training memory, step time and exactness of reversible stacks: this package, stored activations, checkpointing, other packages.
 
-    python benchmarks/reversible.py                # writes benchmarks/reversible.json
-    python benchmarks/reversible.py --preset gpu   # one GPU; also the largest batches; writes benchmarks/reversible_gpu.json
+    python benchmarks/reversible.py                # writes benchmarks/results/reversible.json
+    python benchmarks/reversible.py --preset gpu   # one GPU; also the largest batches; writes benchmarks/results/reversible_gpu.json
 
 Memory: most bytes that tensors hold during forward and backward, above what they hold before it, when weights, their gradients and the input are there. Time:
 the networks of one depth take turns step by step; ratios are quartiles over the turns, with the median in the middle. The other packages (pip: revtorch,
@@ -375,4 +375,4 @@ def main(
     command = ' '.join(['python benchmarks/reversible.py', *(f'--{k} "{v}"' for k,v in given.items())])
     res = dict(**tables, setting=vars(s), needs_input_gradient=[k for k in names if kinds[k].needs_grad],
                versions=dict(bijdiff=bijdiff.__version__, **versions), machine=machine, command=command)
-    write(Path(out) if out else Path(__file__).with_name('reversible.json' if preset=='cpu' else f'reversible_{preset}.json'), res)
+    write(Path(out) if out else Path(__file__).parent.joinpath('results').joinpath('reversible.json' if preset=='cpu' else f'reversible_{preset}.json'), res)

@@ -4,7 +4,7 @@
 
 Models are the sub-folders masked, hybrid10 and hybrid20, or those of --models, written by tinyshakespeare.py --out. In each piece the given share of the characters, at random places, becomes another one of the vocabulary,
 uniformly drawn. The network is told that a share of the characters is wrong; it is the share with the most characters repaired, less those spoiled, in pieces of the training text. Numbers are means per piece of held-out text, with standard errors over pieces;
-the examples are beginnings of the first piece. A model of masking alone believes every character, so it repairs none. Writes benchmarks/self_correction.json after every model; models already in it, of the same weights, are skipped."""
+the examples are beginnings of the first piece. A model of masking alone believes every character, so it repairs none. Writes benchmarks/results/self_correction.json after every model; models already in it, of the same weights, are skipped."""
 import hashlib, math, time
 from pathlib import Path
 import torch
@@ -56,7 +56,7 @@ def main(path:str, # The text
          threads:int=1, # Of PyTorch
          seed:int=0):
     torch.set_num_threads(threads)
-    out,text,beliefs = Path(__file__).with_suffix('.json'),load_corpus(path),[float(o) for o in beliefs.split(',')]
+    out,text,beliefs = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json'),load_corpus(path),[float(o) for o in beliefs.split(',')]
     settings = dict(n=n, n_train=n_train, length=length, share=share, beliefs=beliefs, passes=passes, per_pass=per_pass, seed=seed, text_sha256=hashlib.sha256(text.encode()).hexdigest())
     old = resume(out, settings)
     res = dict(rows=old.get('rows', []), **settings, **this_run('self_correction.py', old))

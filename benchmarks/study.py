@@ -1,10 +1,10 @@
-"""Trainings over a grid of configurations and seeds, from a file in benchmarks/studies/.
+"""Trainings over a grid of configurations and seeds, from a file in benchmarks/results/studies/.
 
     python benchmarks/study.py run layers PATH/TO/tinyshakespeare.txt                    # every run that is missing, one after another
     python benchmarks/study.py one layers PATH/TO/tinyshakespeare.txt --name standard --lr .012 --seed 1
     python benchmarks/study.py table layers                                              # what is there so far
 
-Every run is a process of its own and one line of benchmarks/studies/NAME.jsonl. Stop it when you like, by `kill -9` if need be, and start it again: what is finished is not done again. Several may work at the same study, on as many cores.
+Every run is a process of its own and one line of benchmarks/results/studies/NAME.jsonl. Stop it when you like, by `kill -9` if need be, and start it again: what is finished is not done again. Several may work at the same study, on as many cores.
 A file has `steps` and `epochs` (which give the length of the text: the first 90% of it are for training, the rest is held out), `seq_len`, `bs`, `lrs`, `seeds`, the fields of the network that all have in common, and per configuration what differs; there also `epochs` (of the same text), `lrs`, `seeds`, keywords of diffusion_learner under `learner`, `standard_first` and `embed_scale` (see the functions). With the first seed every rate is tried; the others take the best one.
 All runs of a seed see the same texts in the same order with the same noise, and start from the same random numbers."""
 import fcntl, hashlib, json, math, platform, resource, subprocess, sys, tempfile, time
@@ -14,7 +14,7 @@ from fastcore.script import call_parse, Param
 from fastai.torch_core import default_device
 from bijdiff.all import *
 
-STUDIES = Path(__file__).parent/'studies'
+STUDIES = Path(__file__).parent/'results'/'studies'
 
 def read_grid(name):
     "A study, with everything spelled out for each configuration"
@@ -155,7 +155,7 @@ def table(study):
 @call_parse
 def main(
     what:str, # run what is missing, one run, or table
-    study:str, # Name of a file in benchmarks/studies/
+    study:str, # Name of a file in benchmarks/results/studies/
     path:Param('The text; not needed for a table', str, nargs='?', opt=False)=None,
     name:str=None, # Configuration of one run; or those to run, separated by /
     lr:float=None, # Peak learning rate of one run

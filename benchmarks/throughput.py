@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py
 
-The plain one is nn.TransformerEncoderLayer (pre-norm, GELU, learned positions). Steps alternate; medians are compared. Writes benchmarks/throughput.json."""
+The plain one is nn.TransformerEncoderLayer (pre-norm, GELU, learned positions). Steps alternate; medians are compared. Writes benchmarks/results/throughput.json."""
 import json, platform, statistics, sys, time
 from pathlib import Path
 import torch
@@ -50,4 +50,4 @@ def main(d_model:int=156, n_heads:int=3, n_layers:int=6, seq_len:int=256, bs:int
         print(rows[-1], flush=True)
     res = dict(rows=rows, seq_len=seq_len, bs=bs, d_model=d_model, n_heads=n_heads, n_layers=n_layers, steps=steps, seed=0, device=device,
                machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, command='python benchmarks/throughput.py '+' '.join(sys.argv[1:]))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')
+    (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json').write_text(json.dumps(res, indent=1)+'\n')

@@ -5,7 +5,7 @@
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name '2 experts' --n_experts 2 --d_model 88 --n_heads 4 --n_layers 4
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name hybrid --mask .9 --substitute .1 --results noises.jsonl
 
-Appends one line of JSON per run to benchmarks/tinyshakespeare.jsonl, or the file given."""
+Appends one line of JSON per run to benchmarks/results/tinyshakespeare.jsonl, or the file given."""
 import json, platform, shlex, time
 from pathlib import Path
 import torch, fastai
@@ -48,4 +48,4 @@ def main(path:str, # The text
         x = torch.stack([p[0] for p in dls.valid.dataset][:32]).as_subclass(torch.Tensor)
         res['inverse_error'] = inverse_errors(learn.model, x)
     print(json.dumps(res))
-    with open(Path(__file__).parent/results, 'a') as f: f.write(json.dumps(res)+'\n')
+    with open(Path(__file__).parent/'results'/results, 'a') as f: f.write(json.dumps(res)+'\n')
