@@ -1,21 +1,30 @@
-"""Train a small network of every kind with fixed seeds and print a hash of its weights, samples and bound.
+"""Train a small network of every kind with fixed seeds and print hashes of its weights, samples and bound.
 
-    python benchmarks/fixed_trainings.py OUT.json            train, and keep the hashes
-    python benchmarks/fixed_trainings.py --against OLD.json  train, and fail where a hash differs from the kept one
+    python benchmarks/fixed_trainings.py OUT.json            # train, and keep the hashes
+    python benchmarks/fixed_trainings.py --against OLD.json  # train, and fail where a hash differs
 
-Hashes are comparable on one machine with one version of Python and torch: a change of the code that must not change
-any number is tried before and after."""
-import argparse
-import json
+Hashes are comparable on one machine with one version of Python and torch: a change of the code that must not
+change any number is tried before and after."""
 import os
 import platform
 import sys
 import tempfile
-from pathlib import Path
 
-os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['OMP_NUM_THREADS'] = '1' # Before torch is imported
 import torch
-from bijdiff.all import *
+from bijdiff.console import command, Param
+from bijdiff.data.corpora import pydoc_corpus
+from bijdiff.data.loaders import text_dls
+from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
+from bijdiff.diffusion.schedules import HalfCosine
+from bijdiff.likelihood.bounds import nelbo_draws
+from bijdiff.likelihood.exact import log_prob
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.model.saving import tensors_hash
+from bijdiff.sampling.generate import sample
+from bijdiff.training.callbacks import EMACallback
+from bijdiff.training.learner import diffusion_learner
+from common import load, save
 
 SIZE = dict(d_model=16, n_heads=2, n_layers=2)
 UNIFORM = dict(mask=0., substitute=1.)
@@ -46,73 +55,86 @@ KINDS = dict(
 )
 
 def corruption_of(noise, vocab_size):
-    "The corruption of a kind, or None for masking with the schedule of the learner"
+    "Return the corruption of a kind, or None for masking with the schedule of the learner"
     if noise is None: return None
     if noise=='gidd': return GIDDCorruption(vocab_size)
     return Corruption(vocab_size, **noise, schedule=HalfCosine())
 
 def learner_of(kind):
-    "A learner for one of KINDS, before its training"
-    o = dict(KINDS[kind])
-    dls = text_dls(pydoc_corpus()[:40000], o.pop('tokenizer', 'char'), seq_len=32, bs=8, device='cpu')
-    bf16,ema = o.pop('bf16', False),o.pop('ema', False)
-    corruption = corruption_of(o.pop('noise', None), dls.tokenizer.vocab_size)
-    learn = diffusion_learner(dls, corruption=corruption, config_kwargs=SIZE | o.pop('config_kwargs', {}), **o)
+    "Return a learner for one of KINDS, before its training"
+    options = dict(KINDS[kind])
+    tokenizer = options.pop('tokenizer', 'char')
+    bf16,ema = options.pop('bf16', False),options.pop('ema', False)
+    dls = text_dls(pydoc_corpus()[:40000], tokenizer, seq_len=32, bs=8, device='cpu')
+    corruption = corruption_of(options.pop('noise', None), dls.tokenizer.vocab_size)
+    config_kwargs = SIZE | options.pop('config_kwargs', {})
+    learn = diffusion_learner(dls, corruption=corruption, config_kwargs=config_kwargs, **options)
     if ema: learn.add_cb(EMACallback(.9))
     return learn.to_bf16() if bf16 else learn
 
 def hash_of_ids(model):
-    "Hash of eight samples: tensors of one length, or of different lengths where tokens are inserted"
-    free = model.noise.masks_only and not model.config.time_conditioning
-    samples = sample(model, 8, steps=16, seed=3, schedule='cosine' if free else None)
+    "Hash eight samples: tensors of one length, or of different lengths where tokens are inserted"
+    has_free_schedule = model.noise.masks_only and not model.config.time_conditioning
+    samples = sample(model, 8, steps=16, seed=3, schedule='cosine' if has_free_schedule else None)
     return tensors_hash({str(i):o.contiguous() for i,o in enumerate(samples)})
 
 def hash_of_weights(model):
-    "Hash of the parameters and buffers in their order, whatever their names"
+    "Hash the parameters and buffers in their order, whatever their names"
     return tensors_hash({f'{i:04}':o for i,o in enumerate(model.state_dict().values())})
 
+def reloaded(model):
+    "Return a model that was saved and loaded again"
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return BijectiveDenoiser.from_pretrained(folder)
+
 def hashes(kind):
-    "What a training of this kind ends with: weights, samples and the bound of a held-out text"
+    "Train a network of this kind; hash its weights, losses, samples and the bound of a held-out text"
     learn = learner_of(kind)
-    with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(1, 1e-2)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
     model = learn.model.eval()
     x = torch.stack([learn.dls.valid.dataset[i][0].as_subclass(torch.Tensor) for i in range(2)])
     bound = nelbo_draws(model, x, 2, seed=5)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        again = BijectiveDenoiser.from_pretrained(folder)
     weights = hash_of_weights(model)
-    assert hash_of_weights(again)==weights, f'{kind}: a saved model comes back with other weights'
-    res = dict(weights=weights, losses=tensors_hash(dict(l=torch.tensor(learn.oscillation.losses))),
-               samples=hash_of_ids(model), bound=tensors_hash(dict(b=bound)))
+    assert hash_of_weights(reloaded(model))==weights, f'{kind}: a saved model comes back with other weights'
+    losses = torch.tensor(learn.oscillation.losses)
+    res = dict(weights=weights, losses=tensors_hash(dict(l=losses)), samples=hash_of_ids(model),
+               bound=tensors_hash(dict(b=bound)))
     if not model.noise.masks_only or model.config.score_head: return res
     likelihood = log_prob(model, x[:,:12], 'confidence', steps=4)
     return res | dict(log_prob=tensors_hash(dict(p=likelihood)))
 
 def machine():
-    "What the hashes depend on besides the code"
-    return dict(python=platform.python_version(), torch=torch.__version__, cpu=platform.processor() or platform.machine(),
+    "Return what the hashes depend on besides the code"
+    return dict(python=platform.python_version(), torch=torch.__version__,
+                cpu=platform.processor() or platform.machine(),
                 capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('out', nargs='?', help='JSON file for the hashes')
-    parser.add_argument('--against', help='JSON file of an earlier run')
-    args = parser.parse_args()
+def compare(record, old):
+    "Stop with an error where hashes differ from those of an earlier run"
+    if old['machine']!=record['machine']:
+        print(f"the kept run had {old['machine']} and this one has {record['machine']}:",
+              'hashes may differ for that alone')
+    found,kept = record['hashes'],old['hashes']
+    names = [(kind, name) for kind in KINDS for name in found[kind]]
+    differ = [f'{kind}: {name}' for kind,name in names if found[kind][name]!=kept.get(kind, {}).get(name)]
+    if differ: sys.exit('these differ: ' + ', '.join(differ))
+    print(f'all {len(found)} kinds end with the same bits')
+
+@command
+def fixed_trainings(
+    out:Param('JSON file for the hashes', str, nargs='?', opt=False)=None,
+    against:str=None, # JSON file of an earlier run
+):
+    "Train a small network of every kind with fixed seeds, and hash the results"
     torch.set_num_threads(1)
     found = {}
     for kind in KINDS:
         found[kind] = hashes(kind)
-        print(f"{kind:24} weights {found[kind]['weights'][:16]}  samples {found[kind]['samples'][:16]}", flush=True)
+        weights,samples = (found[kind][k][:16] for k in ('weights', 'samples'))
+        print(f'{kind:24} weights {weights}  samples {samples}', flush=True)
     record = dict(command='python benchmarks/fixed_trainings.py OUT.json', machine=machine(), hashes=found)
-    if args.out: Path(args.out).write_text(json.dumps(record, indent=1)+'\n')
-    if args.against is None: return
-    old = json.loads(Path(args.against).read_text())
-    if old['machine']!=record['machine']:
-        print(f"the kept run had {old['machine']} and this one has {record['machine']}: hashes may differ for that alone")
-    differ = [f'{k}: {n}' for k in KINDS for n in found[k] if found[k][n]!=old['hashes'].get(k, {}).get(n)]
-    if differ: sys.exit('these differ: ' + ', '.join(differ))
-    print(f'all {len(found)} kinds end with the same bits')
+    if out: save(out, record)
+    if against is not None: compare(record, load(against))
 
-if __name__=='__main__': main()
+if __name__=='__main__': fixed_trainings()

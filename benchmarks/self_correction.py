@@ -2,80 +2,103 @@
 
     python benchmarks/self_correction.py PATH/TO/tinyshakespeare.txt MODELS_FOLDER
 
-Models are the sub-folders masked, hybrid10 and hybrid20, or those of --models, written by tinyshakespeare.py --out. In each piece the given share of the characters, at random places, becomes another one of the vocabulary,
-uniformly drawn. The network is told that a share of the characters is wrong; it is the share with the most characters repaired, less those spoiled, in pieces of the training text. Numbers are means per piece of held-out text, with standard errors over pieces;
-the examples are beginnings of the first piece. A model of masking alone believes every character, so it repairs none. Writes benchmarks/results/self_correction.json after every model; models already in it, of the same weights, are skipped."""
-import hashlib, math, time
-from pathlib import Path
+Models are the sub-folders masked, hybrid10 and hybrid20, or those of --models, written by tinyshakespeare.py
+--out. In each chunk the given fraction of the characters, at random positions, becomes another one of the
+vocabulary, uniformly drawn. self_correct assumes a fraction of wrong characters: it is the one with the most
+characters repaired, less those spoiled, in chunks of the training text. Values are means per chunk of
+held-out text, with standard errors over chunks; the examples are beginnings of the first chunk. A model of
+masking alone takes every character as right, so it repairs none. Writes
+benchmarks/results/self_correction.json after every model; models that are there, with the same weights, are
+skipped."""
 import torch
-from fastcore.script import call_parse
-from bijdiff.all import *
-from generation import describe, find_models, resume, save, this_run
+from bijdiff.console import command
+from bijdiff.data.corpora import load_corpus, split_text
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.sampling.repair import self_correct
+from common import (describe, find_models, has_row, mean_se, result_path, resume, run_record, save,
+                    spread_chunks, text_hash, timed)
 
-def spread_pieces(text, tokenizer, n, length):
-    "n pieces, evenly spread over a text, (n, length)"
-    ids = torch.tensor(tokenizer.encode(text, replace=True))
-    if len(ids)<n*length: raise ValueError(f'the text has {len(ids)} tokens; expected at least {n}*{length}')
-    return torch.stack([ids[i*(len(ids)-length)//max(n-1, 1):][:length] for i in range(n)])
-
-def replace_some(x, share, V, seed):
-    "The same share of each text at random places, by other ids"
+def replace_some(x, fraction, V, seed):
+    "Replace the same fraction of each chunk, at random positions, by other ids"
     g = torch.Generator().manual_seed(seed)
-    wrong = torch.rand(x.shape, generator=g).argsort(1).argsort(1) < round(share*x.shape[1])
-    return torch.where(wrong, (x+torch.randint(1, V, x.shape, generator=g))%V, x)
+    is_wrong = torch.rand(x.shape, generator=g).argsort(1).argsort(1) < round(fraction*x.shape[1])
+    return torch.where(is_wrong, (x+torch.randint(1, V, x.shape, generator=g))%V, x)
 
 def counts(clean, noisy, out):
-    "Of each text, (n,) each"
-    wrong = noisy!=clean
-    res = dict(wrong=wrong, repaired=wrong&(out==clean), changed_still_wrong=wrong&(out!=clean)&(out!=noisy), unchanged_wrong=wrong&(out==noisy), spoiled=~wrong&(out!=clean))
-    return {k:v.sum(1) for k,v in res.items()}
-
-def mean_se(x, digits=3):
-    "Mean over pieces and its standard error"
-    x = x.double()
-    return dict(mean=round(x.mean().item(), digits), se=round(x.std().item()/math.sqrt(len(x)), digits))
+    "Count the characters of each chunk by what became of them, (n,) each"
+    is_wrong = noisy!=clean
+    found = dict(wrong=is_wrong,
+                 repaired=is_wrong & (out==clean),
+                 changed_still_wrong=is_wrong & (out!=clean) & (out!=noisy),
+                 unchanged_wrong=is_wrong & (out==noisy),
+                 spoiled=~is_wrong & (out!=clean))
+    return {k:v.sum(1) for k,v in found.items()}
 
 def report(clean, noisy, out):
-    "What became of the characters"
+    "Return means per chunk of the counts and of the accuracy before and after"
     c,L = counts(clean, noisy, out),clean.shape[1]
     net = c['repaired']-c['spoiled']
-    return dict({k:mean_se(v) for k,v in c.items()}, net_repaired=mean_se(net), accuracy_before=mean_se(1-c['wrong']/L, 5), accuracy_after=mean_se(1-(c['wrong']-net)/L, 5), accuracy_gain=mean_se(net/L, 5),
+    return dict({k:mean_se(v) for k,v in c.items()}, net_repaired=mean_se(net),
+                accuracy_before=mean_se(1-c['wrong']/L, 5),
+                accuracy_after=mean_se(1-(c['wrong']-net)/L, 5),
+                accuracy_gain=mean_se(net/L, 5),
                 totals={k:v.sum().item() for k,v in c.items()})
 
-@call_parse
-def main(path:str, # The text
-         folder:str, # With a model in each sub-folder
-         models:str='masked,hybrid10,hybrid20', # Names of sub-folders, comma-separated
-         n:int=32, # Held-out pieces
-         n_train:int=16, # Training pieces, to choose the belief by
-         length:int=256, # Tokens of a piece
-         share:float=.1, # Of the characters that are replaced
-         beliefs:str='.003,.01,.03,.1,.2,.3', # Shares believed to be wrong, to choose from, comma-separated
-         passes:int=64, # At most, as in self_correct
-         per_pass:int=4, # Characters replaced in a pass, as in self_correct
-         threads:int=1, # Of PyTorch
-         seed:int=0):
+def try_fraction(model, clean, noisy, assumed, passes, per_pass):
+    "Correct training chunks under an assumed fraction of wrong characters; return the totals"
+    c = counts(clean, noisy, self_correct(model, noisy, assumed, passes, per_pass))
+    return dict(wrong=assumed, repaired=c['repaired'].sum().item(), spoiled=c['spoiled'].sum().item(),
+                net_repaired=mean_se(c['repaired']-c['spoiled']))
+
+def measure(model, texts, sizes, fraction, assumed_fractions, passes, per_pass, seed):
+    "Choose the assumed fraction by training chunks, and correct held-out chunks under it"
+    tok = model.tokenizer
+    clean = [spread_chunks(text, tok, n, model_length) for text,(n,model_length) in zip(texts, sizes)]
+    noisy = [replace_some(x, fraction, tok.vocab_size, seed+i) for i,x in enumerate(clean)]
+    choice = []
+    for assumed in assumed_fractions:
+        choice.append(try_fraction(model, clean[0], noisy[0], assumed, passes, per_pass))
+        print(choice[-1], flush=True)
+    best = max(choice, key=lambda o: o['repaired']-o['spoiled'])['wrong']
+    after = self_correct(model, noisy[1], best, passes, per_pass)
+    shown = dict(clean=clean[1], before=noisy[1], after=after)
+    return dict(assumed_fraction=best, **report(clean[1], noisy[1], after), choice_on_training_pieces=choice,
+                example={k:tok.decode(o[0])[:120] for k,o in shown.items()})
+
+@command
+def self_correction(
+    path:str, # The text
+    folder:str, # Folder with a model in each sub-folder
+    models:str='masked,hybrid10,hybrid20', # Names of sub-folders, separated by commas
+    n:int=32, # Held-out chunks
+    n_train:int=16, # Training chunks, by which the assumed fraction is chosen
+    length:int=256, # Tokens of a chunk
+    fraction:float=.1, # Fraction of the characters that are replaced
+    assumed:str='.003,.01,.03,.1,.2,.3', # Assumed fractions to choose from, separated by commas
+    passes:int=64, # Function evaluations at most, as in self_correct
+    per_pass:int=4, # Characters replaced in each of them, as in self_correct
+    threads:int=1, # Threads of PyTorch
+    seed:int=0, # Seed of the wrong characters
+    out:str=None, # Result file, instead of the one in benchmarks/results/
+):
+    "Measure what self-correction repairs and spoils"
     torch.set_num_threads(threads)
-    out,text,beliefs = (Path(__file__).parent/'results'/Path(__file__).name).with_suffix('.json'),load_corpus(path),[float(o) for o in beliefs.split(',')]
-    settings = dict(n=n, n_train=n_train, length=length, share=share, beliefs=beliefs, passes=passes, per_pass=per_pass, seed=seed, text_sha256=hashlib.sha256(text.encode()).hexdigest())
-    old = resume(out, settings)
-    res = dict(rows=old.get('rows', []), **settings, **this_run('self_correction.py', old))
+    target = result_path(__file__, out)
+    text = load_corpus(path)
+    how = dict(fraction=fraction, assumed_fractions=[float(o) for o in assumed.split(',')], passes=passes,
+               per_pass=per_pass, seed=seed)
+    settings = dict(n=n, n_train=n_train, length=length, text_sha256=text_hash(text), **how)
+    old = resume(target, settings)
+    res = dict(rows=old.get('rows', [])) | run_record(__file__, old=old, **settings)
+    sizes = [(n_train, length), (n, length)]
     for name,sub in find_models(folder, models).items():
         model = BijectiveDenoiser.from_pretrained(sub)
-        about,tok = describe(sub, model),model.tokenizer
-        if any(o['model']==name and o['about']==about for o in res['rows']): continue
-        start = time.perf_counter()
-        train,valid = (spread_pieces(o, tok, k, length) for o,k in zip(split_text(text), (n_train, n)))
-        (noisy_train,noisy) = (replace_some(o, share, tok.vocab_size, seed+i) for i,o in enumerate((train, valid)))
-        choice = []
-        for wrong in beliefs:
-            c = counts(train, noisy_train, self_correct(model, noisy_train, wrong, passes, per_pass))
-            choice.append(dict(wrong=wrong, repaired=c['repaired'].sum().item(), spoiled=c['spoiled'].sum().item(), net_repaired=mean_se(c['repaired']-c['spoiled'])))
-            print(name, choice[-1], flush=True)
-        best = max(choice, key=lambda o: o['repaired']-o['spoiled'])['wrong']
-        fixed = self_correct(model, noisy, best, passes, per_pass)
-        row = dict(model=name, believed_wrong=best, **report(valid, noisy, fixed), choice_on_training_pieces=choice, example={k:tok.decode(o[0])[:120] for k,o in dict(clean=valid, before=noisy, after=fixed).items()},
-                   seconds=round(time.perf_counter()-start), about=about)
+        about = describe(sub, model)
+        if has_row(res['rows'], model=name, about=about): continue
+        row,seconds = timed(lambda: measure(model, split_text(text), sizes, **how))
+        row = dict(model=name, **row, seconds=round(seconds), about=about)
         print(row, flush=True)
         res['rows'] = [o for o in res['rows'] if o['model']!=name]+[row]
-        save(out, res)
+        save(target, res)
+
+if __name__=='__main__': self_correction()

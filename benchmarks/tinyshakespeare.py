@@ -2,50 +2,103 @@
 
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name bijective
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name standard --n_bijective_layers 0
-    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name '2 experts' --n_experts 2 --d_model 88 --n_heads 4 --n_layers 4
-    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name hybrid --mask .9 --substitute .1 --results noises.jsonl
+    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name '2 experts' --n_experts 2 \\
+        --d_model 88 --n_heads 4 --n_layers 4
+    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name hybrid --mask .9 \\
+        --substitute .1 --results noises.jsonl
 
 Appends one line of JSON per run to benchmarks/results/tinyshakespeare.jsonl, or the file given."""
-import json, platform, shlex, time
+import json
 from pathlib import Path
-import torch, fastai
-from fastcore.script import call_parse
-from bijdiff.all import *
+import torch
+from bijdiff.console import command
+from bijdiff.data.loaders import text_dls
+from bijdiff.diffusion.corruption import Corruption
+from bijdiff.diffusion.schedules import get_schedule
+from bijdiff.likelihood.bounds import score_ids
+from bijdiff.model.denoiser import inverse_errors
+from bijdiff.training.learner import diffusion_learner
+from common import n_params, RESULTS, run_record, spell_command, timed
+from runs import append_row
 
-@call_parse
-def main(path:str, # The text
-         name:str='bijective', # What the result is called
-         epochs:int=10, lr:float=4e-3, bs:int=32, seq_len:int=256, d_model:int=156, n_heads:int=3, n_layers:int=6,
-         n_bijective_layers:int=None, n_experts:int=None, local_window:int=7, schedule:str='half_cosine', seed:int=42,
-         mask:float=1., substitute:float=0., delete:float=0., # Shares of the noise
-         objective:str='bound', # bound or score_entropy
-         tokenizer:str='char', # char or byte
-         store_activations:bool=False, # Same gradients, faster, more memory
-         threads:int=None, # Of PyTorch
-         results:str='tinyshakespeare.jsonl', # File in benchmarks/ that gets the result
-         draws:int=48, # Draws of the noise in the final score
-         fp32:bool=False, # No autocast
-         out:str=None): # Where the model is saved
-    if threads: torch.set_num_threads(threads)
-    dls = text_dls(Path(path), tokenizer=tokenizer, seq_len=seq_len, bs=bs)
-    config_kwargs = dict(d_model=d_model, n_heads=n_heads, n_layers=n_layers, n_bijective_layers=n_bijective_layers, n_experts=n_experts, local_window=local_window)
-    corruption = Corruption(dls.tokenizer.vocab_size, mask, substitute, delete, get_schedule(schedule))
-    learn = diffusion_learner(dls, corruption=corruption, objective=objective, seed=seed, n_valid_draws=2, config_kwargs=dict(config_kwargs, reversible=not store_activations))
-    if not fp32: learn.to_bf16()
-    n_params = sum(p.numel() for p in learn.model.parameters())
-    print(n_params, 'parameters', flush=True)
+SIZES = 'd_model','n_heads','n_layers','n_bijective_layers','n_experts','local_window'
+
+def make_learner(o):
+    "Return the learner of these options"
+    dls = text_dls(Path(o['path']), tokenizer=o['tokenizer'], seq_len=o['seq_len'], bs=o['bs'])
+    weights = o['mask'],o['substitute'],o['delete']
+    corruption = Corruption(dls.tokenizer.vocab_size, *weights, get_schedule(o['schedule']))
+    config_kwargs = {k:o[k] for k in SIZES} | dict(reversible=not o['store_activations'])
+    learn = diffusion_learner(dls, corruption=corruption, objective=o['objective'], seed=o['seed'],
+                              n_valid_draws=2, config_kwargs=config_kwargs)
+    if not o['fp32']: learn.to_bf16()
     learn.logger = lambda row: print(*row, flush=True)
-    start = time.time()
-    with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
-    seconds = time.time()-start
-    if out: learn.model.save_pretrained(out)
-    score = score_ids(learn.model, dls.valid.dataset.ids, n=draws)
-    bits,se = score.bits(len(dls.valid_text))
-    res = dict(name=name, bits_per_char=round(bits, 4), se=round(se, 4), draws=draws, n_params=n_params, seconds=round(seconds), epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, shares=corruption.weights, objective=objective, tokenizer=tokenizer,
-               bf16=not fp32, **config_kwargs, valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values], losses_at_100_steps=[round(float(sum(learn.oscillation.losses[i:i+100])/100), 3) for i in range(0, len(learn.oscillation.losses)-99, 100)],
-               machine=f'{platform.machine()}, {torch.get_num_threads()} threads', torch=torch.__version__, fastai=fastai.__version__, command='python benchmarks/tinyshakespeare.py tinyshakespeare.txt' + ''.join(f' --{k}' if v is True else f' --{k} {shlex.quote(str(v))}' for k,v in dict(name=name, **config_kwargs, epochs=epochs, lr=lr, bs=bs, seq_len=seq_len, schedule=schedule, seed=seed, draws=draws, mask=mask, substitute=substitute, delete=delete, objective=objective, tokenizer=tokenizer, store_activations=store_activations, threads=threads, results=results, fp32=fp32).items() if v is not None and v is not False))
-    if out:
-        x = torch.stack([p[0] for p in dls.valid.dataset][:32]).as_subclass(torch.Tensor)
-        res['inverse_error'] = inverse_errors(learn.model, x)
-    print(json.dumps(res))
-    with open(Path(__file__).parent/'results'/results, 'a') as f: f.write(json.dumps(res)+'\n')
+    return learn
+
+def mean_losses(losses, n=100):
+    "Return the mean of every n losses"
+    return [round(float(sum(losses[i:i+n])/n), 3) for i in range(0, len(losses)-n+1, n)]
+
+def row_of(learn, o, seconds):
+    "Score a trained learner; return its row"
+    score = score_ids(learn.model, learn.dls.valid.dataset.ids, n=o['draws'])
+    bits,se = score.bits(len(learn.dls.valid_text))
+    same = {k:o[k] for k in ('epochs','lr','bs','seq_len','schedule','seed')}
+    return dict(name=o['name'], bits_per_char=round(bits, 4), se=round(se, 4), draws=o['draws'],
+                n_params=n_params(learn.model), seconds=round(seconds), **same,
+                shares=learn.model.corruption.weights, objective=o['objective'], tokenizer=o['tokenizer'],
+                bf16=not o['fp32'], **{k:o[k] for k in SIZES},
+                valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values],
+                losses_at_100_steps=mean_losses(learn.oscillation.losses))
+
+def first_sequences(dls, n=32):
+    "Return the first n held-out sequences, ids (n, L)"
+    return torch.stack([p[0] for p in dls.valid.dataset][:n]).as_subclass(torch.Tensor)
+
+def train_and_score(o):
+    "Train with these options; save the model if wanted, and return the row"
+    if o['threads']: torch.set_num_threads(o['threads'])
+    learn = make_learner(o)
+    print(n_params(learn.model), 'parameters', flush=True)
+    with learn.no_bar(): _,seconds = timed(lambda: learn.fit_one_cycle(o['epochs'], o['lr']))
+    if o['out']: learn.model.save_pretrained(o['out'])
+    repeated = {k:v for k,v in o.items() if k not in ('path','out')}
+    line = spell_command(__file__, 'tinyshakespeare.txt', **repeated)
+    row = row_of(learn, o, seconds) | run_record(__file__, command=line)
+    if o['out']: row['inverse_error'] = inverse_errors(learn.model, first_sequences(learn.dls))
+    return row
+
+@command
+def tinyshakespeare(
+    path:str, # The text
+    name:str='bijective', # Name of the result
+    epochs:int=10, # Epochs
+    lr:float=4e-3, # Peak learning rate
+    bs:int=32, # Sequences of a batch
+    seq_len:int=256, # Tokens of a sequence
+    d_model:int=156, # Width of one stream
+    n_heads:int=3, # Attention heads
+    n_layers:int=6, # Blocks
+    n_bijective_layers:int=None, # Bijective blocks; all if None
+    n_experts:int=None, # Experts of a mixture; a single network if None
+    local_window:int=7, # Window of the local mixing; 0 for none
+    schedule:str='half_cosine', # Schedule of the noise
+    seed:int=42, # Seed of weights, data order and noise
+    mask:float=1., # Weight of masking in the noise
+    substitute:float=0., # Weight of substitution
+    delete:float=0., # Weight of deletion
+    objective:str='bound', # bound or score_entropy
+    tokenizer:str='char', # char or byte
+    store_activations:bool=False, # Same gradients, faster, more memory
+    threads:int=None, # Threads of PyTorch; its own default if None
+    results:str='tinyshakespeare.jsonl', # File in benchmarks/results/ that gets the row
+    draws:int=48, # Draws of the noise in the final score
+    fp32:bool=False, # Train without autocast to bfloat16
+    out:str=None, # Folder for the model; not saved if None
+):
+    "Train a denoiser on a text and score the held-out part"
+    row = train_and_score(dict(locals()))
+    print(json.dumps(row))
+    append_row(RESULTS/results, row)
+
+if __name__=='__main__': tinyshakespeare()

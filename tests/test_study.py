@@ -1,393 +1,686 @@
-"""Grids of trainings that survive kills: workers are real processes that are really killed, at work on runs that only sleep and write a row. And one real training."""
-import inspect, json, math, os, re, signal, subprocess, sys, time
+"""The scripts of benchmarks: grids of trainings that survive kills, one real training, records of runs.
+
+Workers are real processes that are really killed; their runs only sleep and write a row (runs_job.py)."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
-import pytest, torch
-from bijdiff.layers.reversible import ChunkedUpdate
+import pytest
+import torch
+from torch.nn.functional import rms_norm
 from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.loaders import text_dls
+from bijdiff.data.tokens import CharTokenizer
+from bijdiff.layers.lattice import LatticeError
+from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 
-BENCH = Path(__file__).parent.parent/'benchmarks'
-sys.path.insert(0, str(BENCH))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent/'benchmarks'))
+import common
+import runs
+import runs_job
 import study
 
-def config(lrs, seeds): return dict(lrs=lrs, seeds=seeds)
-def row(n, lr, s, bits): return dict(name=n, lr=lr, seed=s, bits_per_char=bits)
+def config(lrs, seeds):
+    "A configuration of a grid"
+    return dict(lrs=lrs, seeds=seeds)
+
+def row(name, lr, seed, bits):
+    "The row of a finished run"
+    return dict(name=name, lr=lr, seed=seed, bits_per_char=bits)
+
+def keys_of(rows):
+    "The keys of rows, in their order"
+    return [(r['name'], r['lr'], r['seed']) for r in rows]
+
+# Which runs are missing
+
 AB = dict(a=config([.1, .2], [0, 1, 2]), b=config([.3], [0, 1]))
+FIRST = [('a', .1, 0), ('a', .2, 0), ('b', .3, 0)]
 
-# What is missing
+def judge_seeds():
+    "Every rate is tried with the first seed; the other seeds take the best rate"
+    rows = [row(*key, bits) for key,bits in zip(FIRST, (2., 1., 3.))]
+    assert runs.missing_runs(AB, [])==FIRST
+    assert runs.missing_runs(AB, rows)==[('a', .2, 1), ('b', .3, 1), ('a', .2, 2)]
+    bad_second_seed = row('a', .2, 1, 9.)
+    assert runs.missing_runs(AB, [*rows, bad_second_seed])==[('b', .3, 1), ('a', .2, 2)]
+    other_rate_is_best = [row('a', .1, 0, .5), *rows[1:], row('a', .2, 1, .1)]
+    assert runs.missing_runs(AB, other_rate_is_best)[:2]==[('a', .1, 1), ('b', .3, 1)]
+    others = [row('a', .2, 1, 1.), row('a', .2, 2, 1.), row('b', .3, 1, 1.)]
+    assert runs.missing_runs(AB, rows+others)==[]
 
-def test_rates_come_first_and_then_seeds_with_the_best_rate():
-    first = [('a', .1, 0), ('a', .2, 0), ('b', .3, 0)]
-    assert study.missing(AB, [])==first
-    rows = [row(*k, bits) for k,bits in zip(first, (2., 1., 3.))]
-    assert study.missing(AB, rows)==[('a', .2, 1), ('b', .3, 1), ('a', .2, 2)]
-    assert study.missing(AB, rows+[row('a', .2, 1, 9.)])==[('b', .3, 1), ('a', .2, 2)]            # a bad second seed changes nothing
-    assert study.missing(AB, [row('a', .1, 0, .5), *rows[1:], row('a', .2, 1, .1)])[:2]==[('a', .1, 1), ('b', .3, 1)]
-    assert study.missing(AB, rows+[row('a', .2, s, 1.) for s in (1, 2)]+[row('b', .3, 1, 1.)])==[]
+def judge_incomplete_rates():
+    "A configuration has no further seeds while one of its rates is missing"
+    for known,unknown in ((.1, .2), (.2, .1)):
+        rows = [row('a', known, 0, 1.), row('b', .3, 0, 1.)]
+        assert runs.missing_runs(AB, rows)==[('a', unknown, 0), ('b', .3, 1)]
+    without_the_first_seed = [row('a', .1, 1, 1.), row('a', .2, 1, 1.), row('c', .1, 0, 1.)]
+    assert runs.missing_runs(AB, without_the_first_seed)==FIRST
 
-def judge_incomplete():
-    "No further seeds while a rate is missing"
-    for known in (0, 1):
-        rows = [row('a', (.1, .2)[known], 0, 1.), row('b', .3, 0, 1.)]
-        assert study.missing(AB, rows)==[('a', (.2, .1)[known], 0), ('b', .3, 1)]
-    assert study.missing(AB, [row('a', .1, 1, 1.), row('a', .2, 1, 1.), row('c', .1, 0, 1.)])==study.missing(AB, [])
-def test_incomplete_rates_schedule_no_further_seeds(): judge_incomplete()
+def test_rates_come_first_and_then_seeds_with_the_best_rate(): judge_seeds()
+def test_incomplete_rates_schedule_no_further_seeds(): judge_incomplete_rates()
 
-def mutant(f, old, new):
-    "A function with a line changed"
-    source,there = inspect.getsource(f),{**f.__globals__}
-    assert source.count(old)==1
-    exec(source.replace(old, new), there)
-    return there[f.__name__]
-MUTANTS = [("len(grid)==len(c['lrs'])", 'grid'), ('min(grid', 'max(grid'), ('[k for k in todo if k not in bits]', 'todo'), ('i<len(c[\'seeds\'])', 'True'),
-           ('(n, lr, first) in bits}', '(n, lr, first) in bits or bits.update({(n, lr, first):0.})}'), ("max(len(c['seeds']) for", "min(len(c['seeds']) for")]
-@pytest.mark.parametrize('old,new', MUTANTS, ids=range(len(MUTANTS)))
-def test_another_order_is_seen(old, new, monkeypatch):
-    monkeypatch.setattr(study, 'missing', mutant(study.missing, old, new))
-    with pytest.raises((AssertionError, IndexError)):
-        judge_incomplete(); test_rates_come_first_and_then_seeds_with_the_best_rate()
+# Faults: wrong versions of a function of runs.py, with the right one as first argument
 
-def done_one_by_one(configs, bits):
-    "What is done in which order, when each run is finished before the next"
-    rows,order = [],[]
-    while todo := study.missing(configs, rows):
-        assert len(set(todo))==len(todo) and not set(todo)&set(order)
-        order.append(todo[0]); rows.append(row(*todo[0], bits(*todo[0])))
-    return order
-@pytest.mark.parametrize('name', sorted(p.stem for p in study.STUDIES.glob('*.json')))
+def seeds_before_all_rates(wanted, config, name, i, scores):
+    "Go on with the best of those rates that are finished"
+    finished = [lr for lr in config['lrs'] if (name, lr, config['seeds'][0]) in scores]
+    if i==0 or not finished: return wanted(config, name, i, scores)
+    return wanted(config | dict(lrs=finished), name, i, scores)
+
+def worst_rate(wanted, config, name, i, scores):
+    "Take the rate with the most bits"
+    return wanted(config, name, i, {key:-bits for key,bits in scores.items()})
+
+def a_seed_too_many(wanted, config, name, i, scores):
+    "Go on after the last seed"
+    return wanted(config | dict(seeds=[*config['seeds'], 9]), name, i, scores)
+
+def missing_rates_count_as_finished(wanted, config, name, i, scores):
+    "Give runs that are missing a score"
+    found = wanted(config, name, i, scores)
+    for lr in config['lrs']: scores.setdefault((name, lr, config['seeds'][0]), 0.)
+    return found
+
+def finished_runs_again(missing, configs, rows):
+    "Do finished runs once more"
+    return keys_of(rows) + missing(configs, rows)
+
+def fewest_seeds(missing, configs, rows):
+    "Stop at the number of seeds of the configuration with the fewest"
+    n = min(len(c['seeds']) for c in configs.values())
+    return missing({name:c | dict(seeds=c['seeds'][:n]) for name,c in configs.items()}, rows)
+
+ORDER_FAULTS = [
+    ('wanted_runs', seeds_before_all_rates),
+    ('wanted_runs', worst_rate),
+    ('missing_runs', finished_runs_again),
+    ('wanted_runs', a_seed_too_many),
+    ('wanted_runs', missing_rates_count_as_finished),
+    ('missing_runs', fewest_seeds),
+]
+
+@pytest.mark.parametrize('name, fault', ORDER_FAULTS)
+def test_another_order_is_seen(name, fault, monkeypatch):
+    right = getattr(runs, name)
+    monkeypatch.setattr(runs, name, lambda *args: fault(right, *args))
+    with pytest.raises(AssertionError):
+        judge_incomplete_rates()
+        judge_seeds()
+
+# The grids of the studies
+
+def distance_to_best(lr):
+    "Bits of a rate in a made-up study, where the best rate is 0.011"
+    return abs(math.log(lr/.011))
+
+def done_one_by_one(configs):
+    "Keys in the order in which they are done, when each run is finished before the next begins"
+    rows = []
+    while todo := runs.missing_runs(configs, rows):
+        assert len(set(todo))==len(todo)
+        assert not set(todo)&set(keys_of(rows))
+        name,lr,seed = todo[0]
+        rows.append(row(name, lr, seed, distance_to_best(lr)+(seed>0)))
+    return keys_of(rows)
+
+def expected_runs(name, c):
+    "Keys of a configuration: all rates with the first seed, and the best rate with the others"
+    first,*others = c['seeds']
+    best = min(c['lrs'], key=distance_to_best)
+    return {(name, lr, first) for lr in c['lrs']} | {(name, best, seed) for seed in others}
+
+LEARNER_KEYWORDS = {'lambda_likelihood', 'lambda_invert', 'schedule', 'T', 'objective'}
+STUDY_NAMES = sorted(p.stem for p in study.STUDIES.glob('*.json'))
+
+@pytest.mark.parametrize('name', STUDY_NAMES)
 def test_order_of_the_real_studies(name):
-    g = study.read_grid(name)
-    order = done_one_by_one(g['configs'], lambda n, lr, s: abs(math.log(lr/.011))+(s>0))
-    want = {(n, lr, c['seeds'][0]) for n,c in g['configs'].items() for lr in c['lrs']} | {(n, min(c['lrs'], key=lambda lr: abs(math.log(lr/.011))), s) for n,c in g['configs'].items() for s in c['seeds'][1:]}
-    assert set(order)==want and len(order)==len(want) and [s for *_,s in order]==sorted(s for *_,s in order)
-    for n,c in g['configs'].items():
-        assert '/' not in n and c['learner'].keys()<={'lambda_likelihood', 'lambda_invert', 'schedule', 'T', 'objective'} and c['lrs'] and c['seeds']
-        DenoiserConfig(65, g['seq_len'], **{**g['fields'], **{k:v for k,v in c.items() if k not in ('epochs','lrs','seeds','learner','standard_first','embed_scale')}})
+    "All runs are done once, those of a seed before those of the next; the configurations are valid"
+    grid = study.read_grid(name)
+    order = done_one_by_one(grid['configs'])
+    expected = set().union(*(expected_runs(k, c) for k,c in grid['configs'].items()))
+    assert set(order)==expected
+    assert len(order)==len(expected)
+    seeds = [seed for *_,seed in order]
+    assert seeds==sorted(seeds)
+    for name,c in grid['configs'].items():
+        assert '/' not in name
+        assert c['learner'].keys()<=LEARNER_KEYWORDS
+        assert c['lrs'] and c['seeds']
+        DenoiserConfig(65, grid['seq_len'], **study.config_fields(grid, c))
 
 def test_a_rate_that_diverged_is_not_the_best():
     rows = [row('a', .1, 0, math.nan), row('a', .2, 0, 2.), row('b', .3, 0, 1.)]
-    assert ('a', .2, 1) in study.missing(AB, rows) and study.best_runs(rows)['a'][0]['lr']==.2
+    assert ('a', .2, 1) in runs.missing_runs(AB, rows)
+    assert runs.best_runs(rows)['a'][0]['lr']==.2
 
-def test_best_runs_and_table(tmp_path, monkeypatch, capsys):
+def test_best_runs_are_those_of_the_best_rate_by_seed():
+    rows = [row('a', .1, 0, 2.), row('a', .2, 0, 1.), row('a', .2, 2, 3.), row('a', .2, 1, 2.),
+            row('a', .2, 3, math.nan), row('b', .3, 0, 4.)]
+    best = {name:keys_of(found) for name,found in runs.best_runs(rows).items()}
+    assert best==dict(a=[('a', .2, 0), ('a', .2, 1), ('a', .2, 2), ('a', .2, 3)], b=[('b', .3, 0)])
+
+def test_table_takes_the_rates_of_the_grid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, 'STUDIES', tmp_path)
-    rows = [row('a', .1, 0, 2.), row('a', .2, 0, 1.), row('a', .2, 2, 3.), row('a', .2, 1, 2.), row('a', .2, 3, math.nan), row('b', .3, 0, 4.)]
-    assert {k:[(r['lr'], r['seed']) for r in v] for k,v in study.best_runs(rows).items()}=={'a':[(.2, 0), (.2, 1), (.2, 2), (.2, 3)], 'b':[(.3, 0)]}
-    for r in rows: study.append_row(tmp_path/'s.jsonl', r|dict(n_params=7, seconds=1.))
-    (tmp_path/'s.json').write_text(json.dumps(dict(epochs=1, lrs=[.1, .2], seeds=[0, 1, 2, 3], configs=dict(a={}, b=dict(lrs=[.3])))))
-    study.append_row(tmp_path/'s.jsonl', row('a', .4, 0, .5)|dict(n_params=7, seconds=1.))          # off the grid, so that it is not its best
+    off_the_grid = row('a', .4, 0, .5)
+    rows = [row('a', .1, 0, 2.), row('a', .2, 0, 1.), row('a', .2, 2, 3.), row('a', .2, 1, 2.),
+            row('a', .2, 3, math.nan), row('b', .3, 0, 4.), off_the_grid]
+    for r in rows: runs.append_row(tmp_path/'s.jsonl', r | dict(n_params=7, seconds=1.))
+    grid = dict(epochs=1, lrs=[.1, .2], seeds=[0, 1, 2, 3], configs=dict(a={}, b=dict(lrs=[.3])))
+    (tmp_path/'s.json').write_text(json.dumps(grid))
     study.table('s')
     a,b = capsys.readouterr().out.splitlines()
-    assert '2.0000 ± 1.0000 over 3 of 4 seeds' in a and '4.0000' in b and 'over 1 of 1 seeds' in b
+    assert '2.0000 ± 1.0000 over 3 of 4 seeds' in a
+    assert '4.0000' in b and 'over 1 of 1 seeds' in b
 
 def test_paired_takes_the_seeds_that_both_have_finished():
-    a,b = [row('a', .1, s, v) for s,v in ((0, 3.), (1, 2.), (2, math.nan), (3, 5.))],[row('b', .1, s, v) for s,v in ((3, 1.), (1, math.nan), (0, 2.5), (4, 9.), (2, 1.))]
-    assert study.paired(a, b)==[.5, 4.]
+    a = {0:3., 1:2., 2:math.nan, 3:5.}
+    b = {3:1., 1:math.nan, 0:2.5, 4:9., 2:1.}
+    a,b = ([row('x', .1, seed, bits) for seed,bits in o.items()] for o in (a, b))
+    assert study.paired(a, b)==[3.-2.5, 5.-1.]
 
-# The file of results
+# The file of rows
 
 def judge_cut_off(file):
-    rows = [row('a', .1, s, s/3) for s in range(3)]
-    for r in rows: study.append_row(file, r)
+    "Wherever the last line breaks off, the rows before it are read and a new one is written on its own line"
+    rows = [row('a', .1, seed, seed/3) for seed in range(3)]
+    for r in rows: runs.append_row(file, r)
     whole = file.read_bytes()
-    assert study.read_rows(file)==rows and whole.count(b'\n')==3
-    start = whole.rindex(b'\n', 0, -1)+1
-    for cut in range(start, len(whole)):                                      # wherever the last line breaks off
+    assert runs.read_rows(file)==rows
+    assert whole.count(b'\n')==3
+    start_of_last = whole.rindex(b'\n', 0, -1)+1
+    for cut in range(start_of_last, len(whole)):
         file.write_bytes(whole[:cut])
-        assert study.read_rows(file)==rows[:2+(cut==len(whole)-1)]            # without its end of line a line is whole
-        study.append_row(file, rows[0])
-        assert study.read_rows(file)==rows[:2+(cut==len(whole)-1)]+rows[:1] and file.read_bytes().startswith(whole[:cut]) and file.read_bytes().endswith(b'}\n')
-def test_a_line_that_was_cut_off(tmp_path): judge_cut_off(tmp_path/'s.jsonl')
-def test_rows_of_no_file(tmp_path):
-    assert study.read_rows(tmp_path/'none.jsonl')==[]
-    (tmp_path/'empty.jsonl').touch()
-    study.append_row(tmp_path/'empty.jsonl', dict(a=1))
-    assert (tmp_path/'empty.jsonl').read_text()=='{"a": 1}\n'
+        is_complete = cut==len(whole)-1 # Only the end of the line is missing
+        readable = rows if is_complete else rows[:2]
+        assert runs.read_rows(file)==readable
+        runs.append_row(file, rows[0])
+        assert runs.read_rows(file)==[*readable, rows[0]]
+        written = file.read_bytes()
+        assert written.startswith(whole[:cut]) and written.endswith(b'}\n')
 
-FILE_FAULTS = {'no new line':('append_row', lambda file, row: open(file, 'a').write(json.dumps(row)+'\n')), 'no patience':('read_rows', lambda file: [json.loads(l) for l in Path(file).read_text().splitlines()])}
-@pytest.mark.parametrize('name', FILE_FAULTS)
-def test_carelessness_with_lines_is_seen(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, *FILE_FAULTS[name])
+def test_a_line_that_was_cut_off(tmp_path): judge_cut_off(tmp_path/'s.jsonl')
+
+def test_rows_of_a_missing_and_of_an_empty_file(tmp_path):
+    assert runs.read_rows(tmp_path/'missing.jsonl')==[]
+    empty = tmp_path/'empty.jsonl'
+    empty.touch()
+    runs.append_row(empty, dict(a=1))
+    assert empty.read_text()=='{"a": 1}\n'
+
+def append_to_the_last_line(file, row):
+    "Append a row without looking whether the last line is complete"
+    with open(file, 'a') as f: f.write(json.dumps(row)+'\n')
+
+def read_complete_lines_only(file):
+    "Read rows, and stop with an error at a line that was cut off"
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+FILE_FAULTS = [('append_row', append_to_the_last_line), ('read_rows', read_complete_lines_only)]
+
+@pytest.mark.parametrize('name, fault', FILE_FAULTS)
+def test_carelessness_with_lines_is_seen(name, fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, name, fault)
     with pytest.raises((AssertionError, json.JSONDecodeError)): judge_cut_off(tmp_path/'s.jsonl')
 
-# Workers: processes with the functions of the script and without its heavy imports, and runs that sleep
+# Workers
 
-LIGHT = f"""
-import __future__, ast, os, sys, time, types
-from pathlib import Path
-study,file = types.ModuleType('study'),{str(BENCH/'study.py')!r}
-light = lambda o: isinstance(o, ast.FunctionDef) and not o.decorator_list or isinstance(o, (ast.Import, ast.ImportFrom)) and {{a.name for a in o.names if isinstance(o, ast.Import)}} | {{getattr(o, 'module', 'os')}} <= sys.stdlib_module_names
-exec(compile(ast.Module([o for o in ast.parse(Path(file).read_text()).body if light(o)], []), file, 'exec', __future__.annotations.compiler_flag), study.__dict__)
-"""
-RUN = LIGHT + """
-folder,n,lr,s,naps = Path(sys.argv[1]),sys.argv[2],float(sys.argv[3]),int(sys.argv[4]),float(sys.argv[5])
-with open(folder/'started', 'a') as f: f.write(f'{n} {lr} {s} {os.getpid()} {os.getppid()}\\n')
-time.sleep(naps)
-while (folder/f'hold {n} {lr} {s}').exists(): time.sleep(.02)
-if (folder/f'fail {n} {lr} {s}').exists(): sys.exit(3)
-study.append_row(folder/'s.jsonl', dict(name=n, lr=lr, seed=s, bits_per_char=abs(lr-.2)+s, pid=os.getpid()))
-"""
-WORK = LIGHT + """
-folder,configs = Path(sys.argv[1]),eval(sys.argv[2])
-exec(sys.argv[4])
-study.work(folder/'s.jsonl', configs, lambda n, lr, s: [sys.executable, '-c', (folder/'run.py').read_text(), str(folder), n, str(lr), str(s), sys.argv[3]])
-"""
-CLAIM = LIGHT + """
-lock = study.claim(Path(sys.argv[1])/'s.jsonl', ('a', .1, 0))
-print(lock is not None, flush=True)
-if lock is not None and len(sys.argv)>2:
-    import subprocess
-    if sys.argv[2]=='child': print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], pass_fds=[lock.fileno()]).pid, flush=True)
-    time.sleep(60)
-"""
-class Folder:
-    "A place of work; its processes are ended with it, by their number"
+def kill(pid):
+    "Kill a process of runs_job.py by its number, if it is still there"
+    try:
+        if b'runs_job.py' in Path(f'/proc/{pid}/cmdline').read_bytes(): os.kill(pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError): pass
+
+class Place:
+    "A folder in which workers work; `end` kills the processes that were started for it"
     def __init__(self, path):
-        self.path,self.processes,self.file = path,[],path/'s.jsonl'
-        (path/'run.py').write_text(RUN)
+        self.path,self.file,self.processes = path,path/'s.jsonl',[]
+        self.env = {**os.environ, 'TMPDIR':str(path/'tmp')} # The folder of the locks
         (path/'tmp').mkdir()
-    def start(self, code, *args):
-        p = subprocess.Popen([sys.executable, '-c', code, str(self.path), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR':str(self.path/'tmp')})
+
+    def start(self, job, *args):
+        "Start a function of runs_job.py"
+        words = [sys.executable, str(HERE/'runs_job.py'), job, str(self.path), *map(json.dumps, args)]
+        p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env)
         self.processes.append(p)
         return p
-    def worker(self, configs, naps=.05, plant=''): return self.start(WORK, repr(configs), naps, plant)
+
+    def worker(self, configs, nap=.05, has_locks=True):
+        "Start a worker, whose runs sleep for some seconds"
+        return self.start('work', configs, nap, has_locks)
+
     def started(self):
-        "Key, own number and that of the worker, in order"
-        lines = (self.path/'started').read_text().splitlines() if (self.path/'started').exists() else []
-        return [((n, float(lr), int(s)), int(pid), int(parent)) for n,lr,s,pid,parent in map(str.split, lines)]
-    def keys(self): return [k for k,*_ in self.started()]
-    def rows(self): return study.read_rows(self.file)
-    def mark(self, what, key): (self.path/' '.join([what, *map(str, key)])).touch()
-    def unmark(self, what, key): (self.path/' '.join([what, *map(str, key)])).unlink()
+        "Key, number of the process and number of its worker for each run, in order"
+        path = self.path/'started'
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [((name, lr, seed), pid, parent) for name,lr,seed,pid,parent in map(json.loads, lines)]
+
+    def started_keys(self):
+        "Keys of the runs that were started, in order"
+        return [key for key,*_ in self.started()]
+
+    def rows(self):
+        "Rows of the runs that have ended"
+        return runs.read_rows(self.file)
+
+    def mark(self, what, key): runs_job.mark(self.path, what, *key).touch()
+    def unmark(self, what, key): runs_job.mark(self.path, what, *key).unlink()
+
     def end(self):
-        for p in self.processes: p.kill(); p.wait()
+        for p in self.processes:
+            p.kill()
+            p.wait()
         for _,pid,_ in self.started(): kill(pid)
-def kill(pid):
-    "A run of ours, if it is still there"
-    try:
-        if b'started' in Path(f'/proc/{pid}/cmdline').read_bytes() or b'time.sleep(60)' in Path(f'/proc/{pid}/cmdline').read_bytes(): os.kill(pid, signal.SIGKILL)
-    except (FileNotFoundError, ProcessLookupError): pass
+
 @pytest.fixture
 def place(tmp_path):
-    f = Folder(tmp_path)
-    yield f
-    f.end()
+    place = Place(tmp_path)
+    yield place
+    place.end()
+
+@pytest.fixture
+def same_locks(place, monkeypatch):
+    "Let this process use the locks of the place"
+    monkeypatch.setattr(runs.tempfile, 'tempdir', str(place.path/'tmp'))
+
 def until(f, seconds=60):
-    "Wait for something to become true"
+    "Wait until a function returns something true, and return it"
     end = time.time()+seconds
-    while not (v := f()):
-        assert time.time()<end, 'it did not happen'
+    while not (value := f()):
+        assert time.time()<end, f'it did not happen within {seconds} seconds'
         time.sleep(.02)
-    return v
-def finished(p, code=0):
-    out,err = p.communicate(timeout=120)
+    return value
+
+def finish(p, code=0):
+    "Wait for the end of a process; return its stderr"
+    _,err = p.communicate(timeout=120)
     assert p.returncode==code, err[-2000:]
     return err
 
+def kill_and_wait(p):
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+
 # The lock
 
-def claimed(place, *how):
-    p = place.start(CLAIM, *how)
+KEY = 'a',.1,0
+
+def start_claim(place, *hold):
+    "Start a process that claims KEY; return it, and whether the run was free"
+    p = place.start('claim', *hold)
     return p, p.stdout.readline()=='True\n'
-def in_place(place, monkeypatch): monkeypatch.setattr(study.tempfile, 'tempdir', str(place.path/'tmp'))
 
-def test_one_key_one_holder(place, monkeypatch):
-    in_place(place, monkeypatch)
-    key = 'a',.1,0
-    p,got = claimed(place, 'hold')
-    assert got and study.claim(place.file, key) is None and not claimed(place)[1]
-    others = [study.claim(place.file, k) for k in (('a', .1, 1), ('a', .2, 0), ('b', .1, 0))] + [study.claim(place.path/'t.jsonl', key)]
-    assert None not in others                                                 # other runs, and the same of another study
-    for o in others: o.close()
-    os.kill(p.pid, signal.SIGKILL); p.wait()
-    lock = study.claim(place.file, key)
-    assert lock is not None and not claimed(place)[1] and study.claim(place.file, key) is None
+def is_free(place):
+    "Return True if another process can claim KEY"
+    return start_claim(place)[1]
+
+def test_one_key_one_holder(place, same_locks, monkeypatch):
+    holder,is_claimed = start_claim(place, 'here')
+    assert is_claimed
+    assert runs.claim_run(place.file, KEY) is None
+    assert not is_free(place)
+    of_other_runs = [runs.claim_run(place.file, key) for key in (('a', .1, 1), ('a', .2, 0), ('b', .1, 0))]
+    of_another_study = runs.claim_run(place.path/'t.jsonl', KEY)
+    for lock in (*of_other_runs, of_another_study):
+        assert lock is not None
+        lock.close()
+    kill_and_wait(holder)
+    lock = runs.claim_run(place.file, KEY)
+    assert lock is not None
+    assert not is_free(place)
+    assert runs.claim_run(place.file, KEY) is None
     monkeypatch.chdir(place.path)
-    assert study.claim('s.jsonl', key) is None                                # the same file by another name
+    assert runs.claim_run('s.jsonl', KEY) is None # The same file by another name
     lock.close()
-    assert claimed(place)[1]
+    assert is_free(place)
 
-def test_a_child_keeps_the_lock(place, monkeypatch):
-    in_place(place, monkeypatch)
-    p,got = claimed(place, 'child')
-    child = int(p.stdout.readline())
-    os.kill(p.pid, signal.SIGKILL); p.wait()
-    try: assert got and study.claim(place.file, ('a', .1, 0)) is None
+def claim_and_close(file, key):
+    "Return True if a run is free"
+    lock = runs.claim_run(file, key)
+    if lock: lock.close()
+    return lock is not None
+
+def test_a_child_keeps_the_lock(place, same_locks):
+    holder,is_claimed = start_claim(place, 'child')
+    child = int(holder.stdout.readline())
+    kill_and_wait(holder)
+    try:
+        assert is_claimed
+        assert not claim_and_close(place.file, KEY)
     finally: os.kill(child, signal.SIGKILL)
-    until(lambda: (lock := study.claim(place.file, ('a', .1, 0))) and not lock.close())
+    until(lambda: claim_and_close(place.file, KEY))
 
-# Work
+# The work
 
 GRID = dict(a=config([.1, .2], [0, 1]), b=config([.3], [0, 1]))
 ALL = [('a', .1, 0), ('a', .2, 0), ('b', .3, 0), ('a', .2, 1), ('b', .3, 1)]
-def judge_two(place, grid=GRID, keys=ALL, plant=''):
-    "Two workers at once do everything, and nothing twice"
-    a,b = (place.worker(grid, .3, plant) for _ in range(2))
-    finished(a); finished(b)
-    assert sorted(place.keys())==sorted(keys) and len({parent for *_,parent in place.started()})==2
-    assert {(r['name'], r['lr'], r['seed']) for r in place.rows()}==set(keys) and len(place.rows())==len(place.file.read_text().splitlines())==len(keys)
-def test_two_workers_do_everything_once(place): judge_two(place)
+
+def judge_two_workers(place, grid, keys, **kwargs):
+    "Two workers at once do all runs, and each of them once"
+    for p in [place.worker(grid, .3, **kwargs) for _ in range(2)]: finish(p)
+    assert sorted(place.started_keys())==sorted(keys)
+    assert len({parent for *_,parent in place.started()})==2
+    assert set(keys_of(place.rows()))==set(keys)
+    assert len(place.rows())==len(place.file.read_text().splitlines())==len(keys)
+
+def test_two_workers_do_everything_once(place): judge_two_workers(place, GRID, ALL)
+
 def test_work_without_locks_is_seen(place):
-    with pytest.raises(AssertionError): judge_two(place, dict(a=config([.1, .2], [0])), ALL[:2], "study.claim = lambda file, key: open(file.parent/'x', 'w')")
+    with pytest.raises(AssertionError):
+        judge_two_workers(place, dict(a=config([.1, .2], [0])), ALL[:2], has_locks=False)
 
 def test_a_finished_grid_is_left_alone(place):
-    grid,keys = dict(b=config([.3], [0, 1])),[('b', .3, 0), ('b', .3, 1)]
-    finished(place.worker(grid))
+    grid = dict(b=config([.3], [0, 1]))
+    keys = [('b', .3, 0), ('b', .3, 1)]
+    finish(place.worker(grid))
     before = place.file.read_bytes()
-    assert place.keys()==keys
-    finished(place.worker(grid))
-    assert place.keys()==keys and place.file.read_bytes()==before
-    finished(place.worker(dict(b=config([.3], [0, 1, 2]))))                   # a grid that has grown
-    assert place.keys()==[*keys, ('b', .3, 2)] and place.file.read_bytes().startswith(before)
+    assert place.started_keys()==keys
+    finish(place.worker(grid))
+    assert place.started_keys()==keys
+    assert place.file.read_bytes()==before
+    grown = dict(b=config([.3], [0, 1, 2]))
+    finish(place.worker(grown))
+    assert place.started_keys()==[*keys, ('b', .3, 2)]
+    assert place.file.read_bytes().startswith(before)
 
-@pytest.mark.parametrize('cut', [False, True])
-def test_killed_and_started_again(place, cut):
-    stop = ALL[2]
-    place.mark('hold', stop)
-    p = place.worker(GRID)
-    until(lambda: stop in place.keys())
-    pid = place.started()[-1][1]
+@pytest.mark.parametrize('is_cut', [False, True])
+def test_killed_and_started_again(place, is_cut):
+    "What is finished is not repeated; the run that was killed is, also if it was killed while it wrote"
+    killed = ALL[2]
+    place.mark('hold', killed)
+    worker = place.worker(GRID)
+    until(lambda: killed in place.started_keys())
+    _,pid,_ = place.started()[-1]
     before = place.file.read_bytes()
-    assert before.count(b'\n')==2 and place.keys()==ALL[:3]
-    os.kill(p.pid, signal.SIGKILL); os.kill(pid, signal.SIGKILL); p.wait()
-    if cut: place.file.write_bytes(before+b'{"name": "b", "lr": 0.3, "se')     # killed while it wrote
-    place.unmark('hold', stop)
-    finished(place.worker(GRID))
-    assert place.file.read_bytes().startswith(before) and place.keys()==[*ALL[:3], *ALL[2:]]
-    assert [(r['name'], r['lr'], r['seed']) for r in place.rows()]==ALL and len(place.file.read_text().splitlines())==5+cut
+    assert before.count(b'\n')==2
+    assert place.started_keys()==ALL[:3]
+    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    worker.wait()
+    if is_cut: place.file.write_bytes(before+b'{"name": "b", "lr": 0.3, "se')
+    place.unmark('hold', killed)
+    finish(place.worker(GRID))
+    assert place.file.read_bytes().startswith(before)
+    assert place.started_keys()==[*ALL[:3], *ALL[2:]]
+    assert keys_of(place.rows())==ALL
+    assert len(place.file.read_text().splitlines())==5+is_cut
 
-def test_a_run_whose_worker_was_killed_is_not_done_again(place):
-    first = ALL[0]
-    place.mark('hold', first)
-    p = place.worker(GRID)
-    until(lambda: place.keys()==[first])
-    os.kill(p.pid, signal.SIGKILL); p.wait()
-    second = place.worker(GRID, plant='study.time.sleep = lambda s, nap=time.sleep: nap(.05)')
-    until(lambda: len(place.rows())==3)                                       # does what it can: without the first rate of a no further seeds of a
-    assert place.keys()==[first, *[k for k in ALL if k[0]=='b' or k==ALL[1]]] and first not in [(r['name'], r['lr'], r['seed']) for r in place.rows()]
-    place.unmark('hold', first)
-    finished(second)                                                          # waited for the orphan
-    assert sorted(place.keys())==sorted(ALL) and len(place.rows())==5
+def test_a_run_whose_worker_was_killed_is_not_repeated(place):
+    "The next worker does what it can, and waits for the run that lives on"
+    orphan = ALL[0]
+    place.mark('hold', orphan)
+    first = place.worker(GRID)
+    until(lambda: place.started_keys()==[orphan])
+    kill_and_wait(first)
+    second = place.worker(GRID)
+    until(lambda: len(place.rows())==3)
+    without_seeds_of_a = [key for key in ALL if key[0]=='b' or key==ALL[1]] # They need its first rate
+    assert place.started_keys()==[orphan, *without_seeds_of_a]
+    assert orphan not in keys_of(place.rows())
+    place.unmark('hold', orphan)
+    finish(second)
+    assert sorted(place.started_keys())==sorted(ALL)
+    assert len(place.rows())==5
 
-def test_a_run_that_fails_is_an_error(place, monkeypatch):
-    in_place(place, monkeypatch)
+def test_a_run_that_fails_is_an_error(place, same_locks):
     grid = dict(a=config([.1, .2], [0]))
     place.mark('fail', ALL[1])
-    assert 'CalledProcessError' in finished(place.worker(grid), 1)
-    assert place.keys()==ALL[:2] and len(place.rows())==1
-    study.claim(place.file, ALL[1]).close()                                   # its lock is free
+    assert 'CalledProcessError' in finish(place.worker(grid), 1)
+    assert place.started_keys()==ALL[:2]
+    assert len(place.rows())==1
+    assert claim_and_close(place.file, ALL[1])
     place.unmark('fail', ALL[1])
-    finished(place.worker(grid))
-    assert place.keys()==[*ALL[:2], ALL[1]] and len(place.rows())==2
+    finish(place.worker(grid))
+    assert place.started_keys()==[*ALL[:2], ALL[1]]
+    assert len(place.rows())==2
 
 def test_rows_written_at_once_do_not_mix(place):
-    "Rows of a long run are longer than a buffer"
-    code = LIGHT + "for i in range(40): study.append_row(Path(sys.argv[1])/'s.jsonl', dict(who=sys.argv[2], i=i, losses=[1.2345]*4000))"
-    for p in [place.start(code, k) for k in 'ab']: finished(p)
-    rows = place.rows()
-    assert sorted((r['who'], r['i']) for r in rows)==[(k, i) for k in 'ab' for i in range(40)]
+    for p in [place.start('write', writer) for writer in 'ab']: finish(p)
+    written = sorted((r['writer'], r['i']) for r in place.rows())
+    assert written==[(writer, i) for writer in 'ab' for i in range(40)]
 
 # One training
 
-TINY = dict(steps=64, epochs=2, seq_len=16, bs=8, lrs=[.01, .02], seeds=[0, 1], fields=dict(d_model=8, n_heads=2, n_layers=2, reversible=False),
-            configs={'plain':{}, 'front':dict(n_bijective_layers=1), 'behind':dict(n_bijective_layers=1, standard_first=True), 'terms':dict(epochs=1, lrs=[.02], learner=dict(lambda_likelihood=.1, lambda_invert=.1))})
-SHORT = {**TINY, 'steps':12, 'epochs':1}
-FIELDS = {'study', 'name', 'seed', 'lr', 'bits_per_char', 'se', 'error', 'n_params', 'epochs', 'seconds', 'peak_mib', 'valid_bits_by_epoch', 'losses', 'probe_every', 'probe', 'lattice_usage', 'log_det', 'inverse_error', 'norms', 'terms', 'last_terms', 'config', 'fields', 'machine', 'torch', 'fastai', 'command'}
+SIZES = dict(d_model=8, n_heads=2, n_layers=2, reversible=False)
+TERMS = dict(lambda_likelihood=.1, lambda_invert=.1)
+CONFIGS = {
+    'plain':{},
+    'bijective first':dict(n_bijective_layers=1),
+    'standard first':dict(n_bijective_layers=1, standard_first=True),
+    'terms':dict(epochs=1, lrs=[.02], learner=TERMS),
+}
+TINY = dict(steps=64, epochs=2, seq_len=16, bs=8, lrs=[.01, .02], seeds=[0, 1], fields=SIZES, configs=CONFIGS)
+SHORT = TINY | dict(steps=12, epochs=1)
+RESULTS = {'study', 'name', 'seed', 'lr', 'bits_per_char', 'se', 'error', 'n_params', 'epochs', 'seconds',
+           'peak_mib', 'valid_bits_by_epoch', 'losses', 'probe_every', 'probe', 'lattice_usage', 'log_det',
+           'inverse_error', 'norms', 'terms', 'last_terms', 'config', 'fields'}
+RECORD = {'machine', 'threads', 'python', 'torch', 'fastai', 'bijdiff', 'command'}
+TIMES = {'seconds', 'peak_mib'}
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
+    "A folder with two studies and a text"
     monkeypatch.setattr(study, 'STUDIES', tmp_path)
-    monkeypatch.setattr(ChunkedUpdate, 'min_chunk_rows', ChunkedUpdate.min_chunk_rows)              # run changes it
-    for k,g in dict(tiny=TINY, short=SHORT).items(): (tmp_path/f'{k}.json').write_text(json.dumps(g))
+    monkeypatch.setattr(ChunkedUpdate, 'min_chunk_rows', ChunkedUpdate.min_chunk_rows) # A training changes it
+    (tmp_path/'tiny.json').write_text(json.dumps(TINY))
+    (tmp_path/'short.json').write_text(json.dumps(SHORT))
     (tmp_path/'text.txt').write_text(pydoc_corpus()[:20_000])
     return tmp_path
-def short(folder, name, seed=0): return study.run('short', folder/'text.txt', name, .02, seed)
-def same(a, b): return all(a[k]==b[k] or a[k]!=a[k] for k in FIELDS-{'seconds', 'peak_mib'})
 
-def test_a_run_by_the_command(tiny, capsys):
-    study.main('one', 'tiny', str(tiny/'text.txt'), name='plain', lr=.02, seed=1)
-    r, = study.read_rows(tiny/'tiny.jsonl')
-    assert set(r)==FIELDS and (r['study'], r['name'], r['lr'], r['seed'], r['epochs'])==('tiny', 'plain', .02, 1, 2)
-    per_epoch = len(r['losses'])//2
-    assert len(r['losses'])==2*per_epoch and 30<=per_epoch<=32 and sum(r['losses'][-9:])<sum(r['losses'][:9])
-    assert r['probe_every']==10 and len(r['probe'])==2*per_epoch//10 and r['probe'][-1]<r['probe'][0]
-    assert len(r['valid_bits_by_epoch'])==2 and 1<r['bits_per_char']<8 and abs(r['bits_per_char']-r['valid_bits_by_epoch'][-1])<.5 and r['se']>0
-    assert len(r['lattice_usage'][0])==2 and 0<max(r['lattice_usage'][0])<1 and r['log_det']==r['inverse_error']==0
-    assert r['norms'][0]['step']==50 and list(r['norms'][0]['gradient'])==['embed', 'layer 0', 'layer 1', 'norm', 'output_head']
-    assert r['terms'] is r['last_terms'] is None and r['fields']==TINY['fields'] and r['config']==dict(epochs=2, learner={})
-    dls = text_dls(pydoc_corpus()[:int(64/2*16*8/.9)+1], seq_len=16, bs=8)
-    assert r['n_params']==sum(p.numel() for p in BijectiveDenoiser(DenoiserConfig(dls.tokenizer.vocab_size, 16, **TINY['fields'])).parameters()) and len(dls.train)==per_epoch
-    command = re.match(r"python benchmarks/study.py one tiny tinyshakespeare.txt --name '(.*)' --lr (.*) --seed (.*)$", r['command'])
-    assert command.groups()==('plain', '0.02', '1')
+@pytest.fixture
+def result(tiny, capsys):
+    "The row of one training by the command"
+    study.study('one', 'tiny', str(tiny/'text.txt'), name='plain', lr=.02, seed=1)
+    found, = runs.read_rows(tiny/'tiny.jsonl')
+    return found
+
+def tiny_data():
+    "The data of TINY: text for 32 steps an epoch, a ninth more for what is held out"
+    return text_dls(pydoc_corpus()[:int(64/2*16*8/.9)+1], seq_len=16, bs=8)
+
+def train_short(folder, name, seed=0):
+    "Train one configuration of SHORT"
+    return study.train_one('short', folder/'text.txt', name, .02, seed)
+
+def is_same(a, b):
+    "Return True for equal values; NaN equals NaN"
+    return a==b or (a!=a and b!=b)
+
+def test_a_run_by_the_command(result):
+    "The row says what was trained, how, and how well"
+    r = result
+    assert set(r)==RESULTS|RECORD
+    assert (r['study'], *keys_of([r])[0], r['epochs'])==('tiny', 'plain', .02, 1, 2)
+    assert r['fields']==SIZES
+    assert r['config']==dict(epochs=2, learner={})
+    dls = tiny_data()
+    network = BijectiveDenoiser(DenoiserConfig(dls.tokenizer.vocab_size, 16, **SIZES))
+    assert r['n_params']==sum(p.numel() for p in network.parameters())
+    n_epoch = len(dls.train)
+    assert 30<=n_epoch<=32
+    assert len(r['losses'])==2*n_epoch
+    assert sum(r['losses'][-9:])<sum(r['losses'][:9])
+    assert len(r['valid_bits_by_epoch'])==2
+    assert 1<r['bits_per_char']<8
+    assert r['bits_per_char']==pytest.approx(r['valid_bits_by_epoch'][-1], abs=.5)
+    assert r['se']>0
+    arguments = 'one tiny tinyshakespeare.txt --name plain --lr 0.02 --seed 1'
+    assert r['command']==f'python benchmarks/study.py {arguments}'
+
+def test_a_run_keeps_what_callbacks_have_seen(result):
+    r = result
+    assert r['probe_every']==10
+    assert len(r['probe'])==len(r['losses'])//10
+    assert r['probe'][-1]<r['probe'][0]
+    usage, = r['lattice_usage']
+    assert len(usage)==2
+    assert 0<max(usage)<1
+    assert r['log_det']==r['inverse_error']==0
+    norms, = r['norms']
+    assert norms['step']==50
+    assert list(norms['gradient'])==['embed', 'layer 0', 'layer 1', 'norm', 'output_head']
+    assert r['terms'] is None and r['last_terms'] is None
 
 def test_a_run_with_terms_and_again(tiny):
-    r,other = (short(tiny, 'terms', seed=s) for s in (0, 1))
-    study.append_row(tiny/'again.jsonl', short(tiny, 'terms'))
-    assert same(study.read_rows(tiny/'again.jsonl')[0], r) and not set(r['losses'])&set(other['losses'][1:])
-    assert 10<=len(r['losses'])<=12 and len(r['probe'])==1 and r['epochs']==1 and r['config']==dict(epochs=1, learner=dict(lambda_likelihood=.1, lambda_invert=.1))
-    assert sum(r['terms'].values())==pytest.approx(1) and list(r['terms'])==list(r['last_terms'])==['denoise', 'likelihood', 'invert'] and r['terms']['invert']==r['last_terms']['invert']==0
-    assert r['losses'][-1]==pytest.approx(r['last_terms']['denoise']+.1*r['last_terms']['likelihood'], abs=1e-3)
+    "The same seed gives the same row, another one other losses; the loss is the weighted sum of its terms"
+    r,of_another_seed = (train_short(tiny, 'terms', seed) for seed in (0, 1))
+    runs.append_row(tiny/'again.jsonl', train_short(tiny, 'terms'))
+    again, = runs.read_rows(tiny/'again.jsonl')
+    assert all(is_same(again[k], r[k]) for k in RESULTS-TIMES)
+    assert not set(r['losses'])&set(of_another_seed['losses'][1:])
+    assert 10<=len(r['losses'])<=12
+    assert len(r['probe'])==1
+    assert r['epochs']==1
+    assert r['config']==dict(epochs=1, learner=TERMS)
+    assert sum(r['terms'].values())==pytest.approx(1)
+    last = r['last_terms']
+    assert list(r['terms'])==list(last)==['denoise', 'likelihood', 'invert']
+    assert r['terms']['invert']==last['invert']==0
+    assert r['losses'][-1]==pytest.approx(last['denoise']+.1*last['likelihood'], abs=1e-3)
 
-def test_front_and_behind_are_trained(tiny):
-    a,b = short(tiny, 'front'),short(tiny, 'behind')
-    assert a['n_params']==b['n_params'] and a['losses']!=b['losses'] and b['config']['standard_first'] and a['losses'][0]==pytest.approx(b['losses'][0], abs=1e-3)
-    assert a['lattice_usage']==b['lattice_usage']==[] and math.isnan(a['log_det'])
+def test_both_orders_of_blocks_are_trained(tiny):
+    a,b = train_short(tiny, 'bijective first'),train_short(tiny, 'standard first')
+    assert a['n_params']==b['n_params']
+    assert b['config']['standard_first']
+    assert a['losses']!=b['losses']
+    assert a['losses'][0]==pytest.approx(b['losses'][0], abs=1e-3)
+    assert a['lattice_usage']==b['lattice_usage']==[]
+    assert math.isnan(a['log_det'])
 
-# Standard blocks in front
+def test_a_training_that_leaves_the_lattice_is_a_result():
+    "The other runs of a study go on; any other error stops them"
+    class Learn:
+        no_bar,dls = nullcontext,SimpleNamespace(device=torch.device('cpu'))
+        def __init__(self, error): self.error = error
+        def fit_one_cycle(self, *args): raise self.error
+    left = LatticeError('an update of size 2000 leaves the lattice')
+    seconds,memory,error = study.fit(Learn(left), 1, 1.)
+    assert error==str(left)
+    assert seconds>=0 and memory>=0
+    assert all(math.isnan(v) for v in study.held_out_bits(None, error))
+    other = Learn(ValueError('something else'))
+    with pytest.raises(ValueError, match='something else'): study.fit(other, 1, 1.)
 
-def judge_order(kinds, n, reversible=True):
-    "The network against its blocks one after another, and its gradients"
-    m = BijectiveDenoiser(DenoiserConfig(20, 16, d_model=8, n_heads=2, n_layers=kinds, n_bijective_layers=n, reversible=reversible))
+# Standard blocks first
+
+def normal_weights(m, std=.3):
+    "Draw all parameters from N(0, std^2) by a generator of their own"
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=g)*.3)
-    own,xt = deepcopy(m),torch.arange(48).view(3, 16)%20
-    before = m(xt).detach()
-    study.standard_first(m)
-    order = [*own.backbone.blocks[n:], *own.backbone.blocks[:n]]
-    assert [b.is_bijective for b in m.backbone.blocks]==[False]*(kinds-n)+[True]*n==[b.is_bijective for b in order]
-    h = own.state(xt)
-    context = own.backbone._context(h, None, None)
-    for b in order: h,_ = b(h, **context)
-    want,got = own.read(h),m(xt)
-    assert torch.allclose(got, want, atol=1e-5) and (0<n<kinds)==(not torch.allclose(got, before, atol=1e-3))
-    for o in (got, want): o.sin().sum().backward()
-    names = {id(p):k for k,p in own.named_parameters()}
-    grads = {k:p.grad for k,p in own.named_parameters()}
-    place = lambda k: re.sub(r'blocks\.(\d+)', lambda i: f'blocks.{(int(i[1])+n)%kinds}', k)
-    for k,p in m.named_parameters(): assert torch.allclose(p.grad, grads[place(k)], rtol=1e-4, atol=1e-5), k
-    assert len(names)==len(list(m.parameters())) and m.backbone.n_bijective_layers==0
-@pytest.mark.parametrize('kinds,n', [(2, 1), (4, 2), (3, 1), (3, 2)])
-def test_standard_first_is_the_blocks_in_that_order(kinds, n): judge_order(kinds, n)
+        for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=g)*std)
+    return m
+
+def in_order(model, blocks, xt):
+    "The logits of a model with its blocks called in another order"
+    h = model.state(xt)
+    context = model.backbone._context(h, None, None)
+    for block in blocks: h,_ = block(h, **context)
+    return model.read(h)
+
+def gradients_of(model, out):
+    "Gradients of the sum of sin(out), by the name of the parameter"
+    out.sin().sum().backward()
+    return {name:p.grad for name,p in model.named_parameters()}
+
+def judge_order(n_layers, n_bijective):
+    "`standard_first` is the network with its blocks in that order, one after another: values and gradients"
+    model = normal_weights(BijectiveDenoiser(DenoiserConfig(
+        20, 16, d_model=8, n_heads=2, n_layers=n_layers, n_bijective_layers=n_bijective, reversible=True)))
+    original = deepcopy(model)
+    xt = torch.arange(48).view(3, 16)%20
+    before = model(xt).detach()
+    study.standard_first(model)
+    order = [*original.backbone.blocks[n_bijective:], *original.backbone.blocks[:n_bijective]]
+    kinds = [False]*(n_layers-n_bijective) + [True]*n_bijective
+    assert [b.is_bijective for b in model.backbone.blocks]==kinds==[b.is_bijective for b in order]
+    expected,found = in_order(original, order, xt),model(xt)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, before, atol=1e-3)
+    def name_before(name):
+        "The name of a parameter in the original network"
+        return re.sub(r'blocks\.(\d+)', lambda m: f'blocks.{(int(m[1])+n_bijective)%n_layers}', name)
+    expected,found = gradients_of(original, expected),gradients_of(model, found)
+    assert len(found)==len(expected)
+    for name,g in found.items():
+        assert torch.allclose(g, expected[name_before(name)], rtol=1e-4, atol=1e-5), name
+    assert model.backbone.n_bijective_layers==0
+
+@pytest.mark.parametrize('n_layers, n_bijective', [(2, 1), (4, 2), (3, 1), (3, 2)])
+def test_standard_first_is_the_blocks_in_that_order(n_layers, n_bijective): judge_order(n_layers, n_bijective)
+
+def blocks_left_where_they_were(model):
+    "Say that no block is bijective, and move none"
+    model.backbone.n_bijective_layers = 0
+
 def test_blocks_left_where_they_were_are_seen(monkeypatch):
-    monkeypatch.setattr(study, 'standard_first', lambda m: setattr(m.backbone, 'n_bijective_layers', 0))
+    monkeypatch.setattr(study, 'standard_first', blocks_left_where_they_were)
     with pytest.raises(AssertionError): judge_order(2, 1)
 
 # A smaller embedding
 
 @pytest.mark.parametrize('bits', [12, 3, None])
 def test_scaled_embedding(bits):
-    m = BijectiveDenoiser(DenoiserConfig(20, 16, d_model=8, n_heads=2, n_layers=1, lattice_bits=bits))
+    "State = rms_norm(embedding)/4 in both streams, rounded to the lattice before and after the division"
+    model = BijectiveDenoiser(DenoiserConfig(20, 16, d_model=8, n_heads=2, n_layers=1, lattice_bits=bits))
     xt = torch.arange(48).view(3, 16)%20
-    e = torch.nn.functional.rms_norm(m.embed(xt), (8,))
-    m.entry = study.Scaled(.25, bits)
-    h = m.state(xt)
-    step = 0 if bits is None else .25*2.**-bits/2+2.**-bits/2                 # rounded before and after
-    assert torch.allclose(h, torch.cat([e, e], -1)/4, atol=step+1e-6) and (bits is None or torch.equal((h*2**bits).round(), h*2**bits))
+    e = rms_norm(model.embed(xt), (8,))
+    model.entry = study.ScaledEntry(.25, bits)
+    h = model.state(xt)
+    step = 0 if bits is None else 2.**-bits
+    assert torch.allclose(h, torch.cat([e, e], -1)/4, atol=.25*step/2+step/2+1e-6)
+    if bits is not None: assert torch.equal((h*2**bits).round(), h*2**bits)
     h.sum().backward()
-    assert m.embed.weight.grad[:20].any() and torch.isfinite(m(xt)).all()
+    assert model.embed.weight.grad[:20].any()
+    assert torch.isfinite(model(xt)).all()
 
-def test_a_training_that_leaves_the_lattice_is_a_result():
-    "The others of a study go on; any other error is ours and stops"
-    from contextlib import nullcontext
-    from bijdiff.layers.lattice import LatticeError
-    class Learn:
-        no_bar,dls = nullcontext,SimpleNamespace(device=torch.device('cpu'))
-        def __init__(self, error): self.error = error
-        def fit_one_cycle(self, *args): raise self.error
-    seconds,memory,error = study.fit(Learn(LatticeError('an update of size 2000 leaves the lattice')), 1, 1.)
-    assert error=='an update of size 2000 leaves the lattice' and seconds>=0 and memory>=0
-    assert all(math.isnan(v) for v in study.held_out(None, error))
-    with pytest.raises(ValueError, match='something else'): study.fit(Learn(ValueError('something else')), 1, 1.)
+# What a result file records
+
+def test_a_command_is_spelled_as_it_is_typed():
+    options = dict(name='2 experts', lr=.02, seed=0, fp32=True, out=None, bf16=False)
+    line = "python benchmarks/study.py one --name '2 experts' --lr 0.02 --seed 0 --fp32"
+    assert common.spell_command('/x/study.py', 'one', **options)==line
+
+def test_a_given_command_has_no_folders_of_this_machine(monkeypatch):
+    paths = ['/home/me/x.py', '/data/text.txt', 'models/', '--models=/data/a,/data/b']
+    monkeypatch.setattr(sys, 'argv', [*paths, '--rules', 'spread,block'])
+    line = 'python benchmarks/x.py text.txt models --models=a,b --rules spread,block'
+    assert common.given_command('/home/me/x.py')==line
+
+def test_a_record_has_settings_machine_versions_and_commands():
+    record = common.run_record('x.py', command='new', seed=3)
+    assert set(record)=={'seed', *RECORD}
+    assert record['seed']==3 and record['command']=='new' and record['threads']==torch.get_num_threads()
+    record = common.run_record('x.py', command='new', old=dict(commands=['first', 'new', 'second']))
+    assert record['commands']==['first', 'second', 'new']
+
+def test_results_of_other_settings_are_not_resumed(tmp_path):
+    file = tmp_path/'x.json'
+    assert common.resume(file, dict(n=1))=={}
+    common.save(file, dict(n=1, rows=[2]))
+    assert common.resume(file, dict(n=1))==dict(n=1, rows=[2])
+    with pytest.raises(ValueError, match='n is 2; expected 1 as in x.json'): common.resume(file, dict(n=2))
+
+def test_steps_take_turns():
+    order = []
+    def step(name): return lambda: order.append(name) or len(order)
+    seconds = common.seconds_in_turns(dict(a=step('a'), b=step('b')), 2, warmup=1)
+    assert order==['a', 'b']*3
+    assert seconds==dict(a=[3, 5], b=[4, 6])
+
+def test_chunks_are_spread_over_a_text():
+    tokenizer = CharTokenizer('abcdefghij')
+    chunks = common.spread_chunks('abcdefghij', tokenizer, 3, 2)
+    assert [tokenizer.decode(c) for c in chunks]==['ab', 'ef', 'ij']
+    with pytest.raises(ValueError, match='tokens of the text is 10'):
+        common.spread_chunks('abcdefghij', tokenizer, 3, 4)

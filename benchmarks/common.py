@@ -1,0 +1,183 @@
+"""What the scripts share: the record of a run, result files, times, training batches, saved models."""
+import hashlib
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+import fastai
+import torch
+from torch import nn, Tensor
+import bijdiff
+from bijdiff.checks import check
+from bijdiff.console import write_file
+
+RESULTS = Path(__file__).resolve().parent/'results'
+
+# The record of a run
+
+def machine(device='cpu'):
+    "Return the processor, the number of threads and, where another device is used, its name"
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine()}, {threads} thread{'s'*(threads>1)}"
+    kind = torch.device(device).type
+    if kind=='cpu': return cpu
+    return f"{cpu}, {torch.cuda.get_device_name() if kind=='cuda' else kind}"
+
+def spell_command(script, *arguments, **options):
+    "Return a command line: options that are None or False are left out, those that are True have no value"
+    words = ['python', f'benchmarks/{Path(script).name}', *arguments]
+    for name,value in options.items():
+        if value is None or value is False: continue
+        words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
+    return shlex.join(words)
+
+def given_command(script):
+    "Return the command line of this process without the folders of this machine"
+    words = [re.sub(r'[^\s=,]*/(?=\S)', '', o.rstrip('/')) for o in sys.argv[1:]]
+    return spell_command(script, *words)
+
+def run_record(
+    script, # Path of the script
+    device='cpu', # Device of the run
+    command=None, # Command line that repeats the run; that of this process if None
+    old=None, # Results of earlier runs in the same file, whose commands are kept
+    **settings # Settings of the run, its seed among them
+)->dict:
+    "Return what a result file says of its run: settings, machine, threads, versions and command"
+    versions = dict(python=platform.python_version(), torch=torch.__version__,
+                    fastai=fastai.__version__, bijdiff=bijdiff.__version__)
+    record = settings | dict(machine=machine(device), threads=torch.get_num_threads()) | versions
+    command = command or given_command(script)
+    if old is None: return record | dict(command=command)
+    earlier = [o for o in old.get('commands', []) if o!=command]
+    return record | dict(commands=[*earlier, command])
+
+def shared_run_record(*args, **kwargs):
+    "Return the record of a run beside which other processes may run, so that its times are no measurements"
+    record = run_record(*args, **kwargs)
+    return record | dict(machine=f"{record['machine']}, others running beside it")
+
+# Result files
+
+def result_path(script, out=None, ending='.json'):
+    "Return the file that a script writes: `out`, or the one of its name in benchmarks/results/"
+    return Path(out) if out else RESULTS/(Path(script).stem+ending)
+
+def save(path, result):
+    "Write a result as JSON: the file is replaced as a whole, or left as it is"
+    write_file(path, (json.dumps(result, indent=1)+'\n').encode())
+
+def load(path):
+    "Return the result in a file"
+    return json.loads(Path(path).read_text())
+
+def resume(path, settings):
+    "Return the result in a file to go on with, {} without a file; it must have been made with these settings"
+    if not Path(path).exists(): return {}
+    old = load(path)
+    for name,value in settings.items():
+        expected = f'{old.get(name)!r} as in {Path(path).name}; remove the file to begin anew'
+        check(old.get(name)==value, name, value, expected)
+    return old
+
+def has_row(rows, **key):
+    "Return True where one of the rows has these values"
+    return any(all(r.get(k)==v for k,v in key.items()) for r in rows)
+
+def add_row(rows, row):
+    "Append a row and print it"
+    rows.append(row)
+    print(row, flush=True)
+
+# Times
+
+def synchronise(device):
+    "Wait until the device has done what it was given"
+    if torch.device(device).type=='cuda': torch.cuda.synchronize()
+
+def timed(f, device='cpu'):
+    "Call a function; return its result and the seconds it took"
+    start = time.perf_counter()
+    result = f()
+    synchronise(device)
+    return result, time.perf_counter()-start
+
+def median_seconds(f, n, warmup=1, device='cpu'):
+    "Return the median time of n calls, after some that do not count"
+    seconds = [timed(f, device)[1] for _ in range(warmup+n)]
+    return statistics.median(seconds[warmup:])
+
+def seconds_in_turns(steps, n, warmup=0):
+    "Return n times of each function by its name; they take turns, and the first turns do not count"
+    seconds = {name:[] for name in steps}
+    for _ in range(warmup+n):
+        for name,step in steps.items(): seconds[name].append(step())
+    return {name:values[warmup:] for name,values in seconds.items()}
+
+def timed_step(
+    prepare, # Function without arguments: returns the function that is timed
+    device='cpu', # Device of the step
+): # Function without arguments: takes a step and returns its seconds
+    "Return a function that times a step without its preparation"
+    def step():
+        ready = prepare()
+        synchronise(device)
+        return timed(ready, device)[1]
+    return step
+
+# Training
+
+def batches(dl):
+    "Yield ids of batches, (B, L), epoch after epoch"
+    while True:
+        for batch in dl: yield batch[0].as_subclass(Tensor)
+
+def random_weights(m, std):
+    "Draw all weights from a normal distribution, but for those of normalisations; return the module"
+    for name,p in m.named_parameters():
+        if 'norm' not in name: nn.init.normal_(p, std=std)
+    return m
+
+def n_params(m):
+    "Return the number of parameters"
+    return sum(p.numel() for p in m.parameters())
+
+# Texts and saved models
+
+def text_hash(text):
+    "Return the sha256 of a text"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+def spread_chunks(text, tokenizer, n, length):
+    "Return n chunks that are evenly spread over a text, ids (n, length)"
+    ids = torch.tensor(tokenizer.encode(text, replace=True))
+    check(len(ids)>=n*length, 'number of tokens of the text', len(ids), f'at least {n}*{length}')
+    starts = [i*(len(ids)-length)//max(n-1, 1) for i in range(n)]
+    return torch.stack([ids[start:start+length] for start in starts])
+
+def mean_se(x, digits=3):
+    "Return mean and standard error of the values, rounded"
+    x = x.double()
+    return dict(mean=round(x.mean().item(), digits), se=round(x.std().item()/len(x)**.5, digits))
+
+def find_models(folder, names=''):
+    "Return folders of saved models by name: those named, separated by commas, or all in a folder"
+    found = {o.parent.name:o.parent for o in sorted(Path(folder).expanduser().glob('*/model.safetensors'))}
+    chosen = names.split(',') if names else list(found)
+    unknown = [o for o in chosen if o not in found]
+    check(not unknown, 'models', names, f"some of {', '.join(found)}")
+    check(chosen, 'folder', str(folder), 'a folder with a model.safetensors in each sub-folder')
+    return {o:found[o] for o in chosen}
+
+def describe(folder, model):
+    "Return what a result file says of a saved model: hash of its weights, size, noise and heads"
+    c = model.config
+    weights = (Path(folder)/'model.safetensors').read_bytes()
+    sizes = dict(seq_len=c.seq_len, d_model=c.d_model, n_heads=c.n_heads, n_layers=c.n_layers)
+    return dict(sha256=hashlib.sha256(weights).hexdigest(), n_params=n_params(model),
+                shares=model.corruption.weights, score_head=c.score_head,
+                time_conditioning=c.time_conditioning, **sizes)
