@@ -53,8 +53,8 @@ def run_record(
     record = settings | dict(machine=machine(device), threads=torch.get_num_threads()) | versions
     command = command or given_command(script)
     if old is None: return record | dict(command=command)
-    earlier = [o for o in old.get('commands', []) if o!=command]
-    return record | dict(commands=[*earlier, command])
+    earlier = old.get('commands', [old['command']] if 'command' in old else [])
+    return record | dict(commands=[o for o in earlier if o!=command]+[command])
 
 def shared_run_record(*args, **kwargs):
     "Return the record of a run beside which other processes may run, so that its times are no measurements"

@@ -216,7 +216,7 @@ def exactness(
         res[name],took = timed(parts[name])
         seconds += took
         print(name, json.dumps(res[name], indent=1), flush=True)
-    res |= run_record(__file__, steps=steps, lattice_steps=lattice_steps, seed=0)
+    res |= run_record(__file__, old=res, steps=steps, lattice_steps=lattice_steps, seed=0)
     if not only: res['seconds'] = round(seconds)
     save(target, res)
 

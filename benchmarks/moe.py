@@ -90,12 +90,12 @@ def expert_report(learn):
         norms = torch.tensor(expert.grads[1:])
         cka = [round(statistics.mean(o['cka']), 4) for o in expert.looks[1:]]
         return dict(gradient_ratio=expert.gradient_ratio(), mean_gradient_ratio=mean_gradient_ratio(norms),
-                    last=dict(expert.looks[-1]), mean_cka_by_look=cka, flags=expert.flags())
+                    last=dict(expert.looks[-1]), mean_cka_by_record=cka, warnings=expert.flags())
     if hasattr(learn, 'gate'):
         norms = torch.stack(learn.gate.grad_norms[1:])
         fractions = torch.stack(learn.gate.fractions[-50:]).mean(0)
         return dict(gradient_ratio=(norms.min(1)[0]/norms.max(1)[0]).min().item(),
-                    mean_gradient_ratio=mean_gradient_ratio(norms), share_by_layer=fractions.tolist())
+                    mean_gradient_ratio=mean_gradient_ratio(norms), fraction_by_layer=fractions.tolist())
     return {}
 
 def train_one(path, name, lr, seed, steps):

@@ -10,6 +10,7 @@
    and the inverse error off it when the choices are kept.
 
 Writes benchmarks/results/moe_exactness.json after every row; rows that are there are skipped."""
+import random
 from itertools import product
 import torch
 from bijdiff.console import command
@@ -30,6 +31,7 @@ PRECISIONS = dict(float32=False, bfloat16=True)
 def train(steps, **config_kwargs):
     "Train a small denoiser; return it, a batch of corrupted held-out sequences and the losses"
     torch.manual_seed(0)
+    random.seed(0) # The order of the sequences
     dls = text_dls(pydoc_corpus()[:60_000], seq_len=L, bs=B)
     V = dls.tokenizer.vocab_size
     model = BijectiveDenoiser(DenoiserConfig(V, L, d_model=D, n_heads=2, **config_kwargs))
@@ -132,7 +134,8 @@ def moe_exactness(
     torch.set_num_threads(threads)
     target = result_path(__file__, out)
     settings = dict(d_model=D, seq_len=L, bs=B, steps=steps, seed=0)
-    res = dict(rows=[]) | resume(target, settings) | run_record(__file__, **settings)
+    old = resume(target, settings)
+    res = dict(rows=[]) | old | run_record(__file__, old=old, **settings)
     if 'million' not in res:
         res['million'] = a_million(steps, choices)
         save(target, res)

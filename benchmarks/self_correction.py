@@ -62,7 +62,7 @@ def measure(model, texts, sizes, fraction, assumed_fractions, passes, per_pass, 
     best = max(choice, key=lambda o: o['repaired']-o['spoiled'])['wrong']
     after = self_correct(model, noisy[1], best, passes, per_pass)
     shown = dict(clean=clean[1], before=noisy[1], after=after)
-    return dict(assumed_fraction=best, **report(clean[1], noisy[1], after), choice_on_training_pieces=choice,
+    return dict(assumed_fraction=best, **report(clean[1], noisy[1], after), choice_on_training_chunks=choice,
                 example={k:tok.decode(o[0])[:120] for k,o in shown.items()})
 
 @command

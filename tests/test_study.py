@@ -684,3 +684,46 @@ def test_chunks_are_spread_over_a_text():
     assert [tokenizer.decode(c) for c in chunks]==['ab', 'ef', 'ij']
     with pytest.raises(ValueError, match='tokens of the text is 10'):
         common.spread_chunks('abcdefghij', tokenizer, 3, 4)
+
+# The table of benchmarks/README.md
+
+BENCHMARKS = HERE.parent/'benchmarks'
+
+def links_of(text):
+    "Targets of the relative links of a text"
+    return set(re.findall(r'\]\((?!https?:)([^)]*)\)', text))
+
+def readme_faults(text):
+    "Return links that lead nowhere, and scripts and results that the table leaves out"
+    links = links_of(text)
+    lost = [o for o in links if not (BENCHMARKS/o).exists()]
+    files = [*BENCHMARKS.glob('*.py'), *(BENCHMARKS/'results').rglob('*.json*')]
+    left_out = [o for p in files if (o := p.relative_to(BENCHMARKS).as_posix()) not in links]
+    return sorted(lost+left_out)
+
+def pages_that_quote(rows):
+    "Pages by their path, with the scripts and results that rows of the table say they quote"
+    found = []
+    for row in rows:
+        script,result,pages,*_ = row.split(' | ')
+        found += [(page, links_of(script)|links_of(result)) for page in links_of(pages)]
+    return found
+
+def is_quoted(text, files):
+    "Return True if a page names one of these scripts and results, a study as a string"
+    return any(Path(o).name in text or f"'{Path(o).stem}'" in text for o in files)
+
+def test_readme_leads_from_scripts_to_results_and_pages():
+    text = (BENCHMARKS/'README.md').read_text(encoding='utf-8')
+    assert readme_faults(text)==[]
+    rows = [line for line in text.splitlines() if line.startswith('| [')]
+    quotes = pages_that_quote(rows)
+    assert len(rows)>20 and len(quotes)>30
+    for page,files in quotes:
+        is_named = is_quoted((BENCHMARKS/page).read_text(encoding='utf-8'), files)
+        assert is_named, f'{page} does not name {files}'
+
+def test_a_file_that_the_readme_leaves_out_is_seen():
+    text = (BENCHMARKS/'README.md').read_text(encoding='utf-8')
+    assert readme_faults(text.replace('(results/codec.json)', '(results/code.json)'))==[
+        'results/code.json', 'results/codec.json']
