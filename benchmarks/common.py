@@ -8,12 +8,16 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 import fastai
 import torch
 from torch import nn, Tensor
 import bijdiff
 from bijdiff.checks import check
-from bijdiff.console import write_file
+from bijdiff.model.saving import write_atomically
+
+try: from fastcore.script import Param
+except ImportError: Param = lambda help, type, **kwargs: Annotated[type, help, kwargs] # fastcore 2
 
 RESULTS = Path(__file__).resolve().parent/'results'
 
@@ -69,7 +73,8 @@ def result_path(script, out=None, ending='.json'):
 
 def save(path, result):
     "Write a result as JSON: the file is replaced as a whole, or left as it is"
-    write_file(path, (json.dumps(result, indent=1)+'\n').encode())
+    path = Path(path)
+    write_atomically(path.parent, {path.name:(json.dumps(result, indent=1)+'\n').encode()})
 
 def load(path):
     "Return the result in a file"

@@ -12,7 +12,7 @@ import tempfile
 
 os.environ['OMP_NUM_THREADS'] = '1' # Before torch is imported
 import torch
-from bijdiff.console import command, Param
+from bijdiff.console import command
 from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.loaders import text_dls
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
@@ -24,7 +24,7 @@ from bijdiff.model.saving import tensors_hash
 from bijdiff.sampling.generate import sample
 from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.learner import diffusion_learner
-from common import load, save
+from common import load, Param, save
 
 SIZE = dict(d_model=16, n_heads=2, n_layers=2)
 UNIFORM = dict(mask=0., substitute=1.)

@@ -28,14 +28,14 @@ import torch
 from fastai.torch_core import default_device
 from torch import nn
 from bijdiff.checks import check, check_one_of
-from bijdiff.console import command, Param
+from bijdiff.console import command
 from bijdiff.data.loaders import text_dls
 from bijdiff.layers.lattice import LatticeError, to_lattice
 from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.likelihood.bounds import score_ids
 from bijdiff.training.instruments import BlockNormCallback, LatticeUsageCallback, ProbeCallback
 from bijdiff.training.learner import diffusion_learner
-from common import n_params, RESULTS, shared_run_record, spell_command
+from common import n_params, Param, RESULTS, shared_run_record, spell_command
 from runs import append_row, best_runs, diverged, paired, read_rows, run_missing
 
 STUDIES = RESULTS/'studies'
