@@ -11,28 +11,24 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.basics import patch
-from scipy import stats
-from scipy.fft import dct, next_fast_len, rfft
-from scipy.linalg import orth
-from scipy.optimize import curve_fit
-from scipy.signal import lfilter
+from scipy import fft, linalg, optimize, signal, stats
+from ..checks import check
 
 # %% ../../nbs/training/70_dynamics.ipynb #47a638a7
 def _series(x, least, name='losses'):
-    "The values as an array, refused unless they are a row of enough finite numbers"
+    "Return the values as an array; reject all but one row of enough finite numbers"
     y = np.asarray(x, dtype=float)
     if y.ndim!=1: raise ValueError(f'{name} has shape {y.shape}; expected one value per step, in one row')
-    if len(y)<least or not np.isfinite(y).all(): raise ValueError(f'{name} has {len(y)} values, {int(np.isfinite(y).sum())} of them finite; expected at least {least}, all finite')
+    finite = int(np.isfinite(y).sum())
+    found = f'{name} has {len(y)} values, {finite} of them finite'
+    if not finite==len(y)>=least: raise ValueError(f'{found}; expected at least {least}, all finite')
     return y
-
-def _check_level(level):
-    if not 0<level<1: raise ValueError(f'level is {level}; expected a number between 0 and 1, such as .95')
 
 # %% ../../nbs/training/70_dynamics.ipynb #572517de
 class Trend(NamedTuple):
-    "Exponential decay fitted to a loss curve, and what it leaves"
-    a:float # Level it decays to
-    b:float # Size of the drop
+    "Exponential decay fitted to a loss curve, with the residual"
+    a:float # Final level, in the unit of the loss
+    b:float # Size of the drop, in the unit of the loss
     tau:float # Steps in which the drop shrinks by e
     residual:np.ndarray # Loss minus trend, per step
     @property
@@ -41,111 +37,114 @@ class Trend(NamedTuple):
         return float(self.residual.std()/abs(self.a)) if self.a else float('nan')
     def __call__(self, n)->np.ndarray: return self.a + self.b*np.exp(-np.asarray(n)/self.tau)
     def jacobian(self, n)->np.ndarray: # (len(n), 3)
-        "Derivatives of the trend at steps n by a, b and tau"
-        n,e = np.asarray(n),np.exp(-np.asarray(n)/self.tau)
+        "Return the derivatives of the trend at steps n by a, b and tau"
+        n = np.asarray(n)
+        e = np.exp(-n/self.tau)
         return np.column_stack([np.ones(len(n)), e, self.b*n/self.tau**2*e])
 
+# %% ../../nbs/training/70_dynamics.ipynb #572517df
 def fit_trend(
     losses, # One value per step, at least 8
 )->Trend:
-    "Least-squares fit of a + b exp(-n/tau)"
+    "Fit a + b exp(-n/tau) by least squares"
     y = _series(losses, 8)
-    n,end = np.arange(len(y)),y[-max(len(y)//5, 1):].mean()
-    f,jac = (lambda n,*p: Trend(*p, None)(n)),(lambda n,*p: Trend(*p, None).jacobian(n))
-    lo,hi = (-np.inf, -np.inf, .5),(np.inf, np.inf, 10.*len(y))
-    p,_ = curve_fit(f, n, y, p0=(end, y[:3].mean()-end, max(len(y)/5, 1.)), jac=jac, bounds=(lo, hi), max_nfev=20000)
+    n = np.arange(len(y))
+    end = y[-max(len(y)//5, 1):].mean()
+    f = lambda n,*p: Trend(*p, None)(n)
+    jac = lambda n,*p: Trend(*p, None).jacobian(n)
+    start = end, y[:3].mean()-end, max(len(y)/5, 1.)
+    bounds = (-np.inf, -np.inf, .5), (np.inf, np.inf, 10.*len(y))
+    p,_ = optimize.curve_fit(f, n, y, p0=start, jac=jac, bounds=bounds, max_nfev=20000)
     return Trend(*map(float, p), y-f(n, *p))
 
 # %% ../../nbs/training/70_dynamics.ipynb #531cf285
-def _long_run(
-    x, # Values around their mean or trend
-    lost:int=0, # Waves that a fit has used up
-)->tuple: # Variance, degrees of freedom
-    "N times the variance of the mean of N such values"
+def _long_run(x, lost=0):
+    "Return N times the variance of a mean of N values, and its degrees of freedom without `lost` waves"
     b = max(int(.4*len(x)**(2/3)), lost+1)
-    return (dct(x, norm='ortho')[1:b+1]**2).sum()/(b-lost),b-lost
+    return (fft.dct(x, norm='ortho')[1:b+1]**2).sum()/(b-lost),b-lost
 
 def _half_width(x, level):
-    "Half of the confidence interval of a mean"
+    "Return half of the width of the confidence interval of a mean"
     v,dof = _long_run(x)
     return stats.t.ppf((1+level)/2, dof)*np.sqrt(v/len(x))
 
 # %% ../../nbs/training/70_dynamics.ipynb #04d194ce
 @patch
 def interval(self:Trend,
-    level:float=.95, # Share of intervals that hold the true value, in (0, 1)
-)->dict: # a, b, tau: pairs of lower and upper end
-    "Confidence intervals that allow for neighbouring steps that go together"
-    _check_level(level)
+    level:float=.95, # Fraction of intervals that hold the true value, in (0, 1)
+)->dict: # Lower and upper end for each of a, b and tau
+    "Return confidence intervals that allow for correlated neighbours"
+    check(0<level<1, 'level', level, 'a number between 0 and 1, such as .95')
     n = len(self.residual)
-    r,(v,dof) = np.linalg.qr(self.jacobian(np.arange(n)), mode='r'),_long_run(self.residual, lost=2)
+    v,dof = _long_run(self.residual, lost=2)
+    r = np.linalg.qr(self.jacobian(np.arange(n)), mode='r')
     known = .501<self.tau<9.99*n and abs(np.diag(r)).min()>0
-    h = stats.t.ppf((1+level)/2, dof)*np.sqrt(v*(np.linalg.inv(r)**2).sum(1)) if known else np.full(3, np.inf)
-    return {k:(float(o-d), float(o+d)) for k,o,d in zip(('a', 'b', 'tau'), self, h)}
+    half = np.full(3, np.inf)
+    if known: half = stats.t.ppf((1+level)/2, dof)*np.sqrt(v*(np.linalg.inv(r)**2).sum(1))
+    return {k:(float(o-h), float(o+h)) for k,o,h in zip(('a', 'b', 'tau'), self, half)}
 
 # %% ../../nbs/training/70_dynamics.ipynb #85c09671
-def _smooth(y, k): return np.convolve(y, np.ones(k)/k, mode='valid')
+def _smooth(y, k):
+    "Return the means of k neighbouring values"
+    return np.convolve(y, np.ones(k)/k, mode='valid')
 
 def plot_trend(
     losses, # One value per step
     unit:str='nats per token', # Unit of the loss
     valid=(), # Pairs of step and validation loss
 ):
-    "The loss with its trend, and below it the residual"
-    t,n = fit_trend(losses),np.arange(len(losses))
+    "Plot the loss with its trend, and below it the residual"
+    t = fit_trend(losses)
+    n = np.arange(len(losses))
     k = max(len(n)//50, 1)
-    fig,axs = plt.subplots(2, 1, figsize=(7,5), sharex=True, height_ratios=(2,1))
-    axs[0].plot(n, losses, c='#cccccc', lw=.6, label='each step')
-    axs[0].plot(n[k-1:]-(k-1)/2, _smooth(losses, k), c='#1f77b4', label=f'mean of {k} steps')
-    axs[0].plot(n, t(n), 'k--', lw=1, label=f'{t.a:.2f} + {t.b:.2f} exp(-n/{t.tau:.0f})')
-    if len(valid): axs[0].plot(*zip(*valid), 'o', c='#d62728', ms=4, label='held out')
-    axs[0].set(ylabel=unit, title='Training loss'); axs[0].legend()
-    axs[1].plot(n[k-1:]-(k-1)/2, _smooth(t.residual, k), c='#1f77b4', lw=.8); axs[1].axhline(0, c='k', lw=.5)
-    axs[1].set(xlabel='step', ylabel='residual', title=f'Oscillation around the trend: {100*t.amplitude:.1f}% of the level, step by step')
+    middle = n[k-1:]-(k-1)/2
+    fig,(above,below) = plt.subplots(2, 1, figsize=(7,5), sharex=True, height_ratios=(2,1))
+    above.plot(n, losses, c='#cccccc', lw=.6, label='each step')
+    above.plot(middle, _smooth(losses, k), c='#1f77b4', label=f'mean of {k} steps')
+    above.plot(n, t(n), 'k--', lw=1, label=f'{t.a:.2f} + {t.b:.2f} exp(-n/{t.tau:.0f})')
+    if len(valid): above.plot(*zip(*valid), 'o', c='#d62728', ms=4, label='held out')
+    above.set(ylabel=unit, title='Training loss')
+    above.legend()
+    below.plot(middle, _smooth(t.residual, k), c='#1f77b4', lw=.8)
+    below.axhline(0, c='k', lw=.5)
+    title = f'Oscillation around the trend: {100*t.amplitude:.1f}% of the level, step by step'
+    below.set(xlabel='step', ylabel='residual', title=title)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/training/70_dynamics.ipynb #72bc8541
-def _ar1(
-    z:np.ndarray, # Standard normal numbers, (..., N)
-    phi:float, # Share kept from the step before
-)->np.ndarray: # Same shape, variance 1 from the first step on
-    "Noise with a memory of one step"
+def _ar1(z, phi):
+    "Return AR(1) noise of variance 1 from the first step on, made of standard normal numbers, (..., N)"
     z = z.copy()
     z[...,0] /= np.sqrt(1-phi**2)
-    return lfilter([np.sqrt(1-phi**2)], [1, -phi], z)
-
+    return signal.lfilter([np.sqrt(1-phi**2)], [1, -phi], z)
 def _ar1_spectrum(phi, f): return (1-phi**2)/(1+phi**2-2*phi*np.cos(2*np.pi*f))
 
 # %% ../../nbs/training/70_dynamics.ipynb #82a31319
 def _basis(trend, start, stop, min_cycles):
-    "Orthonormal directions that count as trend: those in which the fit can move, and waves slower than half of the slowest one searched"
-    m = stop-start
-    slow = np.cos(np.pi*np.outer(np.arange(m)+.5, np.arange(min_cycles))/m)
-    return orth(np.hstack([trend._replace(b=trend.tau).jacobian(np.arange(start, stop)), slow]))
+    "Return orthonormal directions that count as trend: those of the fit, and waves below half of min_cycles"
+    n = stop-start
+    slow = np.cos(np.pi*np.outer(np.arange(n)+.5, np.arange(min_cycles))/n)
+    return linalg.orth(np.hstack([trend._replace(b=trend.tau).jacobian(np.arange(start, stop)), slow]))
 
 # %% ../../nbs/training/70_dynamics.ipynb #f0d5a30e
-_u = np.linspace(-2.5, 2.5, 101)
-_phis = np.tanh(_u)                                                      # -0.987 to 0.987
-
+_artanh_phis = np.linspace(-2.5, 2.5, 101)
+_phis = np.tanh(_artanh_phis)                                            # -0.987 to 0.987
 def _sums(x): return np.pad(np.cumsum(x, -1), ((0, 0), (1, 0)))
+def _variance(phi, p, c): return ((1+phi**2)*p-2*phi*c)/(1-phi**2)
 
-def _whittle(
-    power:np.ndarray, # Periodograms, (R, F)
-    f:np.ndarray, # Frequencies in cycles per step, (F,)
-    lo:np.ndarray, # First frequency left out, (R,)
-    hi:np.ndarray, # The one behind the last left out, (R,); lo for none
-)->tuple: # phi and variance, (R,) each
-    "AR(1) noise that fits best to each periodogram"
-    i,k = np.arange(len(power)),len(f)-(hi-lo)
-    p,c = ((s[:,-1]-s[i,hi]+s[i,lo])/k for s in map(_sums, (power, power*np.cos(2*np.pi*f))))
+def _whittle(power, f, lo, hi):
+    "Fit AR(1) noise to periodograms, (R, F), without frequencies lo to hi-1, (R,): phi and variance, (R,)"
+    rows = np.arange(len(power))
+    n = len(f)-(hi-lo)
+    p,c = ((s[:,-1]-s[rows,hi]+s[rows,lo])/n for s in map(_sums, (power, power*np.cos(2*np.pi*f))))
     logs = _sums(np.log(_ar1_spectrum(_phis[:,None], f)))
-    variance = lambda phi,p,c: ((1+phi**2)*p-2*phi*c)/(1-phi**2)
-    cost = np.log(variance(_phis, p[:,None], c[:,None])) + ((logs[:,-1:]-logs[:,hi]+logs[:,lo])/k).T
+    cost = np.log(_variance(_phis, p[:,None], c[:,None])) + ((logs[:,-1:]-logs[:,hi]+logs[:,lo])/n).T
     best = cost[:,1:-1].argmin(1)+1
-    l,m,r = (cost[i,best+d] for d in (-1, 0, 1))
-    phi = np.tanh(_u[best]+np.clip(.5*(l-r)/(l-2*m+r), -1, 1)*(_u[1]-_u[0]))
-    return phi,variance(phi, p, c)
+    left,middle,right = (cost[rows,best+d] for d in (-1, 0, 1))
+    vertex = np.clip(.5*(left-right)/(left-2*middle+right), -1, 1)
+    phi = np.tanh(_artanh_phis[best]+vertex*(_artanh_phis[1]-_artanh_phis[0]))
+    return phi,_variance(phi, p, c)
 
 # %% ../../nbs/training/70_dynamics.ipynb #049e1c81
 class _Spectrum(NamedTuple):
@@ -153,166 +152,179 @@ class _Spectrum(NamedTuple):
     f:np.ndarray # Frequencies searched, cycles per step, (F,)
     power:np.ndarray # Periodograms, (R, F)
     phi:np.ndarray # AR(1) coefficients of the noise, (R,)
-    null:np.ndarray # The noise's expected power, (R, F)
-    peak:np.ndarray # Frequency of the largest ratio, as an index, (R,)
-    ratio:np.ndarray # Power over expected power there, (R,)
+    null:np.ndarray # Expected power of the noise, (R, F)
+    peak:np.ndarray # Index of the frequency with the largest ratio of power to expected power, (R,)
+    ratio:np.ndarray # Largest ratio of power to expected power, (R,)
 
 def _spectrum(x, basis, min_cycles):
-    "Periodograms of series, (R, N), off the basis; noise fitted without the highest peak"
-    m,size = x.shape[1],next_fast_len(2*x.shape[1], real=True)
-    f,first = np.arange(size//2+1)/size,int(np.ceil(min_cycles*size/m))
-    f,power = f[first:],np.abs(rfft(x-(x@basis)@basis.T, size)[:,first:])**2/m
+    "Return the spectra of series, (R, N), without the basis; the noise is fitted without the highest peak"
+    n = x.shape[1]
+    size = fft.next_fast_len(2*n, real=True)
+    first,width = int(np.ceil(min_cycles*size/n)),int(1.5*size/n)
+    f = (np.arange(size//2+1)/size)[first:]
+    power = np.abs(fft.rfft(x-(x@basis)@basis.T, size)[:,first:])**2/n
     lo = hi = np.zeros(len(x), dtype=int)
     for _ in range(2):
         phi,v = _whittle(power, f, lo, hi)
         null = v[:,None]*_ar1_spectrum(phi[:,None], f)
-        peak,w = (power/null).argmax(1),int(1.5*size/m)
-        lo,hi = np.maximum(peak-w, 0),np.minimum(peak+w+1, len(f))
+        peak = (power/null).argmax(1)
+        lo,hi = np.maximum(peak-width, 0),np.minimum(peak+width+1, len(f))
     return _Spectrum(f, power, phi, null, peak, (power/null).max(1))
 
 # %% ../../nbs/training/70_dynamics.ipynb #bd1ddac8
 def _sine(r, basis, f):
-    "Period near frequency f, and the amplitude of its sine"
-    n,near = np.arange(len(r)),f+np.linspace(-1, 1, 81)/len(r)
+    "Return the period near frequency f, and the amplitude of its sine"
+    n = np.arange(len(r))
+    near = f+np.linspace(-1, 1, 81)/len(r)
     f = near[np.abs(np.exp(-2j*np.pi*np.outer(near, n))@r).argmax()]
     w = np.column_stack([basis, np.cos(2*np.pi*f*n), np.sin(2*np.pi*f*n)])
     return 1/f,np.hypot(*np.linalg.lstsq(w, r, rcond=None)[0][-2:])
 
-def _against_noise(trend, start, stop, n_null, seed, min_cycles):
-    "Residual of a stretch off its basis, the basis, its spectrum, and the largest ratios of simulated noise"
-    if n_null<19: raise ValueError(f'n_null is {n_null}; expected at least 19, or no p-value is below 5%')
-    basis,r = _basis(trend, start, stop, min_cycles),trend.residual[start:stop]
-    r = r-basis@(basis.T@r)
-    if r.std()<=1e-9*np.abs(trend(np.arange(start, stop))).max(): raise ValueError('losses follow their trend without any noise; expected a residual to look at')
-    s = _spectrum(r[None], basis, min_cycles)
-    z = np.random.default_rng(seed).standard_normal((n_null, len(r)))
-    return r,basis,s,_spectrum(_ar1(z, s.phi[0]), basis, min_cycles).ratio
-
 # %% ../../nbs/training/70_dynamics.ipynb #ecf59438
 class Oscillation(NamedTuple):
-    "What is left of a loss curve without its trend"
+    "Residual of a loss curve around its trend, and its strongest period"
     level:float # Level of the loss, in its unit; amplitude and swing are relative to it
     amplitude:float # Standard deviation of the residual, relative to the level
     phi:float # AR(1) coefficient of the noise: correlation of neighbouring steps
     period:float # Steps per cycle of the strongest peak
-    swing:float # Amplitude of its sine, relative to the level
+    swing:float # Amplitude of the sine of that period, relative to the level
     p_value:float # Probability that noise of this phi has a peak as strong
 
-def _oscillation(trend, start, stop, level, n_null, seed, min_cycles):
-    r,basis,s,null = _against_noise(trend, start, stop, n_null, seed, min_cycles)
+def _test_period(trend, start, stop, level, n_null, seed, min_cycles):
+    "Test a stretch of the residual: result, spectrum, and largest ratio of each series of simulated noise"
+    check(n_null>=19, 'n_null', n_null, 'at least 19, or no p-value is below 5%')
+    basis = _basis(trend, start, stop, min_cycles)
+    r = trend.residual[start:stop]
+    r = r-basis@(basis.T@r)
+    if r.std()<=1e-9*np.abs(trend(np.arange(start, stop))).max():
+        raise ValueError('losses follow their trend without any noise; expected losses that fluctuate')
+    s = _spectrum(r[None], basis, min_cycles)
+    z = np.random.default_rng(seed).standard_normal((n_null, len(r)))
+    ratios = _spectrum(_ar1(z, s.phi[0]), basis, min_cycles).ratio
+    p_value = (1+(ratios>=s.ratio[0]).sum())/(n_null+1)
     period,swing = _sine(r, basis, s.f[s.peak[0]])
-    return Oscillation(*map(float, (level, r.std()/level, s.phi[0], period, swing/level, (1+(null>=s.ratio[0]).sum())/(n_null+1))))
+    return Oscillation(*map(float, (level, r.std()/level, s.phi[0], period, swing/level, p_value))),s,ratios
 
+# %% ../../nbs/training/70_dynamics.ipynb #ecf59439
 def oscillation(
     losses, # One value per step, at least 16 per cycle of min_cycles
     n_null:int=499, # Simulated series without a period, at least 19
     seed:int=0, # Seed of the simulated series
-    min_cycles:int=4, # Cycles per series; what is slower counts as trend
+    min_cycles:int=4, # Cycles per series; slower waves count as trend
 )->Oscillation:
-    "Is there a period that AR(1) noise of the same colour would not show?"
-    if min_cycles<1: raise ValueError(f'min_cycles is {min_cycles}; expected at least 1')
+    "Test a loss curve for a period that AR(1) noise of the same colour would not show"
+    check(min_cycles>=1, 'min_cycles', min_cycles, 'at least 1')
     t = fit_trend(_series(losses, 16*min_cycles))
-    return _oscillation(t, 0, len(losses), abs(t.a) or float('nan'), n_null, seed, min_cycles)
+    return _test_period(t, 0, len(losses), abs(t.a) or float('nan'), n_null, seed, min_cycles)[0]
 
 # %% ../../nbs/training/70_dynamics.ipynb #4a1c0898
 def oscillation_windows(
     losses, # One value per step
-    n:int=4, # Parts, each of at least 16 steps per cycle of min_cycles
+    n:int=4, # Number of parts, each of at least 16 steps per cycle of min_cycles
     n_null:int=499, # Simulated series without a period, for each part
     seed:int=0, # Seed of the simulated series
-    min_cycles:int=4, # Cycles per part; what is slower counts as trend
+    min_cycles:int=4, # Cycles per part; slower waves count as trend
 )->list: # An Oscillation per part
-    "How the oscillation changes over consecutive parts of the training"
+    "Test consecutive parts of a training for a period"
     t = fit_trend(losses)
-    if n<1 or min_cycles<1 or len(losses)//n<16*min_cycles: raise ValueError(f'n is {n} and min_cycles {min_cycles}, with {len(losses)} losses; expected parts of at least 16*min_cycles steps')
+    if n<1 or min_cycles<1 or len(losses)//n<16*min_cycles:
+        found = f'n is {n} and min_cycles {min_cycles}, with {len(losses)} losses'
+        raise ValueError(f'{found}; expected parts of at least 16*min_cycles steps')
     ends = np.arange(n+1)*len(losses)//n
-    return [_oscillation(t, a, b, abs(t(np.arange(a, b)).mean()), n_null, seed, min_cycles) for a,b in zip(ends, ends[1:])]
+    parts = [(a, b, abs(t(np.arange(a, b)).mean())) for a,b in zip(ends, ends[1:])]
+    return [_test_period(t, *part, n_null, seed, min_cycles)[0] for part in parts]
 
 # %% ../../nbs/training/70_dynamics.ipynb #ec8c90e1
 def plot_spectrum(
     losses, # One value per step
-    n_null:int=499, # Simulated series without a period
+    n_null:int=499, # Simulated series without a period, at least 19
     seed:int=0, # Seed of the simulated series
-    min_cycles:int=4, # Cycles per series; what is slower counts as trend
-    ax=None, # Where to draw; a new figure without
+    min_cycles:int=4, # Cycles per series; slower waves count as trend
+    ax=None, # Axes to draw in; a new figure if None
 ):
-    "Power of the residual by period, and that of noise of the same colour"
-    r,basis,s,null = _against_noise(fit_trend(_series(losses, 16*min_cycles)), 0, len(losses), n_null, seed, min_cycles)
-    ax,period = ax or plt.subplots(figsize=(7, 3.5))[1],1/s.f
+    "Plot the power of the residual by period, with that of noise of the same colour"
+    t = fit_trend(_series(losses, 16*min_cycles))
+    o,s,ratios = _test_period(t, 0, len(losses), 1., n_null, seed, min_cycles)
+    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
+    period,noise = 1/s.f,s.null[0]
     ax.loglog(period, s.power[0], c='#1f77b4', lw=.8, label='residual')
-    ax.loglog(period, s.null[0], 'k-', lw=1, label=f'AR(1) noise, phi {s.phi[0]:.2f}')
-    ax.loglog(period, s.null[0]*np.quantile(null, .95), 'k--', lw=1, label='95% of its highest peaks')
-    ax.set(xlabel='period in steps', ylabel='power', ylim=(s.null[0].min()*.01, None), title=f'Highest peak at {_sine(r, basis, s.f[s.peak[0]])[0]:.1f} steps, p = {(1+(null>=s.ratio[0]).sum())/(n_null+1):.3f}'); ax.legend(fontsize=7)
+    ax.loglog(period, noise, 'k-', lw=1, label=f'AR(1) noise, phi {s.phi[0]:.2f}')
+    ax.loglog(period, noise*np.quantile(ratios, .95), 'k--', lw=1, label='95% of its highest peaks')
+    title = f'Highest peak at {o.period:.1f} steps, p = {o.p_value:.3f}'
+    ax.set(xlabel='period in steps', ylabel='power', ylim=(noise.min()*.01, None), title=title)
+    ax.legend(fontsize=7)
     return ax
 
 # %% ../../nbs/training/70_dynamics.ipynb #9e45e5c2
 class Comparison(NamedTuple):
     "Two runs over the same last steps"
-    difference:float # Mean of the first run's losses less the second's
-    interval:tuple # Lower and upper end of its confidence interval
+    difference:float # Mean of the losses of the first run minus that of the second
+    interval:tuple # Lower and upper end of the confidence interval of the difference
     shared:float # Correlation of the residuals: 1 for the same fluctuation in both
-    steps:int # Steps it is taken over
+    steps:int # Number of steps compared
 
 def compare_runs(
     a, # Losses of a run, one value per step
-    b, # Losses of the other, from the same batches and noise
-    last:float=.2, # Share of the steps, counted from the end; at least 20 steps
+    b, # Losses of another run with the same batches and noise, one value per step
+    last:float=.2, # Fraction of the steps, counted from the end; at least 20 steps
     level:float=.95, # Confidence level of the interval, in (0, 1)
 )->Comparison:
-    "Paired difference of two loss curves"
-    _check_level(level)
+    "Return the paired difference of two loss curves"
+    check(0<level<1, 'level', level, 'a number between 0 and 1, such as .95')
     a,b = _series(a, 20, 'a'),_series(b, 20, 'b')
-    if len(a)!=len(b): raise ValueError(f'a has {len(a)} values and b has {len(b)}; expected the same steps in both')
-    m = round(last*len(a))
-    if not 20<=m<=len(a): raise ValueError(f'last is {last}, that is {m} of {len(a)} steps; expected a share of at most 1 and at least 20 steps')
+    n,m = len(a),round(last*len(a))
+    if n!=len(b): raise ValueError(f'a has {n} values and b has {len(b)}; expected the same steps in both')
+    if not 20<=m<=n: raise ValueError(f'last is {last}, that is {m} of {n} steps; expected 20 to {n}')
     ra,rb = (fit_trend(o).residual[-m:] for o in (a, b))
     d,h = float((a-b)[-m:].mean()),float(_half_width(ra-rb, level))
     return Comparison(d, (d-h, d+h), float(np.corrcoef(ra, rb)[0,1]), m)
 
 # %% ../../nbs/training/70_dynamics.ipynb #2bfa4c18
 def plot_runs(
-    runs:dict, # Name: losses, one value per step
+    runs:dict, # Losses of each run by its name, one value per step
     unit:str='nats per token', # Unit of the loss
-    ax=None, # Where to draw; a new figure without
+    ax=None, # Axes to draw in; a new figure if None
 ):
-    "Loss curves over each other, smoothed"
+    "Plot smoothed loss curves in one figure"
     ax = ax or plt.subplots(figsize=(7, 3.5))[1]
     for name,y in runs.items():
         k = max(len(y)//50, 1)
         ax.plot(np.arange(k-1, len(y))-(k-1)/2, _smooth(y, k), lw=1, label=name)
-    ax.set(xlabel='step', ylabel=unit, title='Training loss'); ax.legend()
+    ax.set(xlabel='step', ylabel=unit, title='Training loss')
+    ax.legend()
     return ax
 
 # %% ../../nbs/training/70_dynamics.ipynb #56063093
 def epochs_to_target(
-    curve, # Validation loss behind each epoch
+    curve, # Validation loss after each epoch
     target:float, # Loss to reach
-)->float: # Epochs, from 1 on; None if it is never reached
-    "After how many epochs a curve first reaches a loss"
+)->float|None: # Epochs, from 1 on; None if it is never reached
+    "Return the number of epochs after which a curve first reaches a loss"
     y = _series(curve, 1, 'curve')
-    if not np.isfinite(target): raise ValueError(f'target is {target}; expected a finite loss')
+    check(np.isfinite(target), 'target', target, 'a finite loss')
     if y.min()>target: return None
     i = int((y<=target).argmax())
     return float(i+(y[i-1]-target)/(y[i-1]-y[i])) if i else 1.
 
 def area_under_curve(
-    curve, # Validation loss behind each epoch, at least 2
+    curve, # Validation loss after each epoch, at least 2
 )->float: # In the unit of the loss
-    "Mean height of a curve, by trapezoids"
+    "Return the mean height of a curve, by trapezoids"
     y = _series(curve, 2, 'curve')
     return float((y[1:]+y[:-1]).mean()/2)
 
 # %% ../../nbs/training/70_dynamics.ipynb #7596ee17
 class SeedInterval(NamedTuple):
-    "Mean over seeds, and half of its confidence interval"
-    mean:float
-    half:float # The interval is mean - half to mean + half
+    "Confidence interval of a mean over seeds: mean - half_width to mean + half_width"
+    mean:float # Mean over seeds
+    half_width:float # Half of the width of the interval, by Student's t; not a standard error
 
 def seed_interval(
     values, # One number per seed, at least 2
     level:float=.95, # Confidence level of the interval, in (0, 1)
 )->SeedInterval:
-    "Mean over seeds with Student's t"
-    _check_level(level)
+    "Return the mean over seeds with its confidence interval by Student's t"
+    check(0<level<1, 'level', level, 'a number between 0 and 1, such as .95')
     x = _series(values, 2, 'values')
-    return SeedInterval(float(x.mean()), float(stats.t.ppf((1+level)/2, len(x)-1)*x.std(ddof=1)/np.sqrt(len(x))))
+    half_width = stats.t.ppf((1+level)/2, len(x)-1)*x.std(ddof=1)/np.sqrt(len(x))
+    return SeedInterval(float(x.mean()), float(half_width))
