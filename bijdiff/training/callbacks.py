@@ -12,53 +12,68 @@ import numpy as np
 import torch
 from fastai.basics import *
 from fastai.callback.all import *
+from ..checks import check
 from ..layers.block import layer_by_layer
 from ..likelihood.bounds import prior_nats, reconstruction_nats
 from .dynamics import fit_trend, plot_trend
-from .noising import base_model
-from .noising import CorruptionCallback, noise_seed
+from .noising import base_model, CorruptionCallback, noise_seed
 
 # %% ../../nbs/training/72_callbacks.ipynb #b185386c
 class MonitorCallback(Callback):
-    "Base of callbacks that only watch training: they stand aside in `lr_find` and `get_preds`"
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
+    "Base of callbacks that only measure; inactive in `lr_find` and `get_preds`"
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
 
 class FitCallback(MonitorCallback):
-    "Base of callbacks that only work while the learner is being fitted, not when it validates"
+    "Base of callbacks that are active in `fit` alone, not in `validate`"
     def before_fit(self):
         super().before_fit()
         self.run = self.run and self.learn.fitting
 
 # %% ../../nbs/training/72_callbacks.ipynb #4bb61b9a
 class BoundCallback(MonitorCallback):
-    "Bound on the held-out text in bits per character, end terms included, with its standard error over the draws of the noise"
+    "Bound on the held-out text in bits per character, end terms included, and its standard error over draws"
     run_train = False
     bits = se = float('nan')
     def __init__(self,
-        tokens_per_char:float=1. # To turn nats per token into bits per character
+        tokens_per_char:float=1., # Tokens per character, to turn nats per token into bits per character
     ): store_attr()
     def before_fit(self):
         super().before_fit()
-        for cb in self.learn.cbs:
-            if isinstance(cb, TrackerCallback) and cb.monitor in ('bound','se') and cb.comp==np.greater: cb.comp,cb.min_delta = np.less,-cb.min_delta
-    def before_validate(self): self.texts = []
+        for cb in self.learn.cbs: self._minimise(cb)
+    def before_validate(self): self.nats = []
     def after_loss(self):
         c,x0 = self.learn.corruption,self.yb[0]
-        loss = self.loss_func.per_text(self.pred, *self.yb) + self._end_terms(x0, c.corruption, noise_seed(c.seed, 3, self.iter))/x0.shape[1]
-        self.texts.append(self.learn.to_detach(loss.view(c.n_draws, -1).T.contiguous()))
-    def _end_terms(self, x0, corruption, seed):
-        model = base_model(self.model)
-        g = torch.Generator().manual_seed(seed)
-        return prior_nats(model, x0, corruption, g) + reconstruction_nats(model, x0, corruption, g)
+        loss = self.loss_func.per_text(self.pred, *self.yb)
+        loss = loss + self._end_terms(x0, c.corruption, noise_seed(c.seed, 3, self.iter))/x0.shape[1]
+        self.nats.append(self.learn.to_detach(loss.view(c.n_draws, -1).T.contiguous()))
     def after_validate(self):
-        draws = torch.cat(self.texts).double() * self.tokens_per_char/math.log(2)        # (texts, draws)
-        self.bits = draws.mean().item()
-        self.se = draws.mean(0).std().item()/draws.shape[1]**0.5 if draws.shape[1]>1 else float('nan')
+        bits = torch.cat(self.nats).double() * self.tokens_per_char/math.log(2)            # (texts, draws)
+        n = bits.shape[1]
+        self.bits = bits.mean().item()
+        self.se = bits.mean(0).std().item()/n**0.5 if n>1 else float('nan')
+
+# %% ../../nbs/training/72_callbacks.ipynb #4bb61b9b
+@patch
+def _minimise(self:BoundCallback, cb):
+    "Let a callback that tracks the bound look for its minimum"
+    if not isinstance(cb, TrackerCallback) or cb.monitor not in ('bound','se'): return
+    if cb.comp==np.greater:
+        cb.comp = np.less
+        cb.min_delta = -cb.min_delta
+
+@patch
+def _end_terms(self:BoundCallback, x0, corruption, seed):
+    "Return the prior and the reconstruction term of each sequence, nats, (B,)"
+    model = base_model(self.model)
+    g = torch.Generator().manual_seed(seed)
+    return prior_nats(model, x0, corruption, g) + reconstruction_nats(model, x0, corruption, g)
 
 # %% ../../nbs/training/72_callbacks.ipynb #25bfafa2
 class ValidBatchCallback(MonitorCallback):
-    "Base of callbacks that look at the backbone on the first held-out batch"
-    order,run_train = CorruptionCallback.order+1,False                       # while autocast is still on
+    "Base of callbacks that measure the backbone on the first held-out batch"
+    order = CorruptionCallback.order+1                                         # while autocast is still on
+    run_train = False
     value = float('nan')
     def after_pred(self):
         if self.iter>0: return
@@ -68,84 +83,115 @@ class ValidBatchCallback(MonitorCallback):
 class LogDetCallback(ValidBatchCallback):
     "Log-determinant of the backbone and of each of its layers, nats per token"
     def measure(self, model, h):
-        self.per_layer = [ld.mean().item()/h.shape[1] for _,ld in layer_by_layer(model.backbone, h, **model.context(h))]
+        layers = layer_by_layer(model.backbone, h, **model.context(h))
+        self.per_layer = [ld.mean().item()/h.shape[1] for _,ld in layers]
         return sum(self.per_layer)
 
 class InvertibilityCallback(ValidBatchCallback):
-    "Largest difference between a state and what the inverse of the backbone makes of its image"
+    "Largest difference between a state and the inverse of its image under the backbone"
     def measure(self, model, h):
-        c = model.context(h)
-        return (model.backbone.inverse(model.backbone(h, **c)[0], **c)[0]-h).abs().max().item()
+        context = model.context(h)
+        y,_ = model.backbone(h, **context)
+        return (model.backbone.inverse(y, **context)[0]-h).abs().max().item()
 
 # %% ../../nbs/training/72_callbacks.ipynb #a0c348a8
 class ThroughputCallback(MonitorCallback):
     "Tokens per second in training"
     run_valid = False
     value = float('nan')
-    def before_train(self): self.tokens,self.start = 0,time.perf_counter()
+    def before_train(self):
+        self.tokens = 0
+        self.start = time.perf_counter()
     def after_batch(self): self.tokens += self.xb[0].numel()*max(num_distrib(), 1)
     def after_train(self): self.value = round(self.tokens/(time.perf_counter()-self.start))
 
 # %% ../../nbs/training/72_callbacks.ipynb #9609c45b
 class OscillationCallback(FitCallback):
-    "Keeps the loss of every step, and its exponential trend when training is over"
-    run_valid,saved_attrs = False,('losses',)
+    "Keep the loss of every step, and its exponential trend after training"
+    run_valid = False
+    saved_attrs = ('losses',)
     def before_fit(self):
         super().before_fit()
-        if self.run: self.losses,self.trend = [],None
+        if not self.run: return
+        self.losses = []
+        self.trend = None
     def after_batch(self): self.losses.append(self.loss.item())
     def after_fit(self):
         try: self.trend = fit_trend(self.losses)
-        except (ValueError, RuntimeError): self.trend = None                            # too short, not finite, or no decay at all
-    def plot(self, **kwargs): return plot_trend(self.losses, **kwargs)
+        except (ValueError, RuntimeError): self.trend = None              # too short, not finite, or no decay
+    def plot(self, **kwargs):
+        "Plot the losses with their trend"
+        return plot_trend(self.losses, **kwargs)
 
 # %% ../../nbs/training/72_callbacks.ipynb #961f16a6
 class EMACallback(FitCallback):
     "Validate, save and end with an exponential moving average of the weights"
-    order,saved_attrs,swapped = TrackerCallback.order-5,('swapped',),False
+    order = TrackerCallback.order-5
+    saved_attrs = ('swapped',)
+    swapped = False
     def __init__(self,
-        decay:float=0.999 # Share of the average kept in a step; less in the first steps, or the initial weights would stay in it for long
+        decay:float=0.999, # Fraction of the average kept at each step, in (0, 1); less in the first steps
     ):
-        if not 0<decay<1: raise ValueError(f'decay is {decay}; expected a number between 0 and 1')
+        check(0<decay<1, 'decay', decay, 'a number between 0 and 1')
         store_attr()
-    def _params(self): return list(base_model(self.model).parameters())
     def before_fit(self):
         super().before_fit()
-        if self.run: self.average,self.swapped = [p.detach().clone() for p in self._params()],False
-    def after_batch(self):
-        if self.training:
-            n = self.epoch*self.n_iter + self.iter
-            keep = min(self.decay, (1+n)/(10+n))
-            for a,p in zip(self.average, self._params()): a.lerp_(p.detach(), 1-keep)
-    def _swap(self):
-        for a,p in zip(self.average, self._params()):
-            raw = p.detach().clone()
-            p.data.copy_(a)
-            a.copy_(raw)
-        self.swapped = not self.swapped
+        if not self.run: return
+        self.average = [p.detach().clone() for p in self._params()]
+        self.swapped = False
     def before_train(self): self.close()
+    def after_batch(self):
+        if not self.training: return
+        n = self.epoch*self.n_iter + self.iter
+        decay = min(self.decay, (1+n)/(10+n))
+        for a,p in zip(self.average, self._params()): a.lerp_(p.detach(), 1-decay)
     def before_validate(self): self._swap()
     def after_fit(self):
         if not self.swapped: self._swap()
-        self.swapped = False                                                          # it stays
+        self.swapped = False                                                          # the average stays
     def close(self):
         if self.swapped: self._swap()
 
+# %% ../../nbs/training/72_callbacks.ipynb #961f16a7
+@patch
+def _params(self:EMACallback): return list(base_model(self.model).parameters())
+
+@patch
+def _swap(self:EMACallback):
+    "Exchange the weights of the model and their average"
+    for a,p in zip(self.average, self._params()):
+        raw = p.detach().clone()
+        p.data.copy_(a)
+        a.copy_(raw)
+    self.swapped = not self.swapped
+
 # %% ../../nbs/training/72_callbacks.ipynb #6df96d32
-_columns = dict(epoch='epoch', train_loss='train loss', bound='bound', se='±', log_det='log-det', inverse_error='inverse error', tokens_per_s='tokens/s', time='time')
+_columns = dict(epoch='epoch', train_loss='train loss', bound='bound', se='±', log_det='log-det',
+                inverse_error='inverse error', tokens_per_s='tokens/s', time='time')
 
-def _cell(v): return str(v) if isinstance(v, (str,int)) else f'{v:.4f}' if abs(v)<1e4 and v!=0 else f'{v:g}'
+def _cell(v):
+    "Return a value as shown in the table"
+    if isinstance(v, (str,int)): return str(v)
+    return f'{v:.4f}' if abs(v)<1e4 and v!=0 else f'{v:g}'
 
+# %% ../../nbs/training/72_callbacks.ipynb #6df96d33
 class TableCallback(FitCallback):
-    "One line per epoch, with headings in words"
-    order,old_logger = Recorder.order-1,None
+    "Print one line per epoch, with headings in words"
+    order = Recorder.order-1
+    old_logger = None
     def before_fit(self):
         super().before_fit()
-        if self.run and not rank_distrib(): self.old_logger,self.learn.logger,self.rows = self.learn.logger,self._row,0
+        if not self.run or rank_distrib(): return
+        self.rows = 0
+        self.old_logger = self.learn.logger
+        self.learn.logger = self._row
     def close(self):
         if self.old_logger: self.learn.logger,self.old_logger = self.old_logger,None
     def _row(self, row):
-        cells = dict(zip(self.recorder.metric_names, row))
-        if not self.rows: print('  '.join(n.rjust(max(len(n), 7)) for n in _columns.values()), flush=True)
+        if not self.rows: self._print(_columns.values())
         self.rows += 1
-        print('  '.join(_cell(cells.get(k, '')).rjust(max(len(n), 7)) for k,n in _columns.items()), flush=True)
+        cells = dict(zip(self.recorder.metric_names, row))
+        self._print(_cell(cells.get(k, '')) for k in _columns)
+    def _print(self, cells):
+        widths = [max(len(name), 7) for name in _columns.values()]
+        print('  '.join(o.rjust(w) for o,w in zip(cells, widths)), flush=True)

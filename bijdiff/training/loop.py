@@ -20,35 +20,46 @@ from .precision import AutocastCallback, LossScaleCallback
 # %% ../../nbs/training/74_loop.ipynb #d9d7e01e
 class DiffusionLearner(Learner):
     "A `Learner` for denoisers"
-    first_epoch,fitting = 0,False
+    first_epoch = 0
+    fitting = False
     def fit(self, *args, **kwargs):
         self.fitting = True
         try: return super().fit(*args, **kwargs)
         finally:
-            self.fitting,self.first_epoch = False,0
-            for cb in self.cbs: cb.run = True                                        # fastai does so in after_fit, which an interruption skips
-
-    def _with_events(self, f, event_type, ex, final=noop):
-        try: super()._with_events(f, event_type, ex, final)
-        except BaseException:
-            if hasattr(self, 'autocast'): self.autocast.close()
-            raise
-        finally:
-            if event_type=='fit':
-                for cb in self.cbs: getattr(type(cb), 'close', noop)(cb)
+            self.fitting = False
+            self.first_epoch = 0
+            for cb in self.cbs: cb.run = True       # as fastai does in after_fit, which an interruption skips
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-    def _do_one_batch(self):
-        try: super()._do_one_batch()
-        except LatticeError as e:
-            if hasattr(self, 'lr_finder'): raise CancelFitException from None
-            raise LatticeError(f'{e}; in training the cause is most often a learning rate that is too high') from None
+    def predict(self, *args, **kwargs):
+        "Raise an error: a denoiser writes and scores texts, but predicts nothing for an item"
+        raise NotImplementedError('a denoiser has no prediction for an item; write texts with '
+                                  'sample(learn.model), and score them with score_ids')
 
-    def predict(self, *args, **kwargs): raise NotImplementedError('a denoiser has no prediction for an item; write texts with sample(learn.model), and score them with score_ids')
+# %% ../../nbs/training/74_loop.ipynb #d9d7e01f
+@patch
+def _with_events(self:DiffusionLearner, f, event_type, ex, final=noop):
+    "Call f between its events; end autocast after an error, and close callbacks after a fit"
+    try: super(DiffusionLearner, self)._with_events(f, event_type, ex, final)
+    except BaseException:
+        if hasattr(self, 'autocast'): self.autocast.close()
+        raise
+    finally:
+        if event_type=='fit':
+            for cb in self.cbs: getattr(type(cb), 'close', noop)(cb)
+
+@patch
+def _do_one_batch(self:DiffusionLearner):
+    "Train on a batch; an overflow of the lattice ends `lr_find`, and is an error elsewhere"
+    try: super(DiffusionLearner, self)._do_one_batch()
+    except LatticeError as e:
+        if hasattr(self, 'lr_finder'): raise CancelFitException from None
+        advice = 'in training the cause is most often a learning rate that is too high'
+        raise LatticeError(f'{e}; {advice}') from None
 
 # %% ../../nbs/training/74_loop.ipynb #8663c3c2
 @patch
@@ -72,18 +83,20 @@ def to_fp16(self:DiffusionLearner, **kwargs)->DiffusionLearner:
 @torch.no_grad()
 def show_results(self:DiffusionLearner,
     ds_idx:int=1, # Index of the data loader: 0 for training, 1 for validation
-    dl=None, # Or other data
-    max_n:int=6, # Rows
+    dl=None, # Data loader in place of those of the learner
+    max_n:int=6, # Number of texts
     **kwargs
 ):
-    "Noisy text, what the model makes of it in one step, and the clean text"
+    "Show noisy texts, the most probable clean tokens in one step, and the clean texts"
     x = (dl or self.dls[ds_idx]).one_batch()[0][:max_n].as_subclass(Tensor)
     t = (torch.arange(len(x))+.5)/len(x)
     corruption,model = self.corruption.corruption,base_model(self.model)
     noisy = corruption.corrupt(x, t, torch.Generator().manual_seed(0))
-    xt = noisy.xt
-    with eval_mode(model): probs = clean_posterior(model, xt, t, noisy.text if corruption.deletes else None, corruption)
+    xt,text = noisy.xt,noisy.text if corruption.deletes else None
+    with eval_mode(model): probs = clean_posterior(model, xt, t, text, corruption)
     best = probs.argmax(-1).to(x.device)
-    if corruption.deletes: xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
+    if corruption.deletes:
+        xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
     decode = self.dls.tokenizer.decode
-    show_pairs([(f'{a:.2f}', *map(decode, o)) for a,*o in zip(t.tolist(), xt, best, x)], ('t', 'noisy', 'denoised', 'clean'))
+    rows = [(f'{a:.2f}', *map(decode, ids)) for a,*ids in zip(t.tolist(), xt, best, x)]
+    show_pairs(rows, ('t', 'noisy', 'denoised', 'clean'))

@@ -21,9 +21,9 @@ from ..model.predictions import output_integrand
 
 # %% ../../nbs/training/71_noising.ipynb #7fc8617b
 def base_model(
-    model:nn.Module, # A network, or what wraps it in a distributed run
+    model:nn.Module, # A network, or its wrapper in a distributed run
 )->nn.Module: # The network
-    "The network itself"
+    "Return the network itself"
     return getattr(model, 'module', model)
 
 class DiffusionLoss:
@@ -31,12 +31,14 @@ class DiffusionLoss:
     reduction = 'mean'
     def __init__(self,
         corruption:Corruption, # The noise
-        model:BijectiveDenoiser, # Whose outputs are judged
+        model:BijectiveDenoiser, # The network whose outputs are scored
     ): store_attr()
 
     def per_text(self, out, clean, xt, t, x0=None, text=None, gaps=None):
-        "Nats per clean token, (B,); the last three are there where tokens are deleted"
-        noisy = NoisyBatch(xt, clean if x0 is None else x0, torch.ones_like(xt, dtype=torch.bool) if text is None else text, gaps, None)
+        "Return nats per clean token, (B,); x0, text and gaps are needed where tokens are deleted"
+        if x0 is None: x0 = clean
+        if text is None: text = torch.ones_like(xt, dtype=torch.bool)
+        noisy = NoisyBatch(xt, x0, text, gaps, None)
         return output_integrand(self.model, out, noisy, t, self.corruption)/clean.shape[1]
 
     def __call__(self, out, *target)->Tensor:
@@ -45,7 +47,7 @@ class DiffusionLoss:
 
 # %% ../../nbs/training/71_noising.ipynb #382168c7
 def _mean_over_processes(x):
-    "Mean of a tensor over all processes of a distributed run"
+    "Return the mean of a tensor over all processes of a distributed run"
     x = x.detach().clone()
     torch.distributed.all_reduce(x)
     return x/num_distrib()
@@ -56,10 +58,12 @@ def noise_seed(
     "Mix several numbers into one seed"
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
+# %% ../../nbs/training/71_noising.ipynb #382168c8
 class CorruptionCallback(Callback):
     "Turn a batch of clean ids into noisy ids, and clean ids, noisy ids and times"
-    order,saved_attrs = -5,('n_fits',)
-    n_fits = 0 # Fits that came to their end
+    order = -5
+    saved_attrs = ('n_fits',)
+    n_fits = 0 # Completed fits
     def __init__(self,
         corruption:Corruption, # The noise
         seed:int=42, # Seed of noise, data order and dropout
@@ -71,57 +75,73 @@ class CorruptionCallback(Callback):
     def before_train(self):
         s = noise_seed(self.seed, 1, self.epoch, *[self.n_fits]*(self.n_fits>0))
         self.generator = torch.Generator().manual_seed(s)
-        set_seed(s + rank_distrib())                                                  # dropout differs between processes
+        set_seed(s + rank_distrib())                                     # dropout differs between processes
         getattr(self.learn.dl, 'dl', self.learn.dl).rng = random.Random(s)
 
-    def after_fit(self): self.n_fits += self.learn.fitting and not hasattr(self.learn, 'lr_finder')
+    def after_fit(self):
+        if self.learn.fitting and not hasattr(self.learn, 'lr_finder'): self.n_fits += 1
 
     def before_backward(self):
-        if num_distrib()>1: self.learn.loss = _mean_over_processes(self.loss)           # what is recorded, not what is differentiated
+        if num_distrib()>1: self.learn.loss = _mean_over_processes(self.loss)  # recorded, not differentiated
 
 # %% ../../nbs/training/71_noising.ipynb #751601ca
 @patch
 def _train_noise(self:CorruptionCallback, x):
-    "Times and noisy ids for this process's rows of the whole batch"
+    "Return times and noisy ids for the rows of this process in the batch of all processes"
     rank,world = rank_distrib(),max(num_distrib(), 1)
     rows = slice(rank*len(x), (rank+1)*len(x))
     t = low_discrepancy_times(len(x)*world, self.corruption.T, self.generator)
-    return t[rows],[o[rows] for o in self.corruption.corrupt(x.repeat(world, 1), t, self.generator)]
+    noisy = self.corruption.corrupt(x.repeat(world, 1), t, self.generator)
+    return t[rows],[o[rows] for o in noisy]
 
 @patch
-def _valid_noise(self:CorruptionCallback, x, sample_categorical):
-    "Times and noisy ids that depend on the draw and the numbers of the texts alone"
-    N,g = len(getattr(self.learn.dl, 'dataset', x)),lambda *key: torch.Generator().manual_seed(noise_seed(self.seed, 2, sample_categorical, *key))
-    first = rank_distrib()*math.ceil(N/max(num_distrib(), 1)) + self.iter*getattr(self.learn.dl, 'bs', len(x))
-    texts = [(first+k)%N for k in range(len(x))]
-    t = low_discrepancy_times(N, self.corruption.T, g())[texts]
-    return t,[torch.cat(o) for o in zip(*(self.corruption.corrupt(x[k:k+1], t[k:k+1], g(i)) for k,i in enumerate(texts)))]
+def _valid_noise(self:CorruptionCallback, x, draw):
+    "Return times and noisy ids that depend on the draw and the numbers of the texts alone"
+    dl,n = self.learn.dl,len(x)
+    N = len(getattr(dl, 'dataset', x))
+    generator = lambda *key: torch.Generator().manual_seed(noise_seed(self.seed, 2, draw, *key))
+    first = rank_distrib()*math.ceil(N/max(num_distrib(), 1)) + self.iter*getattr(dl, 'bs', n)
+    numbers = [(first+k)%N for k in range(n)]
+    t = low_discrepancy_times(N, self.corruption.T, generator())[numbers]
+    noisy = [self.corruption.corrupt(x[k:k+1], t[k:k+1], generator(i)) for k,i in enumerate(numbers)]
+    return t,[torch.cat(o) for o in zip(*noisy)]
 
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0d
 @patch(as_prop=True)
-def n_draws(self:CorruptionCallback): return 1 if hasattr(self.learn, 'gather_preds') else self.n_valid_draws
-
-@patch
-def before_batch(self:CorruptionCallback):
-    x = self.xb[0].as_subclass(Tensor)
-    draws = [self._train_noise(x)] if self.training else [self._valid_noise(x, d) for d in range(self.n_draws)]
-    t,noisy = torch.cat([t for t,_ in draws]),NoisyBatch(*(torch.cat(o) for o in zip(*(n for _,n in draws))))
-    self.learn.xb,self.learn.yb = self.inputs(noisy, t),self.targets(x.repeat(len(draws), 1), noisy, t)
+def n_draws(self:CorruptionCallback):
+    "Number of corruptions of each held-out text: 1 in `get_preds`"
+    return 1 if hasattr(self.learn, 'gather_preds') else self.n_valid_draws
 
 @patch
 def inputs(self:CorruptionCallback, noisy, t):
-    "What the model is called with"
-    deletes,timed = self.corruption.deletes,base_model(self.model).config.time_conditioning
-    return (noisy.xt, t.to(noisy.xt.device, torch.float32) if timed else None, noisy.text if deletes else None)[:3 if deletes else 2 if timed else 1]
+    "Return the arguments of the model: noisy ids; times and valid positions where it needs them"
+    deletes = self.corruption.deletes
+    timed = base_model(self.model).config.time_conditioning
+    t = t.to(noisy.xt.device, torch.float32) if timed else None
+    if deletes: return noisy.xt, t, noisy.text
+    return (noisy.xt, t) if timed else (noisy.xt,)
 
 @patch
 def targets(self:CorruptionCallback, x, noisy, t):
-    "What the loss is told"
-    return (x, noisy.xt, t) + ((noisy.x0, noisy.text, noisy.gaps) if self.corruption.deletes else ())
+    "Return the arguments of the loss beside the outputs of the model"
+    target = x, noisy.xt, t
+    return target + (noisy.x0, noisy.text, noisy.gaps) if self.corruption.deletes else target
+
+# %% ../../nbs/training/71_noising.ipynb #d94f2b0e
+@patch
+def before_batch(self:CorruptionCallback):
+    x = self.xb[0].as_subclass(Tensor)
+    if self.training: draws = [self._train_noise(x)]
+    else: draws = [self._valid_noise(x, d) for d in range(self.n_draws)]
+    times,noisy = zip(*draws)
+    t,noisy = torch.cat(times),NoisyBatch(*map(torch.cat, zip(*noisy)))
+    self.learn.xb = self.inputs(noisy, t)
+    self.learn.yb = self.targets(x.repeat(len(draws), 1), noisy, t)
 
 # %% ../../nbs/training/71_noising.ipynb #d682a80c
 @patch
 def _broadcast(self:DistributedDL, t, rank):
+    "Send the order of the data to all processes, on the device of the batches"
     t = torch.tensor(t, device=self.device)
     torch.distributed.broadcast(t, rank)
     return t.tolist()

@@ -14,7 +14,8 @@ from .noising import CorruptionCallback
 # %% ../../nbs/training/73_precision.ipynb #8809654d
 class AutocastCallback(Callback):
     "Forward pass under autocast of the model's device"
-    order,region = CorruptionCallback.order+2,None
+    order = CorruptionCallback.order+2
+    region = None
     def __init__(self,
         dtype:torch.dtype=torch.bfloat16, # torch.bfloat16 or torch.float16
     ): store_attr()
@@ -30,20 +31,22 @@ class AutocastCallback(Callback):
 
 # %% ../../nbs/training/73_precision.ipynb #50c1a0b5
 class LossScaleCallback(Callback):
-    "Multiply the loss so that small gradients are no zeros in float16, and leave out steps with gradients that overflow"
-    order,saved_attrs = MixedPrecision.order,('scaling',)
+    "Scale the loss so that small gradients do not vanish in float16; skip steps whose gradients overflow"
+    order = MixedPrecision.order
+    saved_attrs = ('scaling',)
     def __init__(self, **kwargs): self.kwargs = kwargs
-    def before_fit(self): self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type, **self.kwargs)
+    def before_fit(self):
+        self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type, **self.kwargs)
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
     def before_step(self):
-        self.left_out = True
-        self.scaler.step(self)
-        if self.left_out: raise CancelStepException
+        self.skipped = True
+        self.scaler.step(self)                      # calls step() below, unless gradients overflow
+        if self.skipped: raise CancelStepException
     def after_step(self): self.scaler.update()
 
     @property
-    def param_groups(self): return self.opt.param_groups                                # the scaler takes it for an optimiser
-    def step(self): self.left_out = False
+    def param_groups(self): return self.opt.param_groups              # what the scaler needs of an optimiser
+    def step(self): self.skipped = False
     @property
     def scaling(self): return self.scaler.state_dict()
     @scaling.setter
