@@ -21,15 +21,21 @@ from .callbacks import FitCallback
 
 # %% ../../nbs/training/76_checkpoint.ipynb #010ed423
 def _pack_opt(opt):
-    "Optimiser state as tensors and plain numbers"
-    tensors,plain,d = {},[],opt.state_dict()
+    "Return the state of an optimiser as tensors and plain values"
+    tensors,plain = {},[]
+    d = opt.state_dict()
     for i,s in enumerate(d['state']):
         tensors.update({f'opt.{i}.{k}':v for k,v in s.items() if isinstance(v, Tensor)})
         plain.append({k:v for k,v in s.items() if not isinstance(v, Tensor)})
     return tensors,dict(state=plain, hypers=[dict(h) for h in d['hypers']])
 
+def _with_prefix(tensors, prefix):
+    "Return the tensors whose name begins with a prefix, without it"
+    return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
+
 def _unpack_opt(opt, tensors, plain):
-    state = [{**s, **{k.split('.',2)[2]:v for k,v in tensors.items() if k.startswith(f'opt.{i}.')}} for i,s in enumerate(plain['state'])]
+    "Load the state of an optimiser from tensors and plain values"
+    state = [s | _with_prefix(tensors, f'{i}.') for i,s in enumerate(plain['state'])]
     opt.load_state_dict(dict(state=state, hypers=plain['hypers']))
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
@@ -38,95 +44,122 @@ CHECKPOINT = 'checkpoint.safetensors'
 def _checkpoint_hash(tensors, rest): return tensors_hash(tensors, rest.encode())
 
 def read_checkpoint(
-    folder, # Where CheckpointCallback wrote
-)->tuple[dict,dict]: # Tensors, and the rest
-    "A checkpoint, or an error that says what is wrong with it"
+    folder, # Folder that CheckpointCallback wrote to
+)->tuple[dict,dict]: # Tensors by name, and the other records
+    "Read a checkpoint; raise an error that names a missing, damaged or foreign file"
     path = Path(folder)/CHECKPOINT
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist: there is no interrupted run to resume')
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist: there is no interrupted run to resume')
     try:
-        with safe_open(path, 'pt') as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+        with safe_open(path, 'pt') as f:
+            tensors = {k:f.get_tensor(k) for k in f.keys()}
+            meta = f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path} is damaged or no safetensors file ({e})') from None
-    if 'bijdiff_checkpoint' not in meta: raise ValueError(f'{path} was not written by bijdiff')
-    if meta.get('hash')!=_checkpoint_hash(tensors, meta['bijdiff_checkpoint']): raise ValueError(f'{path} is damaged, or of an earlier version: its contents are not those whose hash it has')
-    return tensors,json.loads(meta['bijdiff_checkpoint'])
+    rest = meta.get('bijdiff_checkpoint')
+    if rest is None: raise ValueError(f'{path} was not written by bijdiff')
+    if meta.get('hash')!=_checkpoint_hash(tensors, rest):
+        raise ValueError(f'{path} is damaged, or of an earlier version: its hash does not match its contents')
+    return tensors,json.loads(rest)
 
+# %% ../../nbs/training/76_checkpoint.ipynb #8972f189
 def check_options(
     saved:dict, # Options of the interrupted run
-    now:dict, # Options of this one
+    now:dict, # Options of this run
 ):
-    "Refuse to resume with other options, naming them"
-    differ = [f'{k} was {saved.get(k)!r} and is {now.get(k)!r}' for k in {**saved, **now} if saved.get(k)!=now.get(k)]
-    if differ: raise ValueError(f"cannot resume with a different configuration: {'; '.join(differ)}")
+    "Check that a run is resumed with the same options"
+    names = [k for k in {**saved, **now} if saved.get(k)!=now.get(k)]
+    changes = '; '.join(f'{k} was {saved.get(k)!r} and is {now.get(k)!r}' for k in names)
+    if names: raise ValueError(f'cannot resume with a different configuration: {changes}')
 
 # %% ../../nbs/training/76_checkpoint.ipynb #0e347e64
 class CheckpointCallback(FitCallback):
-    "Write a checkpoint after every epoch; go on from it with `resume=True`"
+    "Write a checkpoint after every epoch; continue from it with `resume=True`"
     order = SaveModelCallback.order+10
     def __init__(self,
-        folder, # Where the checkpoint goes
+        folder, # Folder of the checkpoint
         options:dict|None=None, # Settings, plain values, that must be the same when resuming
-        resume:bool=False, # Go on from the checkpoint that is there
+        resume:bool=False, # Continue from the checkpoint in the folder
     ):
-        self.folder,self.options,self.resume = Path(folder),options or {},resume
+        self.folder = Path(folder)
+        self.options = options or {}
+        self.resume = resume
 
     def before_fit(self):
         super().before_fit()
-        if self.run and type(self.opt) is not Optimizer: raise ValueError(f"the optimiser is a {type(self.opt).__name__}; expected an Optimizer of fastai, whose state a checkpoint can hold")
+        if self.run and type(self.opt) is not Optimizer:
+            kind = type(self.opt).__name__
+            raise ValueError(f'the optimiser is a {kind}; expected an Optimizer of fastai, which can be saved')
         self.network_and_text = _plain(_network_and_text(self.learn))
-        if self.run and self.resume: self._restore(*read_checkpoint(self.folder))
-        self.resume = self.resume and not self.run                                      # once
+        if not self.run: return
+        if self.resume: self._restore(*read_checkpoint(self.folder))
+        self.resume = False                                                             # once
 
     def after_epoch(self):
         if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content()})
 
 # %% ../../nbs/training/76_checkpoint.ipynb #bf847fdb
-def _records(cb):
-    "Attributes of a callback that a checkpoint keeps"
+def _saved_attrs(cb):
+    "Return the names of the attributes of a callback that a checkpoint holds"
     if isinstance(cb, Recorder): return 'lrs','iters','losses','values'
-    return ('best','wait') if isinstance(cb, TrackerCallback) else getattr(type(cb), 'saved_attrs', ())
+    if isinstance(cb, TrackerCallback): return 'best','wait'
+    return getattr(type(cb), 'saved_attrs', ())
 
 def _numbered(cbs):
-    "Callbacks by name, and by number where there are several of a name"
+    "Yield callbacks with their names, numbered where several have the same name"
     seen = Counter()
     for cb in cbs:
         seen[cb.name] += 1
         yield f'{cb.name} {seen[cb.name]}',cb
 
 def _network_and_text(learn):
-    "The configuration of the network, and which text it is trained on"
-    ids,config = learn.dls.train.dataset.ids,asdict(base_model(learn.model).config)
+    "Return the configuration of the network, and a hash of the text it is trained on"
+    ids = learn.dls.train.dataset.ids
     vocab = json.dumps(learn.dls.tokenizer.to_dict(), sort_keys=True).encode()
-    return config | dict(text=f'{len(ids):,} tokens, sha256 {tensors_hash(dict(ids=ids), vocab)[:12]}')
+    text = f'{len(ids):,} tokens, sha256 {tensors_hash(dict(ids=ids), vocab)[:12]}'
+    return asdict(base_model(learn.model).config) | dict(text=text)
 
-def _plain(o): return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
+def _plain(o):
+    "Return an object as it comes back from JSON"
+    return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
 
+# %% ../../nbs/training/76_checkpoint.ipynb #bf847fdc
 @patch
-def _all_options(self:CheckpointCallback): return {**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None}
+def _all_options(self:CheckpointCallback):
+    "Return the options of the run, the decay of the average among them"
+    return {**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None}
 
 @patch
 def _content(self:CheckpointCallback):
-    "The checkpoint as bytes"
+    "Return the checkpoint as bytes"
     opt,plain = _pack_opt(self.opt)
     tensors = {f'model.{k}':v for k,v in base_model(self.model).state_dict().items()} | opt
     if hasattr(self.learn, 'ema'): tensors |= {f'ema.{i}':a for i,a in enumerate(self.learn.ema.average)}
+    tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     smooth = self.recorder.smooth_loss
-    meta = dict(options=self._all_options(), n_epoch=self.n_epoch, done=self.epoch+1, opt=plain, smooth=[float(smooth.val), smooth.count],
-                network_and_text=self.network_and_text, records={k:{n:getattr(cb, n) for n in _records(cb) if hasattr(cb, n)} for k,cb in _numbered(self.learn.cbs)})
-    tensors,rest = {k:v.detach().cpu().contiguous() for k,v in tensors.items()},json.dumps(_plain(meta))
+    records = {name:{k:getattr(cb, k) for k in _saved_attrs(cb) if hasattr(cb, k)}
+               for name,cb in _numbered(self.learn.cbs)}
+    meta = dict(options=self._all_options(), n_epoch=self.n_epoch, done=self.epoch+1, opt=plain,
+                smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
+                records=records)
+    rest = json.dumps(_plain(meta))
     return to_safetensors(tensors, dict(bijdiff_checkpoint=rest, hash=_checkpoint_hash(tensors, rest)))
 
+# %% ../../nbs/training/76_checkpoint.ipynb #bf847fdd
 @patch
 def _restore(self:CheckpointCallback, tensors, meta):
-    "Put everything back"
-    check_options({**meta['options'], 'epochs':meta['n_epoch']}, {**self._all_options(), 'epochs':self.n_epoch})
+    "Restore the network, the optimiser, the average and all records"
+    saved = meta['options'] | dict(epochs=meta['n_epoch'])
+    check_options(saved, self._all_options() | dict(epochs=self.n_epoch))
     check_options(meta['network_and_text'], self.network_and_text)
-    part = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
-    base_model(self.model).load_state_dict(part('model.'))
-    _unpack_opt(self.opt, {k:v.to(self.dls.device) for k,v in tensors.items() if k.startswith('opt.')}, meta['opt'])
-    if ema := part('ema.'):
-        for a,(i,v) in zip(self.learn.ema.average, sorted(ema.items(), key=lambda o: int(o[0]))): a.copy_(v)
+    base_model(self.model).load_state_dict(_with_prefix(tensors, 'model.'))
+    opt = {k:v.to(self.dls.device) for k,v in _with_prefix(tensors, 'opt.').items()}
+    _unpack_opt(self.opt, opt, meta['opt'])
+    average = _with_prefix(tensors, 'ema.')
+    for i in sorted(average, key=int): self.learn.ema.average[int(i)].copy_(average[i])
     val,count = meta['smooth']
-    self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = tensor(val),count
-    for k,cb in _numbered(self.learn.cbs):
-        for n,v in meta['records'].get(k, {}).items(): setattr(cb, n, v)
+    smooth = self.recorder.smooth_loss
+    smooth.val = tensor(val)
+    smooth.count = count
+    for name,cb in _numbered(self.learn.cbs):
+        for k,v in meta['records'].get(name, {}).items(): setattr(cb, k, v)
     self.learn.first_epoch = meta['done']

@@ -11,76 +11,98 @@ import numpy as np
 import torch
 from fastai.basics import *
 from torch import Tensor
-from .noising import base_model
-from .noising import CorruptionCallback
+from .noising import base_model, CorruptionCallback
 
 # %% ../../nbs/training/75_terms.ipynb #d8bc7216
 def inversion_nats(
-    f, # A `Bijection` whose inverse is an approximation
+    f, # A Bijection whose inverse is an approximation
     x:Tensor, # State, (B, ..., d)
     *args, **context, # Further arguments of f
 )->Tensor: # (), nats per token
-    "Half the squared error of the inverse, mean over tokens"
-    back = f.inverse(f(x, *args, **context)[0], *args, **context)[0]
+    "Return half the squared error of the inverse, mean over tokens"
+    y,_ = f(x, *args, **context)
+    back,_ = f.inverse(y, *args, **context)
     return (back-x).float().square().sum(-1).mean()/2
 
 def _approximate(model):
-    "Modules that invert only approximately; of one within the other the inner"
+    "Return the modules that invert only approximately, without those that contain another one"
     found = [m for m in model.modules() if not getattr(m, 'inverts_exactly', True)]
     return [m for m in found if not any(o is not m and o in found for o in m.modules())]
 
 def _detached(o):
-    "Tensors without their past, in tuples and dictionaries too"
+    "Return an object with its tensors detached, in tuples and dictionaries too"
     if isinstance(o, Tensor): return o.detach()
     if isinstance(o, dict): return {k:_detached(v) for k,v in o.items()}
     return tuple(map(_detached, o)) if isinstance(o, (tuple, list)) else o
 
+# %% ../../nbs/training/75_terms.ipynb #d8bc7217
 class ObjectiveCallback(Callback):
-    "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and keep each of the three terms"
-    order,run_valid,saved_attrs = CorruptionCallback.order+1,False,('parts',)                # while autocast is still on
+    "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and record the terms"
+    order = CorruptionCallback.order+1                                         # while autocast is still on
+    run_valid = False
+    saved_attrs = ('parts',)
     def __init__(self,
         lambda_likelihood:float=0., # Weight of the latent density of the states
         lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
     ): store_attr()
 
     def before_fit(self):
-        self.kept = self.learn.fitting and not hasattr(self.learn, 'lr_finder')
-        if self.kept: self.parts = []
-        self.seen,self.hooks = {},[m.register_forward_pre_hook(self._note, with_kwargs=True) for m in (_approximate(self.model) if self.lambda_invert else ())]
-    def _note(self, m, args, context):
-        if m.training and m not in self.seen: self.seen[m] = _detached(args),_detached(context)
+        self.is_recording = self.learn.fitting and not hasattr(self.learn, 'lr_finder')
+        if self.is_recording: self.parts = []
+        modules = _approximate(self.model) if self.lambda_invert else []
+        self.seen = {}
+        self.hooks = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in modules]
     def before_batch(self): self.seen.clear()
-    def after_pred(self): self.inverted = [inversion_nats(m, *args, **context) for m,(args,context) in list(self.seen.items())]
+    def after_pred(self): self.inverted = self._inversion_terms()
     def after_loss(self):
-        parts = {'denoise':self.loss_grad}
-        if self.lambda_likelihood: parts['likelihood'] = base_model(self.model).latent_nll.mean()
-        if self.lambda_invert: parts['invert'] = sum(self.inverted, torch.zeros_like(self.loss_grad))
+        parts = self._terms()
         self.learn.loss_grad = sum(self.weights[k]*v for k,v in parts.items())
         self.learn.loss = self.loss_grad.detach().clone()
-        if self.kept: self.parts.append({k:v.item() for k,v in parts.items()})
+        if self.is_recording: self.parts.append({k:v.item() for k,v in parts.items()})
     def after_batch(self): base_model(self.model).latent_nll = None
     def after_fit(self): self.close()
     def close(self):
         for h in getattr(self, 'hooks', ()): h.remove()
         base_model(self.model).latent_nll = None
 
+# %% ../../nbs/training/75_terms.ipynb #d8bc7218
+@patch
+def _note(self:ObjectiveCallback, m, args, context):
+    "Keep the arguments of the first call of a module in a batch"
+    if m.training and m not in self.seen: self.seen[m] = _detached(args),_detached(context)
+
+@patch
+def _inversion_terms(self:ObjectiveCallback):
+    "Return the inverse error of each module for the arguments that were kept"
+    calls = list(self.seen.items())
+    return [inversion_nats(m, *args, **context) for m,(args,context) in calls]
+
+@patch
+def _terms(self:ObjectiveCallback):
+    "Return the terms of the loss by name, unweighted"
+    terms = {'denoise':self.loss_grad}
+    if self.lambda_likelihood: terms['likelihood'] = base_model(self.model).latent_nll.mean()
+    if self.lambda_invert: terms['invert'] = sum(self.inverted, torch.zeros_like(self.loss_grad))
+    return terms
+
 # %% ../../nbs/training/75_terms.ipynb #e09faad0
 @patch(as_prop=True)
 def weights(self:ObjectiveCallback)->dict:
-    "Of the terms in the loss"
+    "Weight of each term in the loss"
     return dict(denoise=1., likelihood=self.lambda_likelihood, invert=self.lambda_invert)
 
 @patch
-def fractions(self:ObjectiveCallback)->dict: # Fractions by term, which add up to 1
-    "Share of each weighted term in the sum of their sizes, mean over the steps so far"
+def fractions(self:ObjectiveCallback)->dict: # Fraction of each term; they add up to 1
+    "Return each weighted term as a fraction of the sum of absolute values, mean over the steps so far"
     sizes = np.array([[abs(self.weights[k]*v) for k,v in p.items()] for p in self.parts])
     return dict(zip(self.parts[0], (sizes/sizes.sum(1, keepdims=True)).mean(0).tolist()))
 
 @patch
 def plot(self:ObjectiveCallback):
-    "Each term over the steps, unweighted"
-    fig,axs = plt.subplots(1, len(self.parts[0]), figsize=(4*len(self.parts[0]), 2.8), squeeze=False)
-    for ax,k in zip(axs[0], self.parts[0]):
+    "Plot each term over the steps, unweighted"
+    terms = list(self.parts[0])
+    fig,axs = plt.subplots(1, len(terms), figsize=(4*len(terms), 2.8), squeeze=False)
+    for ax,k in zip(axs[0], terms):
         ax.plot([p[k] for p in self.parts], lw=.8)
         ax.set(title=f'{k}, weight {self.weights[k]:g}', xlabel='step', ylabel='nats per token')
     fig.tight_layout()
