@@ -88,7 +88,7 @@ class CheckpointCallback(FitCallback):
         super().before_fit()
         if self.run and type(self.opt) is not Optimizer:
             kind = type(self.opt).__name__
-            raise ValueError(f'the optimiser is a {kind}; expected an Optimizer of fastai, which can be saved')
+            raise ValueError(f'the optimiser is a {kind}; expected an Optimizer of fastai, to save it')
         self.network_and_text = _plain(_network_and_text(self.learn))
         if not self.run: return
         if self.resume: self._restore(*read_checkpoint(self.folder))

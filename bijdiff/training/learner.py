@@ -6,114 +6,152 @@
 __all__ = ['noise_config', 'MonitorMetric', 'diffusion_learner']
 
 # %% ../../nbs/training/77_learner.ipynb #03ab3f30
-import math
 from dataclasses import replace
 from functools import partial
 import torch
 from fastai.basics import *
 from fastai.callback.all import *
 from torch import Tensor
-from ..checks import check_seed
+from ..checks import check, check_number, check_one_of, check_seed, check_type
 from ..diffusion.schedules import get_schedule
 from ..diffusion.corruption import Corruption
 from ..model.config import DenoiserConfig
 from ..model.denoiser import BijectiveDenoiser
-from .noising import base_model, DiffusionLoss
-from .loop import DiffusionLearner
-from .noising import CorruptionCallback
+from .noising import CorruptionCallback, DiffusionLoss
 from .callbacks import BoundCallback, InvertibilityCallback, LogDetCallback
 from .callbacks import OscillationCallback, ThroughputCallback
+from .loop import DiffusionLearner
 from .terms import ObjectiveCallback
 
 # %% ../../nbs/training/77_learner.ipynb #ebc280ac
+_objectives = 'bound','score_entropy'
+
 def noise_config(
     corruption:Corruption, # The noise
     objective:str='bound', # bound or score_entropy
 )->dict: # Fields of DenoiserConfig
-    "What a network needs for a corruption: the time where noise is not masking alone, heads for gaps and scores"
-    if objective not in ('bound','score_entropy'): raise ValueError(f"objective is {objective!r}; expected 'bound' or 'score_entropy'")
-    if corruption.deletes and not corruption.weights['mask']: raise ValueError(f'mask is 0 and delete is {corruption.weights["delete"]}; expected some masking as well: what was deleted comes back as a mask')
-    if corruption.deletes and corruption.T: raise ValueError(f'T is {corruption.T}; with deletion the bound is in continuous time: leave T out')
-    if objective=='score_entropy' and corruption.T: raise ValueError(f'T is {corruption.T}; score entropy is in continuous time: leave T out')
-    return dict(time_conditioning=not corruption.masks_only, gap_head=corruption.deletes, score_head=objective=='score_entropy', noise=corruption.to_dict())
+    "Return what a noise needs: the time where it is not masking alone, heads for gaps and scores"
+    check_one_of('objective', objective, _objectives)
+    deletes,T,mask = corruption.deletes,corruption.T,corruption.weights['mask']
+    scores = objective=='score_entropy'
+    check(mask or not deletes, 'mask', mask, 'some masking as well: deleted tokens come back as masks')
+    if T and (deletes or scores):
+        reason = 'with deletion the bound is' if deletes else 'score entropy is'
+        raise ValueError(f'T is {T}; {reason} in continuous time: leave T out')
+    return dict(time_conditioning=not corruption.masks_only, gap_head=deletes, score_head=scores,
+                noise=corruption.to_dict())
 
 # %% ../../nbs/training/77_learner.ipynb #0127b64f
-def _config(dls, config, lambda_likelihood, config_kwargs):
-    if config is None: return DenoiserConfig(dls.tokenizer.vocab_size, dls.seq_len, latent_density=lambda_likelihood>0, **config_kwargs)
-    if config.vocab_size!=dls.tokenizer.vocab_size: raise ValueError(f'config.vocab_size is {config.vocab_size}; the data has {dls.tokenizer.vocab_size} tokens')
-    if config.seq_len<dls.seq_len: raise ValueError(f'config.seq_len is {config.seq_len}; the data has pieces of {dls.seq_len} tokens')
-    if lambda_likelihood and not config.latent_density: raise ValueError(f'lambda_likelihood is {lambda_likelihood}; expected a config with latent_density=True')
-    return config
+def _check_arguments(config, corruption, config_kwargs):
+    "Check the types of a configuration and a noise, and that there are no fields beside a configuration"
+    for name,o,kind in (('config', config, DenoiserConfig), ('corruption', corruption, Corruption)):
+        if o is not None: check_type(name, o, kind)
+    given_once = config is None or not config_kwargs
+    check(given_once, 'config_kwargs', config_kwargs, 'None where a config is given: put the fields into it')
 
-def _only_one(**given):
-    "Refuse to be told the noise twice"
-    both = [k for k,v in given.items() if v is not None]
-    if len(both)>1: raise ValueError(f"{' and '.join(both)} are given; give one of them")
+def _check_one_noise(config, corruption, schedule, T):
+    "Check that the noise is given in one way alone"
+    noise = None if config is None else config.noise
+    for k,v in dict(schedule=schedule, T=T).items():
+        ways = {'the noise of the config':noise, 'corruption':corruption, k:v}
+        given = [name for name,o in ways.items() if o is not None]
+        if len(given)>1: raise ValueError(f"{' and '.join(given)} are given; expected one of them")
+
+def _check_fits(config, dls, lambda_likelihood):
+    "Check that a configuration fits the data and the terms of the loss"
+    V,length = dls.tokenizer.vocab_size,dls.seq_len
+    check(config.vocab_size==V, 'config.vocab_size', config.vocab_size, f'the {V} tokens of the data')
+    check(config.seq_len>=length, 'config.seq_len', config.seq_len, f'at least {length}, as in the data')
+    trains_density = config.latent_density or not lambda_likelihood
+    check(trains_density, 'lambda_likelihood', lambda_likelihood, '0, or a config with latent_density=True')
 
 # %% ../../nbs/training/77_learner.ipynb #f9bfb47c
-def _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_likelihood, config_kwargs):
-    "The corruption of a run, and the network for it"
-    for k,o,kind in (('config', config, DenoiserConfig), ('corruption', corruption, Corruption)):
-        if not isinstance(o, kind|None): raise ValueError(f'{k} is a {type(o).__name__}; expected a {kind.__name__}')
-    if config is not None and config_kwargs: raise ValueError(f"both config and {', '.join(config_kwargs)} are given; put them into the config")
-    own = None if config is None or config.noise is None else config.corruption()
-    for o in (dict(schedule=schedule), dict(T=T)): _only_one(**{'the noise of the config':own, 'corruption':corruption}, **o)
+def _noise(dls, config, corruption, schedule, T):
+    "Return the noise of a run"
+    _check_one_noise(config, corruption, schedule, T)
     V = dls.tokenizer.vocab_size
-    corruption = own or corruption or Corruption(V, schedule=get_schedule(schedule or 'half_cosine'), T=T)
-    if corruption.vocab_size!=V: raise ValueError(f'the corruption has a vocabulary of {corruption.vocab_size}; the data has {V} tokens')
-    if config is None: return corruption,_config(dls, None, lambda_likelihood, {**noise_config(corruption, objective or 'bound'), **config_kwargs})
-    config = replace(_config(dls, config, lambda_likelihood, {}), noise=corruption.to_dict())
-    if objective is not None and (objective=='score_entropy')!=config.score_head: raise ValueError(f'objective is {objective!r}, but the config has score_head={config.score_head}')
-    return corruption,config
+    if config is not None and config.noise is not None: corruption = config.corruption()
+    if corruption is None: corruption = Corruption(V, schedule=get_schedule(schedule or 'half_cosine'), T=T)
+    n = corruption.vocab_size
+    check(n==V, 'corruption.vocab_size', n, f'the {V} tokens of the data')
+    return corruption
+
+def _config(dls, config, corruption, objective, lambda_likelihood, config_kwargs):
+    "Return the configuration of the network for data, noise and objective"
+    if config is None:
+        fields = noise_config(corruption, objective or 'bound') | config_kwargs
+        V,density = dls.tokenizer.vocab_size,lambda_likelihood>0
+        return DenoiserConfig(V, dls.seq_len, latent_density=density, **fields)
+    _check_fits(config, dls, lambda_likelihood)
+    config = replace(config, noise=corruption.to_dict())
+    if objective is None: return config
+    check_one_of('objective', objective, _objectives)
+    fitting = 'score_entropy' if config.score_head else 'bound'
+    check(objective==fitting, 'objective', objective, f'{fitting}, as score_head is {config.score_head}')
+    return config
 
 # %% ../../nbs/training/77_learner.ipynb #1b29a550
 class MonitorMetric(Metric):
-    "What an instrument of the learner shows, as a column of the table"
-    name,learn = None,None
+    "Attribute of a callback of the learner, as a column of the table"
+    name = None
+    learn = None
     def __init__(self,
         name:str, # Name of the column
-        instrument:str, # Name of the callback
+        callback:str, # Name of the callback
         attr:str, # Attribute of the callback
     ): store_attr()
     def reset(self): pass
     def accumulate(self, learn): self.learn = learn
     @property
-    def value(self): return None if self.learn is None else getattr(getattr(self.learn, self.instrument), self.attr)
+    def value(self):
+        return None if self.learn is None else getattr(getattr(self.learn, self.callback), self.attr)
 
+# %% ../../nbs/training/77_learner.ipynb #1b29a552
 def _metrics():
-    "Columns of the table that is printed while training"
-    columns = dict(bound=('bound', 'bits'), se=('bound', 'se'), log_det=('log_det', 'value'), inverse_error=('invertibility', 'value'), tokens_per_s=('throughput', 'value'))
+    "Return the columns of the table that is printed in training"
+    columns = dict(bound=('bound', 'bits'), se=('bound', 'se'), log_det=('log_det', 'value'),
+                   inverse_error=('invertibility', 'value'), tokens_per_s=('throughput', 'value'))
     return [MonitorMetric(k, *v) for k,v in columns.items()]
 
+def _callbacks(dls, corruption, seed, n_valid_draws):
+    "Return the callbacks that make up the noise and the table"
+    chars = len(dls.valid_text)/len(dls.valid.dataset.ids)
+    return L(CorruptionCallback(corruption, seed, n_valid_draws), BoundCallback(1/chars), LogDetCallback(),
+             InvertibilityCallback(), ThroughputCallback(), OscillationCallback())
+
+# %% ../../nbs/training/77_learner.ipynb #1b29a551
 @delegates(Learner.__init__, but='loss_func')
 def diffusion_learner(
-    dls:DataLoaders, # From text_dls
-    config:DenoiserConfig|None=None, # The network; the default one for the data if None
-    schedule:str|None=None, # Schedule of masking noise: log_linear, cosine, half_cosine (if None), cosine_squared, polynomial, geometric
-    T:int|None=None, # Noise in T steps; continuous time if None
+    dls:DataLoaders, # Data from text_dls
+    config:DenoiserConfig|None=None, # Configuration of the network; the default one for the data if None
+    schedule:str|None=None, # Schedule of masking noise, such as log_linear or cosine; half_cosine if None
+    T:int|None=None, # Number of steps of the noise; continuous time if None
     corruption:Corruption|None=None, # Any noise, in place of schedule and T
-    objective:str|None=None, # bound (if None), or score_entropy for a network whose outputs are scores
+    objective:str|None=None, # bound or score_entropy; if None that of the config, or bound
     lambda_likelihood:float=0., # Weight of the latent density of the states
-    lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately; a model of ours has none, and then the term is 0
+    lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
     seed:int=42, # Seed of weights, noise, data order and dropout
     n_valid_draws:int=4, # Corruptions of each held-out text
     opt_func=partial(Adam, eps=1e-8), # Optimiser
     cbs=None, # Further callbacks
-    config_kwargs:dict|None=None, # Fields of the configuration, in place of one
+    config_kwargs:dict|None=None, # Fields of DenoiserConfig in place of config, such as dict(d_model=96)
     **kwargs
 )->DiffusionLearner:
-    "A learner for a bijective denoiser of the text in `dls`"
+    "Return a learner for a bijective denoiser of the text in `dls`"
     seed = check_seed(seed)
+    fields = config_kwargs or {}
     for k,v in dict(lambda_likelihood=lambda_likelihood, lambda_invert=lambda_invert).items():
-        if not 0<=v<math.inf: raise ValueError(f'{k} is {v}; expected a number of at least 0')
-    corruption,config = _noise_and_config(dls, config, corruption, schedule, T, objective, lambda_likelihood, config_kwargs or {})
+        check_number(k, v, least=0)
+    _check_arguments(config, corruption, fields)
+    corruption = _noise(dls, config, corruption, schedule, T)
+    config = _config(dls, config, corruption, objective, lambda_likelihood, fields)
     set_seed(seed)
     model = BijectiveDenoiser(config)
     model.tokenizer = dls.tokenizer
-    chars = len(dls.valid_text)/len(dls.valid.dataset.ids)
-    cbs = L(CorruptionCallback(corruption, seed, n_valid_draws), BoundCallback(1/chars), LogDetCallback(), InvertibilityCallback(), ThroughputCallback(), OscillationCallback()) + L(cbs)
+    cbs = _callbacks(dls, corruption, seed, n_valid_draws) + L(cbs)
     if lambda_likelihood or lambda_invert: cbs += L(ObjectiveCallback(lambda_likelihood, lambda_invert))
     if config.score_head or corruption.weights['substitute']>0: cbs += L(GradientClip(1.))
-    learn = DiffusionLearner(dls, model, DiffusionLoss(corruption, model), opt_func=opt_func, cbs=cbs, **kwargs)
+    loss = DiffusionLoss(corruption, model)
+    learn = DiffusionLearner(dls, model, loss, opt_func=opt_func, cbs=cbs, **kwargs)
     learn.metrics = _metrics() + learn.metrics
     return learn
