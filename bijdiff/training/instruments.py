@@ -25,14 +25,15 @@ from .precision import LossScaleCallback
 
 # %% ../../nbs/training/79_instruments.ipynb #9d9b959e
 def _step(cb):
-    "Steps done in this training, the present one included"
+    "Return the number of steps of this training, the present one included"
     return cb.epoch*cb.n_iter + cb.iter+1
 
 class ProbeCallback(FitCallback):
-    "Loss of one held-out batch with noise that stays the same, every few steps, nats per token"
-    run_valid,saved_attrs = False,('steps','losses')
+    "Measure the loss of one held-out batch with fixed noise every few steps, nats per token"
+    run_valid = False
+    saved_attrs = ('steps','losses')
     def __init__(self,
-        every:int=10, # Steps from one look to the next
+        every:int=10, # Steps between two measurements
         n_texts:int=8, # Texts of the batch
         seed:int=0, # Seed of the noise
     ):
@@ -44,44 +45,63 @@ class ProbeCallback(FitCallback):
         super().before_fit()
         if not self.run: return
         self.steps,self.losses = [],[]
-        corruption,data = self.learn.corruption.corruption,self.dls.valid.dataset
-        x = torch.stack([data[i][0] for i in range(min(self.n_texts, len(data)))]).as_subclass(Tensor)
-        t = (torch.arange(len(x))+.5)/len(x)
-        if corruption.T: t = (t*corruption.T).ceil()/corruption.T
-        noisy = NoisyBatch(*(o.to(self.dls.device) for o in corruption.corrupt(x, t, torch.Generator().manual_seed(check_seed(self.seed)))))
-        x,t = x.to(self.dls.device),t.to(self.dls.device)
-        c = self.learn.corruption
-        self.fixed = c.inputs(noisy, t),c.targets(x, noisy, t)
-
-    @torch.no_grad()
-    def _look(self):
-        inputs,targets = self.fixed
-        with eval_mode(self.model): out = self.model(*inputs)
-        return self.loss_func.per_text(out, *targets).mean().item()
+        self.fixed = self._fixed_batch()
 
     def after_batch(self):
         if _step(self)%self.every==0:
             self.steps.append(_step(self))
-            self.losses.append(self._look())
+            self.losses.append(self._measure())
+
+# %% ../../nbs/training/79_instruments.ipynb #9d9b959f
+@patch
+def _fixed_batch(self:ProbeCallback):
+    "Return the arguments of the network and of the loss for the first held-out texts"
+    c,data = self.learn.corruption,self.dls.valid.dataset
+    x = torch.stack([data[i][0] for i in range(min(self.n_texts, len(data)))]).as_subclass(Tensor)
+    t = (torch.arange(len(x))+.5)/len(x)
+    T = c.corruption.T
+    if T: t = (t*T).ceil()/T
+    g = torch.Generator().manual_seed(check_seed(self.seed))
+    noisy = NoisyBatch(*(o.to(self.dls.device) for o in c.corruption.corrupt(x, t, g)))
+    x,t = x.to(self.dls.device),t.to(self.dls.device)
+    return c.inputs(noisy, t),c.targets(x, noisy, t)
+
+@patch
+@torch.no_grad()
+def _measure(self:ProbeCallback):
+    "Return the loss of the fixed batch with the present weights"
+    inputs,targets = self.fixed
+    with eval_mode(self.model): out = self.model(*inputs)
+    return self.loss_func.per_text(out, *targets).mean().item()
 
 # %% ../../nbs/training/79_instruments.ipynb #6920fb4f
 def parameters_by_block(
     model:nn.Module, # A denoiser
-)->dict: # Lists of parameters
-    "Parameters of the embedding, of each layer, of the output head, ..."
+)->dict: # Lists of parameters by name of the block: embed, layer 0, layer 1, ..., output_head
+    "Return the parameters of the embedding, of each layer, of the output head, ..."
     groups = {}
     for name,p in model.named_parameters():
         of_layer = re.match(r'backbone\.(?:blocks|layers|multiscale)\.(\d+)\.', name)
-        groups.setdefault(f'layer {of_layer[1]}' if of_layer else name.removeprefix('backbone.').split('.')[0], []).append(p)
+        block = f'layer {of_layer[1]}' if of_layer else name.removeprefix('backbone.').split('.')[0]
+        groups.setdefault(block, []).append(p)
     return groups
 
-def _norm(tensors): return torch.stack([o.norm() for o in tensors]).norm().item() if tensors else 0.
+def _norm(tensors):
+    "Return the norm of all tensors together"
+    return torch.stack([o.norm() for o in tensors]).norm().item() if tensors else 0.
 
+def _relative_change(params, old):
+    "Return the norm of the change of parameters, relative to that of their old values"
+    return _norm([p.detach()-o for p,o in zip(params, old)])/(_norm(old) or math.nan)
+
+# %% ../../nbs/training/79_instruments.ipynb #6920fb50
 class BlockNormCallback(FitCallback):
-    "Norm of the gradient of each block before clipping, and of the step relative to the weights"
-    order,run_valid,saved_attrs = LossScaleCallback.order+.5,False,('rows',)                   # before clipping
+    "Record the gradient norm of each block before clipping, and of its step relative to its weights"
+    order = LossScaleCallback.order+.5                                         # before clipping
+    run_valid = False
+    saved_attrs = ('rows',)
     def __init__(self,
-        every:int=20, # Steps from one look to the next
+        every:int=20, # Steps between two measurements
     ):
         check_whole('every', every)
         store_attr()
@@ -93,22 +113,27 @@ class BlockNormCallback(FitCallback):
     def before_step(self):
         if _step(self)%self.every: return
         blocks = parameters_by_block(base_model(self.model))
-        self.rows.append(dict(step=_step(self), gradient={k:_norm([p.grad for p in ps if p.grad is not None]) for k,ps in blocks.items()}))
+        gradient = {k:_norm([p.grad for p in ps if p.grad is not None]) for k,ps in blocks.items()}
+        self.rows.append(dict(step=_step(self), gradient=gradient))
         self.old = {k:(ps, [p.detach().clone() for p in ps]) for k,ps in blocks.items()}
     def after_step(self):
         if self.old is None: return
-        self.rows[-1]['update'] = {k:_norm([p.detach()-o for p,o in zip(ps, old)])/(_norm(old) or math.nan) for k,(ps,old) in self.old.items()}
+        self.rows[-1]['update'] = {k:_relative_change(ps, old) for k,(ps,old) in self.old.items()}
         self.old = None
 
 # %% ../../nbs/training/79_instruments.ipynb #ad759116
 @patch
 def plot(self:BlockNormCallback):
-    "Gradient and relative step of each block"
-    if not self.rows: raise ValueError(f'BlockNormCallback has seen no step yet; fit the learner first, for at least every={self.every} steps')
+    "Plot the gradient and the relative step of each block"
+    if not self.rows:
+        raise ValueError('BlockNormCallback has seen no step yet; fit the learner first, '
+                         f'for at least every={self.every} steps')
     fig,axs = plt.subplots(1, 2, figsize=(9, 3))
     steps,blocks = [r['step'] for r in self.rows],list(self.rows[0]['gradient'])
     for ax,key,title in zip(axs, ('gradient','update'), ('gradient', 'step, relative to the weights')):
-        for i,b in enumerate(blocks): ax.semilogy(steps, [r[key][b] or np.nan for r in self.rows], c=plt.cm.viridis(i/len(blocks)), label=b)
+        for i,b in enumerate(blocks):
+            sizes = [r[key][b] or np.nan for r in self.rows]
+            ax.semilogy(steps, sizes, c=plt.cm.viridis(i/len(blocks)), label=b)
         ax.set(xlabel='step', title=title)
     axs[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     fig.tight_layout()
@@ -116,7 +141,7 @@ def plot(self:BlockNormCallback):
 
 # %% ../../nbs/training/79_instruments.ipynb #04da08b4
 class LatticeUsageCallback(ValidBatchCallback):
-    "Largest number of the state behind each layer, as a share of what the lattice can hold"
+    "Largest number of the state after each layer, as a fraction of the largest one on the lattice"
     saved_attrs = ('values',)
     def before_fit(self):
         super().before_fit()
@@ -124,7 +149,8 @@ class LatticeUsageCallback(ValidBatchCallback):
     def measure(self, model, h):
         bits = model.config.lattice_bits
         limit = 1. if bits is None else lattice_limit(bits, h.dtype)
-        used = [y.abs().max().item()/limit for y,_ in layer_by_layer(model.backbone, h, **model.context(h))]
+        layers = layer_by_layer(model.backbone, h, **model.context(h))
+        used = [y.abs().max().item()/limit for y,_ in layers]
         if self.learn.fitting: self.values.append(used)
         return max(used)
 
@@ -133,41 +159,49 @@ class RunLogCallback(FitCallback):
     "Append a line of JSON to a file every few steps and after every epoch"
     order = 90
     def __init__(self,
-        path, # File; lines are added to what is there
+        path, # File; lines are added to its content
         every:int=10, # Steps between two lines
     ):
         check_whole('every', every)
-        self.path,self.every = Path(path),every
+        self.path = Path(path)
+        self.every = every
 
     def before_fit(self):
         super().before_fit()
         if self.run: self.open()
+    def after_batch(self):
+        if self.training and _step(self)%self.every==0: self.write(self._at_step())
+    def after_epoch(self):
+        names,values = self.recorder.metric_names[1:-1],self.recorder.log[1:-1]
+        if len(names)!=len(values): return
+        self.write(dict(epoch=self.epoch, **{k:float(v) for k,v in zip(names, values)}))
     def open(self): self.path.parent.mkdir(parents=True, exist_ok=True)
     def write(self, row):
         row = {k:v if math.isfinite(v) else None for k,v in row.items()}                  # JSON knows no NaN
         with open(self.path, 'a') as f: f.write(json.dumps(row)+'\n')
 
-    def _at_step(self):
-        "What the other instruments know about this step"
-        step,row = _step(self),{}
-        if hasattr(self.learn, 'objective'): row |= self.learn.objective.parts[-1]
-        if hasattr(self.learn, 'probe') and self.learn.probe.steps[-1:]==[step]: row['probe'] = self.learn.probe.losses[-1]
-        if hasattr(self.learn, 'block_norm') and self.learn.block_norm.rows and self.learn.block_norm.rows[-1]['step']==step:
-            row |= {f'{what} of {b}':v for what in ('gradient','update') for b,v in self.learn.block_norm.rows[-1].get(what, {}).items()}
-        return dict(step=step, loss=self.loss.item(), lr=float(self.opt.hypers[-1]['lr']), **row)
-
-    def after_batch(self):
-        if self.training and _step(self)%self.every==0: self.write(self._at_step())
-    def after_epoch(self):
-        names,values = self.recorder.metric_names[1:-1],self.recorder.log[1:-1]
-        if len(names)==len(values): self.write(dict(epoch=self.epoch, **{k:float(v) for k,v in zip(names, values)}))
+# %% ../../nbs/training/79_instruments.ipynb #b1df53eb
+@patch
+def _at_step(self:RunLogCallback):
+    "Return loss and rate of this step, with what other callbacks have recorded at it"
+    step,learn = _step(self),self.learn
+    row = dict(step=step, loss=self.loss.item(), lr=float(self.opt.hypers[-1]['lr']))
+    if hasattr(learn, 'objective'): row |= learn.objective.parts[-1]
+    if hasattr(learn, 'probe') and learn.probe.steps[-1:]==[step]: row['probe'] = learn.probe.losses[-1]
+    norms = learn.block_norm.rows[-1:] if hasattr(learn, 'block_norm') else []
+    if not norms or norms[0]['step']!=step: return row
+    for what in ('gradient','update'):
+        row |= {f'{what} of {b}':v for b,v in norms[0].get(what, {}).items()}
+    return row
 
 # %% ../../nbs/training/79_instruments.ipynb #d45a6b00
 class TensorBoardCallback(RunLogCallback):
-    "The lines of `RunLogCallback` as curves in TensorBoard"
+    "Write the lines of `RunLogCallback` as curves in TensorBoard"
     def open(self):
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: raise ImportError('TensorBoard is not there; install it with: pip install tensorboard') from None
+        except ImportError:
+            advice = 'TensorBoard is not there; install it with: pip install tensorboard'
+            raise ImportError(advice) from None
         self.writer = SummaryWriter(str(self.path))
     def write(self, row):
         step = row.pop('step') if 'step' in row else (row.pop('epoch')+1)*len(self.dls.train)
