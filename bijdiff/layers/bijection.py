@@ -12,141 +12,164 @@ import torch
 from torch import nn, Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
+from ..checks import check, check_whole
 
 # %% ../../nbs/layers/01_bijection.ipynb #8d138907
 class Bijection(nn.Module):
-    "An invertible map on states `(B, ...)`: subclasses define `forward` and `inverse`, each giving `(state, logdet)`"
+    "An invertible map on states `(B, ...)`: `forward` and `inverse` of a subclass return `(state, logdet)`"
     is_bijective = True
-    inverts_exactly = True # False for a map whose inverse is an approximation, however long one computes
+    inverts_exactly = True # False where the inverse is an approximation at any cost
 
     def forward(self,
         x:Tensor, # State, (B, ...)
         **context, # Values the map is conditioned on, the same for both directions
     )->tuple[Tensor,Tensor]: # State (B, ...) and log-determinant (B,) in nats
-        raise NotImplementedError(f'{type(self).__name__} defines no forward')
+        "Map a state"
+        raise NotImplementedError(f'{type(self).__name__} does not define forward')
 
     def inverse(self,
         y:Tensor, # State, (B, ...)
-        **context, # The context that forward was given
+        **context, # Context of the forward call
     )->tuple[Tensor,Tensor]: # State (B, ...) and log-determinant of the inverse map (B,) in nats
-        raise NotImplementedError(f'{type(self).__name__} defines no inverse')
+        "Undo `forward`"
+        raise NotImplementedError(f'{type(self).__name__} does not define inverse')
 
 # %% ../../nbs/layers/01_bijection.ipynb #d97ef2ad
-def logdet_dtype(x:Tensor # Any state
-    )->torch.dtype: # float64 for float64 states, float32 for all others
-    "The precision log-determinants are added in"
+def logdet_dtype(
+    x:Tensor, # State of any precision
+)->torch.dtype: # float64 for float64 states, float32 for all others
+    "Return the precision in which log-determinants are added"
     return torch.float64 if x.dtype==torch.float64 else torch.float32
 
-def _per_example(c, x):
-    "One contribution as `(B,)`, on the device of `x`"
-    c = torch.as_tensor(c, dtype=logdet_dtype(x), device=x.device)
-    if c.ndim==0: return c.expand(len(x))
-    if len(c)!=len(x):
-        raise ValueError(f'a log-determinant has shape {tuple(c.shape)}; expected a scalar or a first axis of {len(x)}, the batch of the state')
-    return c.flatten(1).sum(1) if c.ndim>1 else c
+def _per_example(logdet, x):
+    "Bring a log-determinant to shape `(B,)` and to the device of `x`"
+    logdet = torch.as_tensor(logdet, dtype=logdet_dtype(x), device=x.device)
+    if logdet.ndim==0: return logdet.expand(len(x))
+    if len(logdet)!=len(x):
+        raise ValueError(f'a log-determinant has shape {tuple(logdet.shape)}; '
+                         f'expected a scalar or a first axis of {len(x)}, the batch size of the state')
+    return logdet.flatten(1).sum(1) if logdet.ndim>1 else logdet
 
 def sum_log_determinants(
     contributions, # Python numbers and tensors of shape (), (B,) or (B, ...), in nats
-    x:Tensor, # State whose batch size and device the sum takes, (B, ...)
-)->Tensor: # (B,), nats
+    x:Tensor, # State, (B, ...); the sum takes its batch size and device
+)->Tensor: # Sum for each example, (B,), in nats
     "Add log-determinants of different shapes into one value per example"
     total = torch.zeros(len(x), dtype=logdet_dtype(x), device=x.device)
-    for c in contributions: total = total + _per_example(c, x)
+    for logdet in contributions:
+        total = total + _per_example(logdet, x)
     return total
 
 # %% ../../nbs/layers/01_bijection.ipynb #707b798d
 class BijectiveSequential(Bijection):
-    "Bijections one after another; context goes to each of them"
-    def __init__(self, *layers): super().__init__(); self.layers = nn.ModuleList(layers)
+    "Bijections one after another, all called with the same context"
+    def __init__(self,
+        *layers, # Bijections, in the order of the forward direction
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
     @property
     def is_bijective(self)->bool: return all(l.is_bijective for l in self.layers)
     @property
     def inverts_exactly(self)->bool: return all(l.inverts_exactly for l in self.layers)
-    def _walk(self, x, fs, context):
-        dets = []
-        for f in fs:
-            x,d = f(x, **context)
-            dets.append(d)
-        return x, sum_log_determinants(dets, x)
-    def forward(self, x:Tensor, **context): return self._walk(x, self.layers, context)
-    def inverse(self, y:Tensor, **context): return self._walk(y, [l.inverse for l in reversed(self.layers)], context)
+
+    def _compose(self, x, maps, context):
+        "Apply `maps` in order, and add their log-determinants"
+        logdets = []
+        for f in maps:
+            x,logdet = f(x, **context)
+            logdets.append(logdet)
+        return x, sum_log_determinants(logdets, x)
+    def forward(self, x:Tensor, **context): return self._compose(x, self.layers, context)
+    def inverse(self, y:Tensor, **context):
+        return self._compose(y, [l.inverse for l in reversed(self.layers)], context)
 
 # %% ../../nbs/layers/01_bijection.ipynb #98bbee85
 def _of_example(context, i, B):
-    "The context of example i: tensors (B, ...) are cut, everything else is for all"
-    return {k:v[i:i+1] if isinstance(v, Tensor) and v.ndim and len(v)==B else v for k,v in context.items()}
+    "Return the context of example `i`: one row of tensors `(B, ...)`, all other values unchanged"
+    def is_batch(v): return isinstance(v, Tensor) and v.ndim and len(v)==B
+    return {k:v[i:i+1] if is_batch(v) else v for k,v in context.items()}
 
 def dense_logdet(
-    f, # Map of states (B, ...) to (state, logdet)
+    f, # Map from states (B, ...) to (state, logdet)
     x:Tensor, # State, (B, ...); small
-    **context, # Passed on; tensors (B, ...) belong to the examples one by one
+    **context, # Keywords of the map; of tensors (B, ...) each example gets its row
 )->Tensor: # (B,), nats
-    "log |det| of the dense Jacobian of each example of `f`, by automatic differentiation"
-    def one(xi, context):
+    "Return log |det| of the dense Jacobian of each example, by automatic differentiation"
+    def logdet_of(xi, context):
         J = torch.autograd.functional.jacobian(lambda o: f(o[None], **context)[0][0], xi)
         return torch.linalg.slogdet(J.reshape(xi.numel(), xi.numel()))[1]
-    return torch.stack([one(xi, _of_example(context, i, len(x))) for i,xi in enumerate(x)])
+    return torch.stack([logdet_of(xi, _of_example(context, i, len(x))) for i,xi in enumerate(x)])
 
 # %% ../../nbs/layers/01_bijection.ipynb #9a9cf4ec
 class BijectionReport(NamedTuple):
-    "The largest errors that `check_bijection` saw"
+    "The largest errors found by `check_bijection`"
     inverse_error: float # max |x - inverse(forward(x))|
     forward_error: float # max |y - forward(inverse(y))|
     logdet_sum: float # max |logdet of forward + logdet of inverse|, nats
     logdet_error: float # max |logdet - log |det| of the dense Jacobian|, nats
     def __repr__(self)->str: return ', '.join(f'{k} {v:.1e}' for k,v in self._asdict().items())
 
-def _worst(a): return a.detach().abs().max().item() if a.numel() else 0.
+def _max_abs(a): return a.detach().abs().max().item() if a.numel() else 0.
 
+def _errors(f, x, context):
+    "Compare a bijection with its inverse and with its dense Jacobian"
+    y,logdet = f(x, **context)
+    back,inverse_logdet = f.inverse(y, **context)
+    if not x.shape==y.shape==back.shape:
+        shapes = f'shapes {tuple(x.shape)} to {tuple(y.shape)} and back to {tuple(back.shape)}'
+        raise AssertionError(f'{type(f).__name__}: {shapes}; expected one shape throughout')
+    logdet,inverse_logdet = (sum_log_determinants([l], x) for l in (logdet,inverse_logdet))
+    forward_error = _max_abs(f(back, **context)[0]-y)
+    logdet_error = _max_abs(logdet - dense_logdet(f, x, **context))
+    return BijectionReport(_max_abs(back-x), forward_error, _max_abs(logdet+inverse_logdet), logdet_error)
+
+# %% ../../nbs/layers/01_bijection.ipynb #9a9cf4ed
 def check_bijection(
-    f:Bijection, # The map to be proved
-    x:Tensor, # State it is proved at, (B, ...); float64 and small
-    atol:float=1e-8, # Largest error let pass
-    **context, # Passed to both directions
+    f:Bijection, # Map to check
+    x:Tensor, # State to check it at, (B, ...); float64 and small
+    atol:float=1e-8, # Largest error allowed
+    **context, # Keywords of both directions
 )->BijectionReport: # The errors; AssertionError where one is larger than atol
     "Compare a bijection with its own inverse and its log-determinant with the dense Jacobian"
-    y,ld = f(x, **context)
-    xr,ild = f.inverse(y, **context)
-    if not x.shape==y.shape==xr.shape: raise AssertionError(f'{type(f).__name__}: shapes {tuple(x.shape)} to {tuple(y.shape)} and back to {tuple(xr.shape)}; expected all the same')
-    zero = [sum_log_determinants([l], x) for l in (ld,ild)]
-    rep = BijectionReport(_worst(xr-x), _worst(f(xr, **context)[0]-y), _worst(zero[0]+zero[1]),
-                          _worst(zero[0] - dense_logdet(f, x, **context)))
-    bad = [f'{k} is {v:.3g}' for k,v in rep._asdict().items() if not v<=atol]
+    report = _errors(f, x, context)
+    bad = [f'{k} is {v:.3g}' for k,v in report._asdict().items() if not v<=atol]
     if bad: raise AssertionError(f"{type(f).__name__}: {', '.join(bad)}; expected at most {atol:g}")
-    return rep
+    return report
 
 # %% ../../nbs/layers/01_bijection.ipynb #2bf63d0c
 class BijectionTransform(Transform):
     "A `Bijection` with the interface of `torch.distributions`"
     bijective = True
     def __init__(self,
-        f:Bijection, # The map
+        f:Bijection, # Bijection to wrap
         event_dim:int=1, # Axes of one example: 1 for (D,), 2 for (L, D)
-        context:dict|None=None, # Keywords for both directions of the map
-        cache_size:int=0, # 1 to remember the last pair, as every Transform can
+        context:dict|None=None, # Keywords of both directions of the bijection
+        cache_size:int=0, # 1 to keep the last pair of states, 0 to keep none
     ):
-        if not getattr(f, 'is_bijective', False): raise ValueError(f'{type(f).__name__} is no bijection, so it makes no transform')
-        if event_dim<1: raise ValueError(f'event_dim is {event_dim}; expected at least 1, the feature axis')
+        check(getattr(f, 'is_bijective', False), 'f', type(f).__name__, 'a bijection')
+        check_whole('event_dim', event_dim)
         super().__init__(cache_size)
         self.f,self.n_axes,self.context = f,event_dim,context or {}
 
     @property
     def domain(self): return constraints.independent(constraints.real, self.n_axes)
     codomain = domain
-
     def with_cache(self, cache_size=1): return type(self)(self.f, self.n_axes, self.context, cache_size)
-    def _on_batch(self, g, x):
-        "`g` on `x` with its leading axes folded into one batch"
-        y,logdet = g(x.reshape(-1, *x.shape[-self.n_axes:]), **self.context)
-        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(x.shape[:-self.n_axes])
-    def _call(self, x): return self._on_batch(self.f, x)[0]
-    def _inverse(self, y): return self._on_batch(self.f.inverse, y)[0]
-    def log_abs_det_jacobian(self, x, y): return self._on_batch(self.f, x)[1]
 
+    def _call_on_batch(self, direction, x):
+        "Call one direction of the bijection with the leading axes of `x` folded into one batch axis"
+        y,logdet = direction(x.reshape(-1, *x.shape[-self.n_axes:]), **self.context)
+        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(x.shape[:-self.n_axes])
+    def _call(self, x): return self._call_on_batch(self.f, x)[0]
+    def _inverse(self, y): return self._call_on_batch(self.f.inverse, y)[0]
+    def log_abs_det_jacobian(self, x, y): return self._call_on_batch(self.f, x)[1]
+
+# %% ../../nbs/layers/01_bijection.ipynb #2bf63d0d
 def as_transform(
     f:Bijection, # Any bijection
     event_dim:int=1, # Axes of one example: 1 for (D,), 2 for (L, D)
-    **context, # Passed to both directions
-)->BijectionTransform: # For use in TransformedDistribution
-    "A bijection as a transform of `torch.distributions`"
+    **context, # Keywords of both directions
+)->BijectionTransform: # Transform for TransformedDistribution
+    "Return a bijection as a transform of `torch.distributions`"
     return BijectionTransform(f, event_dim, context)

@@ -10,6 +10,7 @@ __all__ = ['CouplingNet', 'split_halves', 'check_mask', 'zero_padding', 'restore
 import torch
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
+from ..checks import check, check_number, check_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import lattice_add, lattice_step, require_lattice
 
@@ -18,63 +19,67 @@ class CouplingNet(nn.Sequential):
     "The MLP inside a coupling, zero at initialisation"
     def __init__(self,
         dim:int, # Features in
-        coupling_hidden_dim:int|None=None, # Features between its layers; 4*dim if None
+        coupling_hidden_dim:int|None=None, # Features between its linear layers; 4*dim if None
         coupling_depth:int=2, # Linear layers, at least 1
         dropout:float=0., # Probability of dropping a hidden feature in training
         dim_out:int|None=None, # Features out; dim if None
     ):
-        if coupling_depth<1: raise ValueError(f'coupling_depth is {coupling_depth}; expected at least 1')
+        check_whole('coupling_depth', coupling_depth)
         hidden = 4*dim if coupling_hidden_dim is None else coupling_hidden_dim
-        if hidden<1: raise ValueError(f'coupling_hidden_dim is {hidden}; expected at least 1')
+        check(hidden>=1, 'coupling_hidden_dim', hidden, 'at least 1')
         sizes = [dim] + [hidden]*(coupling_depth-1) + [dim if dim_out is None else dim_out]
         layers = []
-        for i,o in zip(sizes[:-2], sizes[1:-1]): layers += [nn.Linear(i, o), nn.GELU(), nn.Dropout(dropout)]
+        for n_in,n_out in zip(sizes[:-2], sizes[1:-1]):
+            layers += [nn.Linear(n_in, n_out), nn.GELU(), nn.Dropout(dropout)]
         super().__init__(*layers, nn.Linear(*sizes[-2:]))
         nn.init.zeros_(self[-1].weight)
         nn.init.zeros_(self[-1].bias)
 
     def forward(self,
-        x:Tensor, # (..., dim)
-        **context, # Ignored: every position is treated alike
-    )->Tensor: # (..., dim_out)
+        x:Tensor, # States or halves of them, (..., dim)
+        **context, # Not used: all positions are treated alike
+    )->Tensor: # Update, (..., dim_out)
         return super().forward(x)
 
 # %% ../../nbs/layers/03_coupling.ipynb #982964fa
-def split_halves(x:Tensor # State, (..., 2*d)
-    )->tuple[Tensor,Tensor]: # Two of (..., d)
+def split_halves(
+    x:Tensor, # State, (..., 2*d)
+)->tuple[Tensor,Tensor]: # Halves, (..., d) each
     "Cut a state in two on the feature axis"
-    if x.shape[-1]%2: raise ValueError(f'the state has {x.shape[-1]} features; expected an even number, two halves')
+    check(x.shape[-1]%2==0, 'the number of features of x', x.shape[-1], 'an even number')
     return x.chunk(2, -1)
 
 def check_mask(
-    mask, # Value to check, or None
+    mask, # Value of the argument, or None
     x:Tensor, # State, (B, L, D)
 ):
-    "Refuse what is no mask of this state"
+    "Check that a mask is None, or of type bool and shape `(B, L)`"
     if mask is None: return
-    if not isinstance(mask, Tensor) or mask.dtype!=torch.bool or mask.shape!=x.shape[:2] or x.ndim!=3:
-        what = f'{mask.dtype} of shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(f'mask is {what} for a state of shape {tuple(x.shape)}; expected torch.bool of shape (B, L)')
+    is_tensor = isinstance(mask, Tensor)
+    if is_tensor and mask.dtype==torch.bool and mask.shape==x.shape[:2] and x.ndim==3: return
+    value = f'{mask.dtype} of shape {tuple(mask.shape)}' if is_tensor else repr(mask)
+    raise ValueError(f'mask is {value} for a state of shape {tuple(x.shape)}; '
+                     'expected torch.bool of shape (B, L)')
 
 # %% ../../nbs/layers/03_coupling.ipynb #97952847
 def zero_padding(
-    t:Tensor, # (B, L, D)
-    mask:Tensor|None, # (B, L), True where there is text; None for everywhere
-)->Tensor: # t, and 0 where there is no text
-    "Zero at padding"
+    t:Tensor, # Update, (B, L, D)
+    mask:Tensor|None, # True at tokens and False at padding, (B, L); None for no padding
+)->Tensor: # Update that is 0 at padding, (B, L, D)
+    "Set an update to zero at padding"
     return t if mask is None else t.masked_fill(~mask[...,None], 0)
 
 def restore_padding(
-    y:Tensor, # (B, L, D)
-    x:Tensor, # (B, L, D)
-    mask:Tensor|None, # (B, L), True where there is text; None for everywhere
-)->Tensor: # y where there is text, x at padding
-    "Keep x at padding"
+    y:Tensor, # New state, (B, L, D)
+    x:Tensor, # Old state, (B, L, D)
+    mask:Tensor|None, # True at tokens and False at padding, (B, L); None for no padding
+)->Tensor: # New state with the old one at padding, (B, L, D)
+    "Put back the old state at padding"
     return y if mask is None else torch.where(mask[...,None], y, x)
 
 # %% ../../nbs/layers/03_coupling.ipynb #6d7ad3de
 class AdditiveCoupling(Bijection):
-    "`y1 = x2, y2 = x1 + f(x2)`, on the lattice if `lattice_bits` is given: then the inverse is exact to the bit"
+    "`y1 = x2, y2 = x1 + f(x2)`; with `lattice_bits` on the lattice, where the inverse is exact to the bit"
     def __init__(self,
         f:nn.Module, # Any module from (..., d) to (..., d); called with the context as keywords
         lattice_bits:int|None=None, # States must then be multiples of 2^-lattice_bits
@@ -82,43 +87,47 @@ class AdditiveCoupling(Bijection):
         super().__init__()
         store_attr()
 
-    def _on_state(self, f, x, context):
+    def _call_on_halves(self, direction, x, context):
+        "Check a state and its context, and call `couple` or `uncouple` on the halves"
         require_lattice(x, self.lattice_bits)
         check_mask(context.get('mask'), x)
-        return torch.cat(f(*split_halves(x), **context), -1), sum_log_determinants([], x)
-    def forward(self, x:Tensor, **context): return self._on_state(self.couple, x, context)
-    def inverse(self, y:Tensor, **context): return self._on_state(self.uncouple, y, context)
+        return torch.cat(direction(*split_halves(x), **context), -1), sum_log_determinants([], x)
+    def forward(self, x:Tensor, **context): return self._call_on_halves(self.couple, x, context)
+    def inverse(self, y:Tensor, **context): return self._call_on_halves(self.uncouple, y, context)
 
 # %% ../../nbs/layers/03_coupling.ipynb #9ea05c74
-def _alias(t): return t.view_as(t) if isinstance(t, Tensor) else t
+def _alias(v):
+    "Return a view of a tensor, with a node of its own in the graph; any other value unchanged"
+    return v.view_as(v) if isinstance(v, Tensor) else v
 
 @patch
 def update(self:AdditiveCoupling, x1:Tensor|None, x2:Tensor, mask:Tensor|None=None, **context)->Tensor:
-    "What is added to the active half `x1`, which it does not look at, `(..., d)`"
+    "Return the update of the active half, `(..., d)`, computed from `x2` alone"
     if mask is not None: context['mask'] = mask
-    return zero_padding(self.f(_alias(x2).contiguous(), **{k:_alias(v) for k,v in context.items()}), mask)
+    x2 = _alias(x2).contiguous()
+    return zero_padding(self.f(x2, **{k:_alias(v) for k,v in context.items()}), mask)
 
 @patch
 def step(self:AdditiveCoupling, x1:Tensor, x2:Tensor, **context)->tuple[Tensor,Tensor|None]:
-    "The new active half, and its sizes for `check_lattice_range`"
+    "Return the new active half, and its sizes for `check_lattice_range`"
     return lattice_step(x1, self.update(x1, x2, **context), self.lattice_bits)
 
 @patch
 def couple(self:AdditiveCoupling, x1:Tensor, x2:Tensor, **context)->tuple[Tensor,Tensor]:
-    "The map on the two halves"
+    "Map the two halves"
     return x2, lattice_add(x1, self.update(x1, x2, **context), self.lattice_bits)
 
 @patch
 def uncouple(self:AdditiveCoupling, y1:Tensor, y2:Tensor, **context)->tuple[Tensor,Tensor]:
-    "The inverse map on the two halves"
+    "Undo `couple`"
     return lattice_add(y2, -self.update(None, y1, **context), self.lattice_bits), y1
 
 # %% ../../nbs/layers/03_coupling.ipynb #49912cde
 def bounded(
     r:Tensor, # Any numbers
     limit:float, # Largest size of the result, above 0
-)->Tensor: # Same shape, between -limit and limit
-    "The identity near 0, and never beyond `limit`"
+)->Tensor: # Numbers between -limit and limit, shape of r
+    "Bound numbers by `limit` smoothly, with the identity near 0"
     return limit*torch.tanh(r/limit)
 
 class AffineCoupling(Bijection):
@@ -128,23 +137,30 @@ class AffineCoupling(Bijection):
         max_log_scale:float=2., # Bound of the log-scales, above 0
     ):
         super().__init__()
-        if not max_log_scale>0: raise ValueError(f'max_log_scale is {max_log_scale}; expected a number above 0')
+        check_number('max_log_scale', max_log_scale, above=0)
         store_attr()
 
     def _scale_shift(self, h, mask=None, **context):
+        "Return log-scales and shifts, `(..., d)` each"
         check_mask(mask, h)
         if mask is not None: context['mask'] = mask
-        both = self.f(h, **context).to(h.dtype)                                 # rounded once, the same for both directions
-        if both.shape[-1]!=2*h.shape[-1]: raise ValueError(f'f gives {both.shape[-1]} features for {h.shape[-1]}; expected {2*h.shape[-1]}, log-scales and shifts: CouplingNet takes dim_out')
+        both = self.f(h, **context).to(h.dtype) # rounded once, the same for both directions
+        n,expected = both.shape[-1],2*h.shape[-1]
+        check(n==expected, 'the number of features of f(x2)', n, f'{expected}, log-scales and shifts')
         r,t = split_halves(both)
-        return zero_padding(bounded(r, self.max_log_scale), mask),zero_padding(t, mask)
+        return zero_padding(bounded(r, self.max_log_scale), mask), zero_padding(t, mask)
 
-    def forward(self, x:Tensor, **context):
-        x1,x2 = split_halves(x)
-        s,t = self._scale_shift(x2, **context)
-        return torch.cat([x2, x1*s.exp()+t], -1), sum_log_determinants([s], x)
+# %% ../../nbs/layers/03_coupling.ipynb #49912cdf
+@patch
+def forward(self:AffineCoupling, x:Tensor, **context)->tuple[Tensor,Tensor]:
+    "Map a state, `(..., 2*d)`"
+    x1,x2 = split_halves(x)
+    s,t = self._scale_shift(x2, **context)
+    return torch.cat([x2, x1*s.exp()+t], -1), sum_log_determinants([s], x)
 
-    def inverse(self, y:Tensor, **context):
-        y1,y2 = split_halves(y)
-        s,t = self._scale_shift(y1, **context)
-        return torch.cat([(y2-t)*(-s).exp(), y1], -1), sum_log_determinants([-s], y)
+@patch
+def inverse(self:AffineCoupling, y:Tensor, **context)->tuple[Tensor,Tensor]:
+    "Undo `forward`"
+    y1,y2 = split_halves(y)
+    s,t = self._scale_shift(y1, **context)
+    return torch.cat([(y2-t)*(-s).exp(), y1], -1), sum_log_determinants([-s], y)

@@ -11,103 +11,114 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/layers/02_lattice.ipynb #ad3aba09
-def _digits(dtype): return 52 if dtype==torch.float64 else 23
+def _mantissa_bits(dtype): return 52 if dtype==torch.float64 else 23
 
 def lattice_limit(
     bits:int, # k: the grid is the multiples of 2^-k
     dtype:torch.dtype=torch.float32, # Precision of the state: float32 or float64
 )->float: # Bound on the size of a state; an update may have a quarter of it
-    "The size below which additions on the grid are exact"
-    return 2.**(_digits(dtype)+1-bits)
+    "Return the size below which additions on the grid are exact"
+    return 2.**(_mantissa_bits(dtype)+1-bits)
 
 class LatticeError(ValueError):
-    "A number that the lattice cannot hold: too large, none at all, or between its points"
+    "A number that the lattice cannot hold: too large, NaN, or between its points"
 
 # %% ../../nbs/layers/02_lattice.ipynb #5273f72e
-def _share(t, limit):
-    "The largest size in t as a share of the limit; NaN if there is one"
+def _size_fraction(t, limit):
+    "Return the largest absolute value in `t` as a fraction of `limit`; NaN if there is a NaN"
     t = t.detach()
     return torch.maximum(-t.amin(), t.amax())/limit if t.numel() else t.new_zeros(())
 
 def check_lattice_range(
-    sizes, # One (2,) tensor per layer: the largest update and the largest state, as shares of what the grid allows
-    bits:int, # k
+    sizes, # A (2,) tensor per layer: largest update and largest state, as fractions of what the grid allows
+    bits:int, # k: the grid is the multiples of 2^-k
     dtype:torch.dtype, # Precision of the states
     first:int=0, # Number of the first layer, for the message
 ):
     "Raise `LatticeError` if any update or state is too large for the lattice, or NaN"
-    for layer,row in enumerate(torch.stack(sizes).tolist()):
-        for what,share,limit in zip(('an update', 'a state'), row, (lattice_limit(bits, dtype)/4, lattice_limit(bits, dtype))):
-            if not share<1: raise LatticeError(f'{what} of size {share*limit:.4g} leaves the lattice{f" in layer {first+layer}" if len(sizes)>1 else ""}; with lattice_bits={bits} '
-                f'in {dtype} it must stay below {limit:g}: use fewer lattice_bits, or find out why the state grows')
+    limits = {'an update':lattice_limit(bits, dtype)/4, 'a state':lattice_limit(bits, dtype)}
+    for layer,fractions in enumerate(torch.stack(sizes).tolist(), first):
+        for (name,limit),fraction in zip(limits.items(), fractions):
+            if fraction<1: continue
+            where = f' in layer {layer}' if len(sizes)>1 else ''
+            raise LatticeError(f'{name} of size {fraction*limit:.4g} leaves the lattice{where}; '
+                               f'with lattice_bits={bits} in {dtype} it must stay below {limit:g}: '
+                               'use fewer lattice_bits, or find out why the state grows')
 
 # %% ../../nbs/layers/02_lattice.ipynb #c165432e
 class _Round(torch.autograd.Function):
+    "Round to the grid, with the gradient of the identity"
     @staticmethod
     def forward(ctx, t, bits):
-        M = 1.5 * 2.**(_digits(t.dtype)-bits)
+        M = 1.5 * 2.**(_mantissa_bits(t.dtype)-bits)
         return (t+M)-M
     @staticmethod
     def backward(ctx, g): return g,None
 
-def _precise(t): return t if t.dtype in (torch.float32, torch.float64) else t.float()
+def _at_least_float32(t): return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 def to_lattice(
     t:Tensor, # Any tensor; bfloat16 and float16 are brought to float32 first
     bits:int, # k: the grid is the multiples of 2^-k
 )->Tensor: # The nearest grid point, with a straight-through gradient
-    "Round to multiples of `2**-bits`; what is too large for the grid is an error"
-    t = _precise(t)
-    check_lattice_range([torch.stack([_share(t, lattice_limit(bits, t.dtype)/4), t.new_zeros(())])], bits, t.dtype)
+    "Round to multiples of `2**-bits`, and raise `LatticeError` for numbers that are too large"
+    t = _at_least_float32(t)
+    size = _size_fraction(t, lattice_limit(bits, t.dtype)/4)
+    check_lattice_range([torch.stack([size, t.new_zeros(())])], bits, t.dtype)
     return _Round.apply(t, bits)
 
 # %% ../../nbs/layers/02_lattice.ipynb #a9cc13eb
 def require_float32(
     x:Tensor, # State
 ):
-    "Refuse a state whose precision the grid is not made for"
-    if x.dtype not in (torch.float32, torch.float64): raise LatticeError(f'the state is {x.dtype}; the lattice needs float32 or float64')
+    "Raise `LatticeError` unless a state is float32 or float64"
+    if x.dtype not in (torch.float32, torch.float64):
+        raise LatticeError(f'the state is {x.dtype}; the lattice needs float32 or float64')
 
 def lattice_step(
     x:Tensor, # State on the grid, float32 or float64
     t:Tensor, # Update to add, shape of x; rounded here
-    bits:int|None, # k, or None for plain addition
-)->tuple[Tensor,Tensor|None]: # x + R(t), and the sizes for check_sizes, None without a lattice
-    "Add on the lattice without looking at the sizes yet"
-    if t.shape!=x.shape: raise ValueError(f'the update has shape {tuple(t.shape)} and the state {tuple(x.shape)}; expected the same')
+    bits:int|None, # k: the grid is the multiples of 2^-k; None for plain addition
+)->tuple[Tensor,Tensor|None]: # x + R(t), and the sizes for check_lattice_range, None without a lattice
+    "Add on the lattice, and return the sizes instead of checking them"
+    if t.shape!=x.shape:
+        raise ValueError(f'the update has shape {tuple(t.shape)}; expected {tuple(x.shape)} as the state')
     t = t.to(x.dtype)
     if bits is None: return x+t, None
     require_float32(x)
-    y,limit = x + _Round.apply(t, bits), lattice_limit(bits, x.dtype)
-    return y, torch.stack([_share(t, limit/4), _share(y, limit)])
+    limit = lattice_limit(bits, x.dtype)
+    y = x + _Round.apply(t, bits)
+    return y, torch.stack([_size_fraction(t, limit/4), _size_fraction(y, limit)])
 
+# %% ../../nbs/layers/02_lattice.ipynb #a9cc13ee
 def lattice_undo(
-    y:Tensor, # Result of a step
-    t:Tensor, # Update that the step has added, shape of y
-    bits:int|None, # k, or None for plain addition
-)->Tensor: # y - R(t); sizes were looked at on the way there
-    "Take away what a step has added"
+    y:Tensor, # Result of lattice_step
+    t:Tensor, # Update that the step added, shape of y
+    bits:int|None, # k: the grid is the multiples of 2^-k; None for plain subtraction
+)->Tensor: # y - R(t); its size is not checked again
+    "Subtract the update of a step"
     t = t.to(y.dtype)
     return y-t if bits is None else y-_Round.apply(t, bits)
 
 def lattice_add(
     x:Tensor, # State on the grid (see require_lattice), float32 or float64
     t:Tensor, # Update to add, shape of x; rounded here
-    bits:int|None, # k, or None for plain addition
+    bits:int|None, # k: the grid is the multiples of 2^-k; None for plain addition
 )->Tensor: # x + R(t)
-    "Add on the lattice, exactly; plain addition in the state's precision where `bits` is None"
-    y,size = lattice_step(x, t, bits)
-    if size is not None: check_lattice_range([size], bits, x.dtype)
+    "Add on the lattice, exactly; plain addition in the state's precision if `bits` is None"
+    y,sizes = lattice_step(x, t, bits)
+    if sizes is not None: check_lattice_range([sizes], bits, x.dtype)
     return y
 
 # %% ../../nbs/layers/02_lattice.ipynb #ffddb160
 def require_lattice(
     x:Tensor, # State
-    bits:int|None, # k, or None for no lattice
+    bits:int|None, # k: the grid is the multiples of 2^-k; None for no lattice
 ):
-    "Refuse a state that is not on the lattice"
+    "Raise `LatticeError` unless a state is on the lattice"
     if bits is None: return
     require_float32(x)
     scaled = x.detach()*2.**bits
-    if not torch.equal(scaled, scaled.round()):
-        raise LatticeError(f'the state lies between the points of the lattice, so its inverse could not be exact; put it there with to_lattice(x, {bits})')
+    if torch.equal(scaled, scaled.round()): return
+    raise LatticeError('the state lies between the points of the lattice, so its inverse could not be exact; '
+                       f'put it there with to_lattice(x, {bits})')

@@ -9,153 +9,188 @@ __all__ = ['PairRotation', 'shear_factors', 'ShearedLinear', 'Permutation', 'Lin
 from copy import deepcopy
 import torch
 import torch.nn.functional as F
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
+from ..checks import check, check_one_of, check_whole
 from .bijection import Bijection, BijectiveSequential, sum_log_determinants
 from .lattice import lattice_add, require_lattice
 from .coupling import restore_padding, zero_padding, bounded, check_mask
 
 # %% ../../nbs/layers/04_linear.ipynb #9b17315a
 class PairRotation(Bijection):
-    "Rotate each feature of the first half with its partner in the second by an angle of its own, as three shears"
+    "Rotate each feature of the first half with its partner in the second by its angle, as three shears"
     def __init__(self,
-        theta:Tensor, # Angles, (d,); a state has 2*d features, or 2*d+1 of which the last stays
+        theta:Tensor, # Angles, (d,); a state has 2*d features, or 2*d+1 of which the last is not changed
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
     ):
         super().__init__()
-        if not (theta.abs()<torch.pi).all(): raise ValueError(f'theta has an angle of size {theta.abs().max():.4g}; three shears rotate by less than pi')
+        too_large = theta[~(theta.abs()<torch.pi)]
+        check(not len(too_large), 'theta', too_large, 'angles of size below pi, the reach of three shears')
         self.register_buffer('theta', theta)
         self.lattice_bits = lattice_bits
 
     def _rotate(self, x, theta):
-        d = len(theta)
-        if x.shape[-1] not in (2*d, 2*d+1): raise ValueError(f'the state has {x.shape[-1]} features; expected {2*d} or {2*d+1} for {d} angles')
+        d,D = len(theta),x.shape[-1]
+        check(D in (2*d, 2*d+1), 'the number of features of x', D, f'{2*d} or {2*d+1} for {d} angles')
         require_lattice(x, self.lattice_bits)
-        a,b,rest = x.split([d, d, x.shape[-1]-2*d], -1)
-        t,s = (theta/2).tan().to(x),theta.sin().to(x)
-        a = lattice_add(a, -t*b, self.lattice_bits)
-        b = lattice_add(b, s*a, self.lattice_bits)
-        return torch.cat([lattice_add(a, -t*b, self.lattice_bits), b, rest], -1), sum_log_determinants([], x)
+        a,b,rest = x.split([d, d, D-2*d], -1)
+        tan,sin = (theta/2).tan().to(x),theta.sin().to(x)
+        a = lattice_add(a, -tan*b, self.lattice_bits)
+        b = lattice_add(b, sin*a, self.lattice_bits)
+        a = lattice_add(a, -tan*b, self.lattice_bits)
+        return torch.cat([a, b, rest], -1), sum_log_determinants([], x)
     def forward(self, x:Tensor, **context): return self._rotate(x, self.theta)
     def inverse(self, y:Tensor, **context): return self._rotate(y, -self.theta)
 
 # %% ../../nbs/layers/04_linear.ipynb #729c35e6
 def shear_factors(
     A:Tensor, # Square matrix of determinant 1 or -1, (n, n)
-)->tuple[Tensor,Tensor,Tensor,Tensor]: # perm (n,), L, U (n, n) with ones on their diagonals, and s (n,)
-    "`A = P L U S`, in the precision of A: `(P v)[perm] = v`, S the identity with `s` as its last row; U's last diagonal entry carries the sign"
-    if A.ndim!=2 or A.shape[0]!=A.shape[1]: raise ValueError(f'A has shape {tuple(A.shape)}; expected a square matrix')
-    U,n = A.detach().cpu().double().clone(),len(A)                   # on the CPU: not every device has float64
+)->tuple: # perm (n,); L and U (n, n) with ones on their diagonals, but U[-1,-1] is 1 or -1; s (n,)
+    "Factor `A = P L U S` into shears, with `(P v)[perm] = v`, and `s` as the last row of the identity in S"
+    check(A.ndim==2 and A.shape[0]==A.shape[1], 'the shape of A', tuple(A.shape), '(n, n)')
+    U = A.detach().cpu().double().clone() # on the CPU: not every device has float64
     det = torch.linalg.det(U).item()
-    if not abs(abs(det)-1)<1e-4: raise ValueError(f'A has determinant {det:.6g}; expected 1 or -1, only such matrices are products of shears')
-    perm,L,s = torch.arange(n),torch.eye(n, dtype=torch.float64),torch.zeros(n, dtype=torch.float64)
+    check(abs(abs(det)-1)<1e-4, 'the determinant of A', det, '1 or -1, as for all products of shears')
+    n = len(A)
+    perm = torch.arange(n)
+    L = torch.eye(n, dtype=torch.float64)
+    s = torch.zeros(n, dtype=torch.float64)
     for k in range(n-1):
-        p = k + U[k:,-1].abs().argmax().item()                      # the row that lends most for making a pivot of 1
+        p = k + U[k:,-1].abs().argmax().item() # its last entry is the largest, so s[k] is small
         for m in (U, perm): m[[k,p]] = m[[p,k]]
         L[[k,p],:k] = L[[p,k],:k]
         s[k] = (U[k,k]-1)/U[k,-1]
         U[:,k] -= s[k]*U[:,-1]
         L[k+1:,k] = U[k+1:,k]
         U[k+1:] -= L[k+1:,k,None]*U[k]
-    U[-1,-1] = U[-1,-1].sign()                                       # 1 or -1 up to rounding
+    U[-1,-1] = U[-1,-1].sign() # 1 or -1 up to rounding
     s[-1] = 1.
     return perm.to(A.device), *(m.to(A) for m in (L, U.triu(), s))
 
 # %% ../../nbs/layers/04_linear.ipynb #c45c3843
 class ShearedLinear(Bijection):
-    "Multiplication by a fixed matrix of determinant ±1, as a chain of shears; exactly invertible on the lattice"
+    "Multiplication by a fixed matrix of determinant ±1, as shears; inverted exactly on the lattice"
     def __init__(self,
         A:Tensor, # Matrix, (n, n), |det A| = 1
         lattice_bits:int|None=None, # Grid of the states; None for plain floating point
     ):
         super().__init__()
-        for name,m in zip(('perm','L','U','s'), shear_factors(A)): self.register_buffer(name, m)
+        for name,m in zip(('perm','L','U','s'), shear_factors(A)):
+            self.register_buffer(name, m)
         self.lattice_bits = lattice_bits
 
-    def _shear(self, x, row, i, sign):
-        "Add to feature `i` the combination `row` of all others, or take it away"
-        others = row.to(x).index_fill(0, torch.tensor(i, device=x.device), 0.)
-        x[i] = lattice_add(x[i], sign*(others@x), self.lattice_bits)
-
     def _by_feature(self, x):
-        if x.shape[-1]!=len(self.s): raise ValueError(f'the state has {x.shape[-1]} features; expected {len(self.s)}')
+        "Check a state, and return it as (n, positions), in one layout in both directions: same sums"
+        n = len(self.s)
+        check(x.shape[-1]==n, 'the number of features of x', x.shape[-1], n)
         require_lattice(x, self.lattice_bits)
-        return x.movedim(-1, 0).reshape(len(self.s), -1).contiguous()    # one layout in both directions: same sums
-    def _flip(self, x): x[-1] = x[-1]*self.U[-1,-1].to(x)
+        return x.movedim(-1, 0).reshape(n, -1).contiguous()
 
-    def forward(self, x:Tensor, **context):
-        n,v = len(self.s),self._by_feature(x).clone()
-        self._shear(v, self.s, n-1, 1)
-        for i in range(n-1): self._shear(v, self.U[i], i, 1)
-        self._flip(v)
-        for i in reversed(range(n)): self._shear(v, self.L[i], i, 1)
-        y = torch.empty_like(v).index_copy(0, self.perm, v)
-        return y.reshape(n, *x.shape[:-1]).movedim(0, -1), sum_log_determinants([], x)
+    def _shear(self, v, row, i, sign):
+        "Add the combination `row` of all other features to feature `i`, or subtract it, in place"
+        others = row.to(v).index_fill(0, torch.tensor(i, device=v.device), 0.)
+        v[i] = lattice_add(v[i], sign*(others@v), self.lattice_bits)
+    def _flip(self, v): v[-1] = v[-1]*self.U[-1,-1].to(v)
 
-    def inverse(self, y:Tensor, **context):
-        n,v = len(self.s),self._by_feature(y)[self.perm]
-        for i in range(n): self._shear(v, self.L[i], i, -1)
-        self._flip(v)
-        for i in reversed(range(n-1)): self._shear(v, self.U[i], i, -1)
-        self._shear(v, self.s, n-1, -1)
-        return v.reshape(n, *y.shape[:-1]).movedim(0, -1), sum_log_determinants([], y)
+# %% ../../nbs/layers/04_linear.ipynb #c45c3845
+@patch
+def forward(self:ShearedLinear, x:Tensor, **context)->tuple[Tensor,Tensor]:
+    "Multiply a state, `(..., n)`, by the matrix"
+    n = len(self.s)
+    v = self._by_feature(x).clone()
+    self._shear(v, self.s, n-1, 1)
+    for i in range(n-1): self._shear(v, self.U[i], i, 1)
+    self._flip(v)
+    for i in reversed(range(n)): self._shear(v, self.L[i], i, 1)
+    y = torch.empty_like(v).index_copy(0, self.perm, v)
+    return y.reshape(n, *x.shape[:-1]).movedim(0, -1), sum_log_determinants([], x)
+
+@patch
+def inverse(self:ShearedLinear, y:Tensor, **context)->tuple[Tensor,Tensor]:
+    "Multiply a state by the inverse of the matrix"
+    n = len(self.s)
+    v = self._by_feature(y)[self.perm]
+    for i in range(n): self._shear(v, self.L[i], i, -1)
+    self._flip(v)
+    for i in reversed(range(n-1)): self._shear(v, self.U[i], i, -1)
+    self._shear(v, self.s, n-1, -1)
+    return v.reshape(n, *y.shape[:-1]).movedim(0, -1), sum_log_determinants([], y)
 
 # %% ../../nbs/layers/04_linear.ipynb #36aac819
 class Permutation(Bijection):
     "Reorder the features by a random permutation"
     def __init__(self,
         dim:int, # Features
-        generator:torch.Generator|None=None, # Source of the permutation
+        generator:torch.Generator|None=None, # Source of the permutation; the global one if None
     ):
         super().__init__()
         self.register_buffer('perm', torch.randperm(dim, generator=generator))
         self.register_buffer('back', self.perm.argsort())
     def _reorder(self, x, perm):
-        if x.shape[-1]!=len(perm): raise ValueError(f'the state has {x.shape[-1]} features; expected dim={len(perm)}')
+        check(x.shape[-1]==len(perm), 'the number of features of x', x.shape[-1], f'dim={len(perm)}')
         return x[...,perm], sum_log_determinants([], x)
     def forward(self, x:Tensor, **context): return self._reorder(x, self.perm)
     def inverse(self, y:Tensor, **context): return self._reorder(y, self.back)
 
-def _mixing(kind, dim, bits, g):
-    if kind=='none': return None
-    if kind=='permutation': return Permutation(dim, g)
-    if kind=='rotation': return BijectiveSequential(Permutation(dim, g), PairRotation(torch.pi*(torch.rand(dim//2, generator=g)-.5), bits))
-    raise ValueError(f"mixing is {kind!r}; expected 'permutation', 'rotation' or 'none'")
+def _random_mixing(kind, dim, bits, generator):
+    "Return a random permutation of the features, followed by a random rotation if `kind` is 'rotation'"
+    permutation = Permutation(dim, generator)
+    if kind=='permutation': return permutation
+    angles = torch.pi*(torch.rand(dim//2, generator=generator)-.5)
+    return BijectiveSequential(permutation, PairRotation(angles, bits))
 
+# %% ../../nbs/layers/04_linear.ipynb #36aac821
 class LinearCoupling(Bijection):
-    "`x_a = x_a*exp(s) + W x_b` on the first `dim//2` features a, or with `flip` on the others; identity at initialisation"
+    "`x_a = x_a*exp(s) + W x_b`, the identity at initialisation"
     def __init__(self,
         dim:int, # Features
-        flip:bool=False, # Change the second part rather than the first
+        flip:bool=False, # The active part a is the first dim//2 features, or with flip all the others
         affine:bool=False, # Learn log-scales s
         max_log_scale:float=2., # Bound of the log-scales
         lattice_bits:int|None=None, # Grid of the states; additive only
     ):
         super().__init__()
-        if affine and lattice_bits is not None: raise ValueError(f"lattice_bits is {lattice_bits}, but affine couplings leave the lattice; expected None, or affine=False")
+        on_lattice = lattice_bits is not None
+        check(not (affine and on_lattice), 'lattice_bits', lattice_bits, 'None where couplings are affine')
         store_attr('dim,flip,max_log_scale,lattice_bits')
         active,passive = (dim-dim//2, dim//2) if flip else (dim//2, dim-dim//2)
         self.weight = nn.Parameter(torch.zeros(active, passive))
         self.log_scale = nn.Parameter(torch.zeros(active)) if affine else None
 
-    def _parts(self, x):
-        if x.shape[-1]!=self.dim: raise ValueError(f'the state has {x.shape[-1]} features; expected dim={self.dim}')
+    def _split(self, x):
+        "Return the active and the passive part of a state"
+        check(x.shape[-1]==self.dim, 'the number of features of x', x.shape[-1], f'dim={self.dim}')
         a,b = x.split([self.dim//2, self.dim-self.dim//2], -1)
         return (b, a) if self.flip else (a, b)
     def _join(self, a, b): return torch.cat((b, a) if self.flip else (a, b), -1)
 
-    def _either(self, x, mask, sign):
-        "There (sign 1) or back (sign -1)"
-        check_mask(mask, x)
-        require_lattice(x, self.lattice_bits)
-        a,b = self._parts(x)
-        t = sign*zero_padding(F.linear(b.contiguous(), self.weight), mask)            # one layout in both directions: same sums
-        if self.log_scale is None: return self._join(lattice_add(a, t, self.lattice_bits), b), sum_log_determinants([], x)
-        s = zero_padding(sign*bounded(self.log_scale, self.max_log_scale).to(x.dtype).expand_as(a), mask)
-        return self._join(a*s.exp()+t.to(x.dtype) if sign>0 else (a+t.to(x.dtype))*s.exp(), b), sum_log_determinants([s], x)
+# %% ../../nbs/layers/04_linear.ipynb #36aac822
+@patch
+def _couple(self:LinearCoupling, x, mask, sign):
+    "Apply the coupling (sign 1) or its inverse (sign -1)"
+    check_mask(mask, x)
+    require_lattice(x, self.lattice_bits)
+    a,b = self._split(x)
+    shift = F.linear(b.contiguous(), self.weight) # one layout in both directions: same sums
+    shift = sign*zero_padding(shift, mask)
+    if self.log_scale is None:
+        a = lattice_add(a, shift, self.lattice_bits)
+        return self._join(a, b), sum_log_determinants([], x)
+    s = sign*bounded(self.log_scale, self.max_log_scale).to(x.dtype).expand_as(a)
+    s = zero_padding(s, mask)
+    shift = shift.to(x.dtype)
+    a = a*s.exp()+shift if sign>0 else (a+shift)*s.exp()
+    return self._join(a, b), sum_log_determinants([s], x)
 
-    def forward(self, x:Tensor, mask:Tensor|None=None, **context): return self._either(x, mask, 1)
-    def inverse(self, y:Tensor, mask:Tensor|None=None, **context): return self._either(y, mask, -1)
+@patch
+def forward(self:LinearCoupling, x:Tensor, mask:Tensor|None=None, **context)->tuple[Tensor,Tensor]:
+    "Map a state, `(..., dim)`; padding is not changed"
+    return self._couple(x, mask, 1)
+
+@patch
+def inverse(self:LinearCoupling, y:Tensor, mask:Tensor|None=None, **context)->tuple[Tensor,Tensor]:
+    "Undo `forward`"
+    return self._couple(y, mask, -1)
 
 # %% ../../nbs/layers/04_linear.ipynb #61673de6
 class BijectiveLinear(Bijection):
@@ -164,63 +199,81 @@ class BijectiveLinear(Bijection):
         dim:int, # Features in and out, at least 2
         n_couplings:int=4, # Shears between the two halves
         coupling:str='additive', # 'additive' has determinant 1, 'affine' scales too
-        mixing:str='none', # Map that changes the cut between pairs of shears: 'permutation', 'rotation' or 'none'
+        mixing:str='none', # Change of the cut between pairs of shears: 'permutation', 'rotation' or 'none'
         bias:bool=True, # Whether to add a learned vector
         lattice_bits:int|None=None, # Grid of the states; additive couplings only
         seed:int=0, # Seed of the mixings
     ):
         super().__init__()
-        if dim<2: raise ValueError(f'dim is {dim}; expected at least 2, so that there are two parts to couple')
-        if n_couplings<1: raise ValueError(f'n_couplings is {n_couplings}; expected at least 1')
-        if coupling not in ('additive','affine'): raise ValueError(f"coupling is {coupling!r}; expected 'additive' or 'affine'")
+        check_whole('dim', dim, 2)
+        check_whole('n_couplings', n_couplings)
+        check_one_of('coupling', coupling, ('additive','affine'))
+        check_one_of('mixing', mixing, ('permutation','rotation','none'))
         store_attr('dim,lattice_bits')
+        flips = [i%2==1 for i in range(n_couplings)]
+        affine = coupling=='affine'
+        couplings = [LinearCoupling(dim, flip, affine, lattice_bits=lattice_bits) for flip in flips]
+        self.couplings = nn.ModuleList(couplings)
+        n_mixings = 0 if mixing=='none' else (n_couplings-1)//2
         g = torch.Generator().manual_seed(seed)
-        self.couplings = nn.ModuleList(LinearCoupling(dim, i%2==1, coupling=='affine', lattice_bits=lattice_bits) for i in range(n_couplings))
-        self.mixings = nn.ModuleList(m for m in (_mixing(mixing, dim, lattice_bits, g) for _ in range((n_couplings-1)//2)) if m is not None)
+        self.mixings = nn.ModuleList(_random_mixing(mixing, dim, lattice_bits, g) for _ in range(n_mixings))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def _maps(self):
-        "Every map in order, as pairs of (there, back)"
-        for i,c in enumerate(self.couplings):
-            m = self.mixings[i//2-1] if i>=2 and len(self.mixings) else None     # the first pair of shears sees the features as they are
-            if m is not None and i%2==0: yield m,m.inverse
-            yield c,c.inverse
-            if m is not None and (i%2==1 or i==len(self.couplings)-1): yield m.inverse,m
+        "Return every map in order, each with its inverse"
+        couplings,maps = list(self.couplings),[]
+        for i in range(0, len(couplings), 2):
+            pair = [(c,c.inverse) for c in couplings[i:i+2]]
+            if i>0 and len(self.mixings): # the first pair has no mixing
+                m = self.mixings[i//2-1]
+                pair = [(m,m.inverse), *pair, (m.inverse,m)]
+            maps += pair
+        return maps
 
-    def forward(self,
-        x:Tensor, # State, (..., dim)
-        mask:Tensor|None=None, # (B, L), True where there is text; padding passes through
-        **context, # Ignored
-    )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant (B,), nats
-        y,dets = x,[]
-        for f,_ in self._maps():
-            y,d = f(y, mask=mask)
-            dets.append(d)
-        if self.bias is not None: y = lattice_add(y, self.bias.expand_as(y), self.lattice_bits)
-        return restore_padding(y, x, mask), sum_log_determinants(dets, x)
+# %% ../../nbs/layers/04_linear.ipynb #61673de8
+@patch
+def forward(self:BijectiveLinear,
+    x:Tensor, # State, (..., dim)
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); padding is not changed
+    **context, # Not used
+)->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant (B,), nats
+    "Multiply a state by the matrix, and add the bias"
+    y,logdets = x,[]
+    for f,_ in self._maps():
+        y,logdet = f(y, mask=mask)
+        logdets.append(logdet)
+    if self.bias is not None: y = lattice_add(y, self.bias.expand_as(y), self.lattice_bits)
+    return restore_padding(y, x, mask), sum_log_determinants(logdets, x)
 
-    def inverse(self,
-        y:Tensor, # State, (..., dim)
-        mask:Tensor|None=None, # Mask of the forward call, (B, L)
-        **context, # Ignored
-    )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant of the inverse (B,), nats
-        require_lattice(y, self.lattice_bits)
-        x,dets = y,[]
-        if self.bias is not None: x = lattice_add(x, -self.bias.expand_as(x), self.lattice_bits)
-        for _,f in reversed(list(self._maps())):
-            x,d = f(x, mask=mask)
-            dets.append(d)
-        return restore_padding(x, y, mask), sum_log_determinants(dets, y)
+@patch
+def inverse(self:BijectiveLinear,
+    y:Tensor, # State, (..., dim)
+    mask:Tensor|None=None, # Mask of the forward call, (B, L)
+    **context, # Not used
+)->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant of the inverse (B,), nats
+    "Undo `forward`"
+    require_lattice(y, self.lattice_bits)
+    x,logdets = y,[]
+    if self.bias is not None: x = lattice_add(x, -self.bias.expand_as(x), self.lattice_bits)
+    for _,f in reversed(self._maps()):
+        x,logdet = f(x, mask=mask)
+        logdets.append(logdet)
+    return restore_padding(x, y, mask), sum_log_determinants(logdets, y)
 
-    @torch.no_grad()
-    def matrix(self)->Tensor: # (dim, dim), so that the layer without its bias is x @ matrix.T
-        "The matrix it multiplies by, with nothing rounded to the lattice"
-        free = deepcopy(self)
-        for m in free.modules():
-            if hasattr(m, 'lattice_bits'): m.lattice_bits = None
-        return free._columns()
+# %% ../../nbs/layers/04_linear.ipynb #61673de9
+@patch
+def _matrix(self:BijectiveLinear):
+    "Return the matrix with its graph; rounded on the lattice"
+    weight = self.couplings[0].weight
+    columns = torch.eye(self.dim, device=weight.device, dtype=weight.dtype)
+    for f,_ in self._maps(): columns = f(columns)[0]
+    return columns.T
 
-    def _columns(self):
-        eye = torch.eye(self.dim, device=self.couplings[0].weight.device, dtype=self.couplings[0].weight.dtype)
-        for f,_ in self._maps(): eye = f(eye)[0]
-        return eye.T
+@patch
+@torch.no_grad()
+def matrix(self:BijectiveLinear)->Tensor: # (dim, dim), so that the layer without its bias is x @ matrix.T
+    "Return the matrix, with nothing rounded to the lattice"
+    off_lattice = deepcopy(self)
+    for m in off_lattice.modules():
+        if hasattr(m, 'lattice_bits'): m.lattice_bits = None
+    return off_lattice._matrix()
