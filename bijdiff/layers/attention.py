@@ -11,25 +11,26 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from ..checks import check, is_whole
 from .coupling import zero_padding
 
 # %% ../../nbs/layers/07_attention.ipynb #be97278f
 def rotary_angles(
     L:int, # Number of positions
     d_head:int, # Features of a head, even
-    device=None, # Where to put them
+    device=None, # Device of the result
 )->tuple[Tensor,Tensor]: # Cosine and sine, (L, d_head/2) each
-    "Cosine and sine of the rotary angles"
+    "Return cosine and sine of the rotary angles"
     theta = 10000. ** (-torch.arange(0, d_head, 2, device=device)/d_head)
     angles = torch.arange(L, device=device)[:,None] * theta
     return angles.cos(), angles.sin()
 
 def rotate(
     x:Tensor, # Queries or keys, (..., L, d_head)
-    cos:Tensor, # (L, d_head/2)
-    sin:Tensor, # (L, d_head/2)
-)->Tensor: # Same shape and type as x
-    "Turn the pairs (j, j + d_head/2) by the rotary angles"
+    cos:Tensor, # Cosine of the angles, (L, d_head/2)
+    sin:Tensor, # Sine of the angles, (L, d_head/2)
+)->Tensor: # Rotated queries or keys, of the shape and type of x
+    "Rotate the pairs (j, j + d_head/2) by the rotary angles"
     cos,sin = cos.to(x.dtype),sin.to(x.dtype)
     a,b = x.chunk(2, -1)
     return torch.cat([a*cos - b*sin, b*cos + a*sin], -1)
@@ -38,25 +39,25 @@ def rotate(
 def attention_weights(
     q:Tensor, # Queries, (B, H, L, d_head)
     k:Tensor, # Keys, (B, H, L, d_head)
-    keys:Tensor|None=None, # Keys that may be looked at, (B, 1, 1, L); all if None
-)->Tensor: # (B, H, L, L), every row sums to 1
-    "The matrix of attention, written down"
+    keys:Tensor|None=None, # True for visible keys, (B, 1, 1, L); all keys are visible if None
+)->Tensor: # Weights, (B, H, L, L); every row sums to 1
+    "Return the matrix of attention weights"
     logits = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)
     return (logits if keys is None else logits.masked_fill(~keys, float('-inf'))).softmax(-1)
 
 def visible_keys(
-    mask:Tensor|None, # (B, L), True where there is text
-)->Tensor|None: # (B, 1, 1, L); an example that is all padding sees all of it, since it has to see something
-    "Which keys attention may look at"
+    mask:Tensor|None, # True at tokens and False at padding, (B, L); None for no padding
+)->Tensor|None: # True for visible keys, (B, 1, 1, L); all keys of an example without tokens are visible
+    "Return the mask of the keys that attention sees"
     return None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:,None,None]
 
 def attend(
     q:Tensor, # Queries, (B, H, L, d_head)
     k:Tensor, # Keys, (B, H, L, d_head)
     v:Tensor, # Values, (B, H, L, d_head)
-    keys:Tensor|None=None, # Keys that may be looked at, (B, 1, 1, L); all if None
+    keys:Tensor|None=None, # True for visible keys, (B, 1, 1, L); all keys are visible if None
 )->Tensor: # (B, H, L, d_head)
-    "Bidirectional softmax attention with the kernel that was fastest to train where we measured"
+    "Bidirectional softmax attention, with the kernel that trained fastest where we measured"
     plain = q.device.type=='cpu' and q.dtype==torch.bfloat16 and q.shape[-2]<=512
     return attention_weights(q, k, keys)@v if plain else F.scaled_dot_product_attention(q, k, v, keys)
 
@@ -65,14 +66,15 @@ def head_dim(
     d_model:int, # Width
     n_heads:int, # Number of heads
 )->int: # Features of one head
-    "Features per head; sizes that cannot be shared out or rotated are refused"
-    if n_heads<1 or d_model%n_heads: raise ValueError(f'n_heads is {n_heads}; expected a divisor of d_model={d_model}')
-    d = d_model//n_heads
-    if d%2: raise ValueError(f'n_heads is {n_heads}, so d_model={d_model} leaves {d} features a head; rotary positions need an even number')
-    return d
+    "Check that heads have equal and even numbers of features, and return this number"
+    divides = is_whole(n_heads) and n_heads>=1 and d_model%n_heads==0
+    check(divides, 'n_heads', n_heads, f'a divisor of d_model={d_model}')
+    d_head = d_model//n_heads
+    check(d_head%2==0, 'n_heads', n_heads, f'a divisor of d_model={d_model} with an even quotient')
+    return d_head
 
 class BidirectionalAttention(nn.Module):
-    "Multi-head attention over the whole text with rotary positions, zero at initialisation"
+    "Multi-head attention over the whole sequence with rotary positions, zero at initialisation"
     def __init__(self,
         d_model:int, # Width
         n_heads:int, # Heads; d_model/n_heads must be an even integer
@@ -80,40 +82,51 @@ class BidirectionalAttention(nn.Module):
     ):
         super().__init__()
         self.n_heads,self.d_head = n_heads,head_dim(d_model, n_heads)
-        self.qkv,self.out = nn.Linear(d_model, 3*d_model, bias=False),nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(d_model, 3*d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.qkv.weight, std=d_model**-0.5)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self,
-        x:Tensor, # (B, L, d_model)
-        mask:Tensor|None=None, # (B, L), True where there is text; None for everywhere
-        rotary:tuple|None=None, # Result of rotary_angles(L, d_head), to share it between layers; computed here if None
-        rows:Tensor|None=None, # Numbers of the positions that ask, (B, R); all of them if None
-    )->Tensor: # (B, L, d_model), or (B, R, d_model)
-        B,L,D = x.shape
-        if rotary is None: rotary = rotary_angles(L, self.d_head, x.device)
-        x = zero_padding(x, mask)                                            # not even NaN at padding may spread: 0 times NaN is NaN
-        if rows is not None: return self._attend_at(x, rows, mask, rotary)
-        qk,v = self.qkv(x).view(B, L, 3*self.n_heads, self.d_head).transpose(1, 2).split([2*self.n_heads, self.n_heads], 1)
-        q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary).chunk(2, 1)
-        return self.dropout(self.out(attend(q, k, v, visible_keys(mask)).transpose(1, 2).reshape(B, L, D)))
+# %% ../../nbs/layers/07_attention.ipynb #53b2202c
+@patch
+def forward(self:BidirectionalAttention,
+    x:Tensor, # State, (B, L, d_model)
+    mask:Tensor|None=None, # True at tokens and False at padding, (B, L); None for no padding
+    rotary:tuple|None=None, # Result of rotary_angles(L, d_head), shared by layers; computed here if None
+    rows:Tensor|None=None, # Positions to compute the result for, (B, R); all if None
+)->Tensor: # Update, (B, L, d_model), or (B, R, d_model)
+    "Attend from all positions, or from some, to all"
+    B,L,D = x.shape
+    if rotary is None: rotary = rotary_angles(L, self.d_head, x.device)
+    x = zero_padding(x, mask) # keeps NaN at padding from spreading: 0 times NaN is NaN
+    if rows is not None: return self._attend_from(x, rows, mask, rotary)
+    qkv = self.qkv(x).view(B, L, 3*self.n_heads, self.d_head).transpose(1, 2)
+    qk,v = qkv.split([2*self.n_heads, self.n_heads], 1)
+    q,k = rotate(F.layer_norm(qk, (self.d_head,)), *rotary).chunk(2, 1)
+    y = attend(q, k, v, visible_keys(mask))
+    return self.dropout(self.out(y.transpose(1, 2).reshape(B, L, D)))
 
 # %% ../../nbs/layers/07_attention.ipynb #7e130215
 def gather_rows(
-    x:Tensor, # (B, L, D)
-    rows:Tensor, # Numbers of positions, (B, R)
-)->Tensor: # (B, R, D)
-    "The named positions of each text"
+    x:Tensor, # State, (B, L, D)
+    rows:Tensor, # Positions, (B, R)
+)->Tensor: # Rows of the state, (B, R, D)
+    "Return the named positions of each sequence"
     return x.gather(1, rows[...,None].expand(-1, -1, x.shape[-1]))
 
 @patch
-def _attend_at(self:BidirectionalAttention, x, rows, mask, rotary):
+def _split_heads(self:BidirectionalAttention, t):
+    "From (B, L, n*d_head) to (B, n, L, d_head)"
+    return t.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+@patch
+def _attend_from(self:BidirectionalAttention, x, rows, mask, rotary):
     "Attention for the queries of some positions"
     D = x.shape[-1]
-    split = lambda t: t.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-    q = split(F.linear(gather_rows(x, rows), self.qkv.weight[:D]))
-    k,v = split(F.linear(x, self.qkv.weight[D:])).chunk(2, 1)
+    q = self._split_heads(F.linear(gather_rows(x, rows), self.qkv.weight[:D]))
+    k,v = self._split_heads(F.linear(x, self.qkv.weight[D:])).chunk(2, 1)
     q = rotate(F.layer_norm(q, (self.d_head,)), *(a[rows][:,None] for a in rotary))
     k = rotate(F.layer_norm(k, (self.d_head,)), *rotary)
-    return self.dropout(self.out(attend(q, k, v, visible_keys(mask)).transpose(1, 2).flatten(2)))
+    y = attend(q, k, v, visible_keys(mask))
+    return self.dropout(self.out(y.transpose(1, 2).flatten(2)))

@@ -11,45 +11,51 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
+from ..checks import check, check_number, check_shape, check_whole
 from .bijection import Bijection, logdet_dtype, sum_log_determinants
 
 # %% ../../nbs/layers/06_norm.ipynb #253c622c
 def _check_state(x, dim, mask):
-    "ValueError unless `x` is `(B, ..., dim)` and `mask` fits it"
-    if x.ndim<2 or x.shape[-1]!=dim: raise ValueError(f'the state has shape {tuple(x.shape)}; expected (B, ..., {dim})')
-    if mask is not None and (mask.dtype!=torch.bool or mask.shape!=x.shape[:-1]):
-        raise ValueError(f'mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {tuple(x.shape[:-1])}, True at real tokens')
+    "Check that `x` is `(B, ..., dim)` and that `mask` fits it"
+    check(x.ndim>=2 and x.shape[-1]==dim, 'the shape of x', tuple(x.shape), f'(B, ..., {dim})')
+    if mask is None or (mask.dtype==torch.bool and mask.shape==x.shape[:-1]): return
+    raise ValueError(f'mask is {mask.dtype} of shape {tuple(mask.shape)}; '
+                     f'expected torch.bool of shape {tuple(x.shape[:-1])}, True at real tokens')
 
-def _keep(mask, a, other):
-    "`a` at real tokens, `other` at padded ones; `mask` has the number of axes that `a` has"
+def _where_real(mask, a, other):
+    "Select `a` at real tokens and `other` at padded ones; `mask` has the number of axes of `a`"
     return a if mask is None else torch.where(mask, a, other)
 
-def _tokens(x, dim, mask):
-    "The state in float32 or float64, with zeros at padding, and the mask as `(B, ..., 1)`"
+def _prepare(x, dim, mask):
+    "Return the state in float32 or float64, with zeros at padding, and the mask as `(B, ..., 1)`"
     _check_state(x, dim, mask)
     mask = None if mask is None else mask[...,None]
-    return _keep(mask, x.to(logdet_dtype(x)), 0.), mask
+    return _where_real(mask, x.to(logdet_dtype(x)), 0.), mask
 
-def _untokens(t, x, mask): return _keep(mask, t.to(x.dtype), x)
-def _token_sum(per_token, x, mask): return sum_log_determinants([_keep(mask, per_token, 0.)], x)
+def _restore(t, x, mask):
+    "Return `t` in the precision of `x`, with `x` at padding"
+    return _where_real(mask, t.to(x.dtype), x)
+
+def _token_sum(per_token, x, mask): return sum_log_determinants([_where_real(mask, per_token, 0.)], x)
 
 # %% ../../nbs/layers/06_norm.ipynb #0352c631
 class ActNorm(Bijection):
-    "`y = (x + bias) * exp(log_scale)` per feature; the first training batch comes out with mean 0 and variance 1"
+    "`y = (x + bias) * exp(log_scale)` per feature; gives the first training batch mean 0 and variance 1"
     def __init__(self,
         dim:int, # D: features of the state
-        eps:float=1e-5, # A feature that varies by no more than this share of its mean counts as constant: centred, and scale 1
+        eps:float=1e-5, # A feature with a std of at most eps * |mean| counts as constant: scale 1
     ):
-        if dim<1: raise ValueError(f'dim is {dim}; expected at least 1 feature')
-        if not eps>=0: raise ValueError(f'eps is {eps}; expected 0 or more')
+        check_whole('dim', dim)
+        check_number('eps', eps, least=0)
         super().__init__()
         store_attr()
-        self.bias,self.log_scale = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.zeros(dim))
         self.register_buffer('initialised', torch.tensor(False))
 
 # %% ../../nbs/layers/06_norm.ipynb #422ba305
-def _all_sum(x):
-    "Sum over the processes of a distributed run; `x` itself if there is one process"
+def _sum_over_processes(x):
+    "Sum a tensor over the processes of a distributed run, in place"
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(x)
     return x
 
@@ -57,116 +63,130 @@ def _all_sum(x):
 @torch.no_grad()
 def initialise(self:ActNorm,
     x:Tensor, # State, (B, ..., D)
-    mask:Tensor|None=None, # True at real tokens, (B, ...)
+    mask:Tensor|None=None, # True at real tokens, (B, ...); all tokens are real if None
 )->None:
-    "Set bias and scale from one batch; the first forward in training mode calls it"
+    "Set bias and scale from one batch; called by the first forward in training mode"
     _check_state(x, self.dim, mask)
     t = (x if mask is None else x[mask]).reshape(-1, self.dim).to(logdet_dtype(x))
-    n = _all_sum(t.new_tensor(len(t)))
-    if n<1: raise ValueError('the first batch has 0 real tokens; expected at least 1 to start from')
-    mean = _all_sum(t.sum(0))/n
-    std = (_all_sum((t-mean).square().sum(0))/n).sqrt()
-    if bad := (~std.isfinite()).sum().item(): raise ValueError(f'{bad} of {self.dim} features of the first batch are not finite; expected finite numbers')
+    n = _sum_over_processes(t.new_tensor(len(t)))
+    check(n>=1, 'the number of real tokens in the first batch', n, 'at least 1')
+    mean = _sum_over_processes(t.sum(0))/n
+    std = (_sum_over_processes((t-mean).square().sum(0))/n).sqrt()
+    bad = (~std.isfinite()).sum().item()
+    check(bad==0, 'the number of features of x that are not finite', bad, f'0 of {self.dim}')
     self.bias.copy_(-mean)
     self.log_scale.copy_(-torch.where(std>self.eps*mean.abs(), std, 1.).log())
     self.initialised.fill_(True)
 
 # %% ../../nbs/layers/06_norm.ipynb #e3a54d14
 @patch
-def _affine(self:ActNorm, x, mask, inverse):
-    t,m = _tokens(x, self.dim, mask)
+def _scale_and_shift(self:ActNorm, x, mask, inverse):
+    t,m = _prepare(x, self.dim, mask)
     b,s = self.bias.to(t.dtype),self.log_scale.to(t.dtype)
     t = t*s.neg().exp()-b if inverse else (t+b)*s.exp()
     logdet = _token_sum(s.sum().expand(x.shape[:-1]), x, mask)
-    return _untokens(t, x, m), -logdet if inverse else logdet
+    return _restore(t, x, m), -logdet if inverse else logdet
 
 @patch
 def forward(self:ActNorm,
     x:Tensor, # State, (B, ..., D)
-    mask:Tensor|None=None, # True at real tokens, (B, ...); all are if None
+    mask:Tensor|None=None, # True at real tokens, (B, ...); all tokens are real if None
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (B, ..., D), and log-determinant (B,) in nats
-    "Shift and scale real tokens; the first call in training mode initialises"
+    "Shift and scale real tokens; the first call in training mode initialises the layer"
     if self.training and not self.initialised: self.initialise(x, mask)
-    return self._affine(x, mask, inverse=False)
+    return self._scale_and_shift(x, mask, inverse=False)
 
 @patch
 def inverse(self:ActNorm,
     y:Tensor, # State, (B, ..., D)
-    mask:Tensor|None=None, # The mask that forward was given
+    mask:Tensor|None=None, # Mask of the forward call
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (B, ..., D), and log-determinant of the inverse map (B,) in nats
-    "Undo `forward`; it never initialises"
-    return self._affine(y, mask, inverse=True)
+    "Undo `forward`, without initialising the layer"
+    return self._scale_and_shift(y, mask, inverse=True)
 
 # %% ../../nbs/layers/06_norm.ipynb #54d965ba
 class InvertibleLayerNorm(nn.Module):
-    "Layer normalisation that returns mean and log std of each token and takes them back; maps R^d into R^(d+2), so it is no `Bijection`"
+    "Layer normalisation that can be undone, by the mean and log std of each token; maps R^d into R^(d+2)"
     def __init__(self,
         dim:int, # d: features of a token, at least 2
-        eps:float=0., # Added to the variance; with 0, tokens whose features are all equal are refused
+        eps:float=0., # Added to the variance; with 0, tokens whose features are all equal are rejected
         affine:bool=True, # Learn a gain exp(log_gain) and a bias per feature
     ):
-        if dim<2: raise ValueError(f'dim is {dim}; expected at least 2 features, as one feature has no standard deviation')
-        if not eps>=0: raise ValueError(f'eps is {eps}; expected 0 or more')
+        check_whole('dim', dim, 2)
+        check_number('eps', eps, least=0)
         super().__init__()
         store_attr()
-        for n in ('log_gain', 'bias'): self.register_parameter(n, nn.Parameter(torch.zeros(dim)) if affine else None)
+        for name in ('log_gain', 'bias'):
+            self.register_parameter(name, nn.Parameter(torch.zeros(dim)) if affine else None)
 
     def _gain_bias(self, t):
+        "Return log-gain and bias in the precision of `t`"
         if not self.affine: return t.new_zeros(2, self.dim)
         return self.log_gain.to(t.dtype),self.bias.to(t.dtype)
 
 # %% ../../nbs/layers/06_norm.ipynb #16199f37
 @patch
 def _logdet(self:InvertibleLayerNorm, z, log_std, mask):
-    "The formula, (B, ...), from `z` (B, ..., d) and `log_std` (B, ..., 1)"
-    g,d = self._gain_bias(z)[0],self.dim
-    w,log_a = (-2*g).softmax(-1),(-2*g).logsumexp(-1)-math.log(d)
+    "Return the log-determinant of each token, (B, ...), from `z` (B, ..., d) and `log_std` (B, ..., 1)"
+    g,_ = self._gain_bias(z)
+    d = self.dim
+    w = (-2*g).softmax(-1)
+    log_a = (-2*g).logsumexp(-1)-math.log(d)
     var = (w*(z-(w*z).sum(-1, keepdim=True)).square()).sum(-1, keepdim=True)
     bracket = (self.eps*(-2*log_std).exp()).square() + log_a.exp()*var/d
-    log_bracket = _keep(mask, bracket, 1.).log()                            # 1 at padding, where log 0 would spoil the gradient
+    log_bracket = _where_real(mask, bracket, 1.).log() # 1 at padding, where log 0 would spoil the gradient
     return (g.sum() - (d-1)*log_std - .5*math.log(d) + .5*log_a + .5*log_bracket).squeeze(-1)
 
-def _refuse(bad, mask, problem):
-    "ValueError if a real token is `bad`, (B, ..., 1)"
+def _reject_tokens(bad, mask, problem):
+    "Raise a `ValueError` if a real token is `bad`, (B, ..., 1)"
     if mask is not None: bad = bad & mask
-    if n := int(bad.sum()): raise ValueError(f'{n} of {bad.numel() if mask is None else int(mask.sum())} tokens {problem}')
+    n_bad = int(bad.sum())
+    if not n_bad: return
+    n = bad.numel() if mask is None else int(mask.sum())
+    raise ValueError(f'{n_bad} of {n} tokens {problem}')
 
 # %% ../../nbs/layers/06_norm.ipynb #dcbad7e1
 @patch
+def _check_std(self:InvertibleLayerNorm, t, var, mask):
+    "Reject tokens without a log std, by equal features too: rounding can make their variance positive"
+    equal = t.amax(-1, keepdim=True)==t.amin(-1, keepdim=True)
+    _reject_tokens(equal|(var==0), mask, f'have features that are all equal or too close for {t.dtype}; '
+                                         'expected features that differ, or a layer with eps>0')
+
+@patch
 def forward(self:InvertibleLayerNorm,
     x:Tensor, # State, (B, ..., d)
-    mask:Tensor|None=None, # True at real tokens, (B, ...); all are if None
-)->tuple[Tensor,Tensor,Tensor]: # State (B, ..., d), stats (B, ..., 2) = mean and log std (0 at padding), log-determinant (B,) in nats
-    "Normalise real tokens, and return what that takes away"
-    t,m = _tokens(x, self.dim, mask)
+    mask:Tensor|None=None, # True at real tokens, (B, ...); all tokens are real if None
+)->tuple: # State (B, ..., d); mean and log std (B, ..., 2), 0 at padding; log-determinant (B,) in nats
+    "Normalise real tokens, and return their means and log stds"
+    t,m = _prepare(x, self.dim, mask)
     mean = t.mean(-1, keepdim=True)
     c = t-mean
     c = c-c.mean(-1, keepdim=True)
     var = c.square().mean(-1, keepdim=True) + self.eps
-    if self.eps==0:
-        equal = t.amax(-1, keepdim=True)==t.amin(-1, keepdim=True)      # var alone could be what rounding leaves of 0, or have underflowed to it
-        _refuse(equal|(var==0), m, f'have features that are all equal or too close for {t.dtype}, so no log std; expected features that differ, or a layer with eps>0')
-    log_std = .5*_keep(m, var, 1.).log()
+    if self.eps==0: self._check_std(t, var, m)
+    log_std = .5*_where_real(m, var, 1.).log()
     z = c*(-log_std).exp()
     g,b = self._gain_bias(t)
-    return _untokens(z*g.exp()+b, x, m), torch.cat([mean, log_std], -1), _token_sum(self._logdet(z, log_std, m), x, mask)
+    y = _restore(z*g.exp()+b, x, m)
+    return y, torch.cat([mean, log_std], -1), _token_sum(self._logdet(z, log_std, m), x, mask)
 
 # %% ../../nbs/layers/06_norm.ipynb #792e2870
 @patch
 def inverse(self:InvertibleLayerNorm,
-    y:Tensor, # State that forward returned, (B, ..., d)
-    stats:Tensor, # The stats that came with it, (B, ..., 2)
-    mask:Tensor|None=None, # The mask that forward was given
-)->tuple[Tensor,Tensor]: # State (B, ..., d), and log-determinant of the inverse map on the surface (B,) in nats
+    y:Tensor, # State returned by forward, (B, ..., d)
+    stats:Tensor, # Mean and log std returned with it, (B, ..., 2)
+    mask:Tensor|None=None, # Mask of the forward call
+)->tuple[Tensor,Tensor]: # State (B, ..., d), and log-determinant of the inverse on the surface (B,) in nats
     "Undo `forward`"
-    t,m = _tokens(y, self.dim, mask)
-    if stats.shape!=(*y.shape[:-1], 2): raise ValueError(f'stats have shape {tuple(stats.shape)}; expected {(*y.shape[:-1], 2)}, mean and log std of each token')
-    mean,log_std = _keep(m, stats.to(t.dtype), 0.).chunk(2, -1)
+    t,m = _prepare(y, self.dim, mask)
+    check_shape('stats', stats, *y.shape[:-1], 2)
+    mean,log_std = _where_real(m, stats.to(t.dtype), 0.).chunk(2, -1)
     g,b = self._gain_bias(t)
     z = (t-b)*(-g).exp()
     size = 1 - self.eps*(-2*log_std).exp()
-    off = torch.maximum(z.mean(-1, keepdim=True).abs(), (z.square().mean(-1, keepdim=True)-size).abs())
-    _refuse(~(off<=.05), m, 'are no output of this layer; expected y and stats as forward returned them')
-    return _untokens(mean+z*log_std.exp(), y, m), -_token_sum(self._logdet(z, log_std, m), y, mask)
+    error = torch.maximum(z.mean(-1, keepdim=True).abs(), (z.square().mean(-1, keepdim=True)-size).abs())
+    _reject_tokens(~(error<=.05), m, 'are not outputs of this layer; expected y and stats from forward')
+    return _restore(mean+z*log_std.exp(), y, m), -_token_sum(self._logdet(z, log_std, m), y, mask)
