@@ -200,7 +200,7 @@ class BijectiveLinear(Bijection):
         n_couplings:int=4, # Shears between the two halves
         coupling:str='additive', # 'additive' has determinant 1, 'affine' scales too
         mixing:str='none', # Change of the cut between pairs of shears: 'permutation', 'rotation' or 'none'
-        bias:bool=True, # Whether to add a learned vector
+        bias:bool=True, # Add a learned vector
         lattice_bits:int|None=None, # Grid of the states; additive couplings only
         seed:int=0, # Seed of the mixings
     ):
