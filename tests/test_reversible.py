@@ -13,7 +13,7 @@ from bijdiff.layers.lattice import to_lattice
 from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.layers.block import BijectiveTransformer
 import reversible_job as job
-from helpers import random_mask, seeded_weights
+from helpers import random_context, seeded_weights, storage_bytes
 
 def pair(n_layers=3, d=8, heads=2, **kwargs):
     "A reversible stack with random weights, and one with the same weights that stores activations"
@@ -93,8 +93,7 @@ def test_gradients_are_those_of_stored_activations(sizes, mode, seed):
                 dropout=mode.dropout, time_conditioning=mode.timed)
     x = state(sizes.B, sizes.L, d, seed)
     torch.manual_seed(seed)
-    context = dict(mask=random_mask(sizes.B, sizes.L)) if mode.masked else {}
-    if mode.timed: context['t'] = torch.rand(sizes.B)
+    context = random_context(sizes.B, sizes.L, mode.masked, mode.timed)
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(ChunkedUpdate, 'min_chunk_rows', mode.min_chunk_rows)
         found,stored = (trial(m.train(mode.train), x, bf16=mode.bf16, **context) for m in both)
@@ -109,21 +108,17 @@ def live_tensors():
     gc.collect()
     return [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.device.type=='cpu']
 
-def storages(tensors):
-    "Bytes of every storage, by its address"
-    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-
 def bytes_held(depth, reversible, dropout=0.):
     "Bytes that a forward pass leaves for the backward pass: saved by autograd, or held by a Python object"
     m = pair(depth, 16, dropout=dropout)[0 if reversible else 1]
     x = state(4, 32, 16).requires_grad_()
-    before = storages([*live_tensors(), *m.parameters()])
+    before = storage_bytes([*live_tensors(), *m.parameters()])
     saved = {}
     def save(t):
-        saved.update(storages([t]))
+        saved.update(storage_bytes([t]))
         return t
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t): y,_ = m(x)
-    held = saved | storages(live_tensors())
+    held = saved | storage_bytes(live_tensors())
     assert y.requires_grad
     return sum(n for address,n in held.items() if address not in before)
 
