@@ -41,8 +41,7 @@ def tiny_denoiser(
     "Return a denoiser of two blocks of width 8 with random weights"
     torch.manual_seed(seed)
     if noise is not None:
-        fitting = dict(time_conditioning=not noise.masks_only, gap_head=noise.deletes)
-        kwargs = dict(noise=noise.to_dict()) | fitting | kwargs
+        kwargs = dict(noise=noise.to_dict()) | noise.heads() | kwargs
     config = DenoiserConfig(vocab_size, seq_len=seq_len, d_model=8, n_heads=2, n_layers=2, **kwargs)
     return random_weights(BijectiveDenoiser(config).double(), std).eval()
 

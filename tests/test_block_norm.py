@@ -7,7 +7,8 @@ from fastai.callback.all import GradientAccumulation, GradientClip
 from bijdiff.layers.moe import BijectiveMoE
 from bijdiff.training import instruments
 from bijdiff.training.instruments import BlockNormCallback, parameters_by_block
-from helpers import N_STEPS, OnEvent, fit, seeded_weights, small_model, tiny_learner, train
+from helpers import seeded_weights
+from training_helpers import fit, N_STEPS, OnEvent, small_model, tiny_learner, train
 
 torch.set_num_threads(1)
 

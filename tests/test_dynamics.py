@@ -7,7 +7,7 @@ from scipy import signal, stats
 from bijdiff.training import dynamics as D
 from bijdiff.training.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend, oscillation
 from bijdiff.training.dynamics import oscillation_windows, plot_runs, plot_spectrum, plot_trend, seed_interval
-from helpers import rejects
+from training_helpers import rejects
 
 TRUE = 2.,3.,80.
 def trend(n, a=2., b=3., tau=80.):

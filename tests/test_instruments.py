@@ -14,8 +14,8 @@ from bijdiff.training.experts import ExpertCallback
 from bijdiff.training.instruments import BlockNormCallback, LatticeUsageCallback, ProbeCallback
 from bijdiff.training.instruments import RunLogCallback, TensorBoardCallback
 from bijdiff.training.terms import ObjectiveCallback
-from helpers import N_STEPS, StopAt, differing_weights, fit, rejects, same_weights, small_noise, state_copy
-from helpers import tiny_learner, train, wrap_method
+from training_helpers import differing_weights, fit, N_STEPS, rejects, same_weights, small_noise
+from training_helpers import state_copy, StopAt, tiny_learner, train, wrap_method
 
 torch.set_num_threads(1)
 

@@ -14,8 +14,9 @@ from bijdiff.training.callbacks import InvertibilityCallback, LogDetCallback
 from bijdiff.training.instruments import LatticeUsageCallback
 from bijdiff.training.loop import DiffusionLearner
 from bijdiff.training.noising import CorruptionCallback, DiffusionLoss
-from helpers import OnEvent, coupling_states, fit, seeded_weights, small_dls, small_model, tiny_learner, train
-from helpers import vocab_size
+from helpers import seeded_weights
+from training_helpers import coupling_states, fit, OnEvent, small_dls, small_model, tiny_learner, train
+from training_helpers import vocab_size
 
 torch.set_num_threads(1)
 

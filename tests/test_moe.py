@@ -21,8 +21,8 @@ from bijdiff.layers.coupled_experts import CouplerMixer, expert_streams, ExpertE
 from bijdiff.layers.sparse_moe import balance_term, choose_experts, Router, SparseCouplerNet, SparseMixer
 from bijdiff.layers.sparse_moe import SparseNet, z_term
 from bijdiff.layers.moe import BijectiveMoE, route_fractions
-from helpers import assert_close, assert_equal, assert_on_lattice, draw_weights, first_tokens, plant_fault
-from helpers import random_context, storage_bytes
+from helpers import assert_close, assert_equal, assert_on_lattice, draw_weights, first_tokens
+from helpers import plant_fault, random_context, storage_bytes
 from test_bijections import judge_density, judge_roundtrip, judge_types
 from test_reversible import alike, differing, trial
 

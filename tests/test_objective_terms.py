@@ -7,8 +7,9 @@ from fastai.callback.all import GradientAccumulation
 from torch import nn
 from bijdiff.layers.bijection import Bijection
 from bijdiff.training.terms import inversion_nats, ObjectiveCallback
-from helpers import N_STEPS, OnEvent, StopAt, coupling_states, fit, round_to_lattice, same_weights
-from helpers import seeded_weights, short_lr_find, small_noise, tiny_learner, train, wrap_method
+from helpers import seeded_weights
+from training_helpers import coupling_states, fit, N_STEPS, OnEvent, round_to_lattice, same_weights
+from training_helpers import short_lr_find, small_noise, StopAt, tiny_learner, train, wrap_method
 from loss_by_hand import token_loss
 
 torch.set_num_threads(1)

@@ -7,8 +7,9 @@ from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.training import instruments
 from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.instruments import ProbeCallback
-from helpers import N_STEPS, OnEvent, fit, rejects, same_weights, seeded_weights, small_dls, small_noise
-from helpers import tiny_learner, train, vocab_size, wrap_method
+from helpers import seeded_weights
+from training_helpers import fit, N_STEPS, OnEvent, rejects, same_weights, small_dls, small_noise
+from training_helpers import tiny_learner, train, vocab_size, wrap_method
 from loss_by_hand import batch_loss
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.loaders import text_dls
 from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.instruments import BlockNormCallback, ProbeCallback, RunLogCallback, TensorBoardCallback
-from helpers import N_STEPS, fit, rejects, short_lr_find, tiny_learner, train, wrap_method
+from training_helpers import fit, N_STEPS, rejects, short_lr_find, tiny_learner, train, wrap_method
 
 torch.set_num_threads(1)
 METRICS = 'train_loss','valid_loss','bound','se','log_det','inverse_error','tokens_per_s'

@@ -362,6 +362,16 @@ def padding_mask(self:Corruption,
 def padding_mask(self:DeletingCorruption, noisy:NoisyBatch)->Tensor|None: return noisy.text
 
 @patch
+def alignment(self:Corruption,
+    noisy:NoisyBatch, # Noisy sequences, from `corrupt`
+)->tuple: # Clean ids of the symbols (B, L), padding mask (B, L) and gaps (B, L+1), where tokens are deleted
+    "Return what a loss needs beside clean ids, noisy ids and times"
+    return ()
+
+@patch
+def alignment(self:DeletingCorruption, noisy:NoisyBatch)->tuple: return noisy.x0, noisy.text, noisy.gaps
+
+@patch
 def heads(self:Corruption)->dict: # Fields of DenoiserConfig
     "Return what a network needs for this noise: time conditioning, and a head for gaps"
     return dict(time_conditioning=not self.masks_only, gap_head=self.deletes)

@@ -32,14 +32,12 @@ def noise_config(
 )->dict: # Fields of DenoiserConfig
     "Return what a noise needs: the time where it is not masking alone, heads for gaps and scores"
     check_one_of('objective', objective, _objectives)
-    deletes,T,mask = corruption.deletes,corruption.T,corruption.weights['mask']
-    scores = objective=='score_entropy'
-    check(mask or not deletes, 'mask', mask, 'some masking as well: deleted tokens come back as masks')
-    if T and (deletes or scores):
-        reason = 'with deletion the bound is' if deletes else 'score entropy is'
-        raise ValueError(f'T is {T}; {reason} in continuous time: leave T out')
-    return dict(time_conditioning=not corruption.masks_only, gap_head=deletes, score_head=scores,
-                noise=corruption.to_dict())
+    heads = corruption.heads() | dict(score_head=objective=='score_entropy')
+    mask,T = corruption.weights['mask'],corruption.T
+    check(mask or not heads['gap_head'], 'mask', mask, 'more than 0: deleted tokens come back as masks')
+    steps_allowed = not (heads['gap_head'] or heads['score_head'])
+    check(not T or steps_allowed, 'T', T, 'None: with deletion and for scores time is continuous')
+    return heads | dict(noise=corruption.to_dict())
 
 # %% ../../nbs/training/77_learner.ipynb #0127b64f
 def _check_arguments(config, corruption, config_kwargs):

@@ -92,11 +92,10 @@ def show_results(self:DiffusionLearner,
     t = (torch.arange(len(x))+.5)/len(x)
     corruption,model = self.corruption.corruption,base_model(self.model)
     noisy = corruption.corrupt(x, t, torch.Generator().manual_seed(0))
-    xt,text = noisy.xt,noisy.text if corruption.deletes else None
-    with eval_mode(model): probs = clean_posterior(model, xt, t, text, corruption)
+    mask = corruption.padding_mask(noisy)
+    with eval_mode(model): probs = clean_posterior(model, noisy.xt, t, mask, corruption)
     best = probs.argmax(-1).to(x.device)
-    if corruption.deletes:
-        xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (xt, best))
+    xt,best = ([o[:n] for o,n in zip(ids, noisy.lengths.tolist())] for ids in (noisy.xt, best))
     decode = self.dls.tokenizer.decode
     rows = [(f'{a:.2f}', *map(decode, ids)) for a,*ids in zip(t.tolist(), xt, best, x)]
     show_pairs(rows, ('t', 'noisy', 'denoised', 'clean'))

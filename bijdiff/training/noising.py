@@ -115,17 +115,17 @@ def n_draws(self:CorruptionCallback):
 @patch
 def inputs(self:CorruptionCallback, noisy, t):
     "Return the arguments of the model: noisy ids; times and valid positions where it needs them"
-    deletes = self.corruption.deletes
-    timed = base_model(self.model).config.time_conditioning
-    t = t.to(noisy.xt.device, torch.float32) if timed else None
-    if deletes: return noisy.xt, t, noisy.text
-    return (noisy.xt, t) if timed else (noisy.xt,)
+    timed = base_model(self.model).time_conditioning
+    times = t.to(noisy.xt.device, torch.float32) if timed else None
+    given = [noisy.xt, times, self.corruption.padding_mask(noisy)]
+    while given[-1] is None:
+        given.pop()
+    return tuple(given)
 
 @patch
 def targets(self:CorruptionCallback, x, noisy, t):
     "Return the arguments of the loss beside the outputs of the model"
-    target = x, noisy.xt, t
-    return target + (noisy.x0, noisy.text, noisy.gaps) if self.corruption.deletes else target
+    return x, noisy.xt, t, *self.corruption.alignment(noisy)
 
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0e
 @patch
