@@ -50,7 +50,8 @@ def accumulate(model, batches, no_sync=nullcontext):
 def main(folder):
     "Save `{reversible: (one batch, two batches, the first of the two)}` for each process"
     dist.init_process_group('gloo')
-    rank,found = dist.get_rank(),{}
+    rank = dist.get_rank()
+    found = {}
     parts = [part_of(batch, rank, dist.get_world_size()) for batch in batches()]
     for reversible in (True, False):
         kwargs = dict(find_unused_parameters=True, bucket_cap_mb=.01) # several buckets

@@ -81,7 +81,8 @@ class BidirectionalAttention(nn.Module):
         dropout:float=0., # Probability of dropping an output feature in training
     ):
         super().__init__()
-        self.n_heads,self.d_head = n_heads,head_dim(d_model, n_heads)
+        self.n_heads = n_heads
+        self.d_head = head_dim(d_model, n_heads)
         self.qkv = nn.Linear(d_model, 3*d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)

@@ -221,7 +221,8 @@ class BijectiveLinear(Bijection):
 
     def _maps(self):
         "Return every map in order, each with its inverse"
-        couplings,maps = list(self.couplings),[]
+        couplings = list(self.couplings)
+        maps = []
         for i in range(0, len(couplings), 2):
             pair = [(c,c.inverse) for c in couplings[i:i+2]]
             if i>0 and len(self.mixings): # the first pair has no mixing
@@ -238,7 +239,8 @@ def forward(self:BijectiveLinear,
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant (B,), nats
     "Multiply a state by the matrix, and add the bias"
-    y,logdets = x,[]
+    y = x
+    logdets = []
     for f,_ in self._maps():
         y,logdet = f(y, mask=mask)
         logdets.append(logdet)
@@ -253,7 +255,8 @@ def inverse(self:BijectiveLinear,
 )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant of the inverse (B,), nats
     "Undo `forward`"
     require_lattice(y, self.lattice_bits)
-    x,logdets = y,[]
+    x = y
+    logdets = []
     if self.bias is not None: x = lattice_add(x, -self.bias.expand_as(x), self.lattice_bits)
     for _,f in reversed(self._maps()):
         x,logdet = f(x, mask=mask)

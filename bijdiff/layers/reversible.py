@@ -214,8 +214,8 @@ def backward(self:_Evaluation, tensors, g, x2_requires_grad):
     y1,y2 = self.tape.state
     aliases = _aliases(tensors)
     context,params = self.unpack(aliases)
-    x,mask = y1.detach().requires_grad_(),context.get('mask')
-    g = zero_padding(g.to(self.dtype), mask)
+    x = y1.detach().requires_grad_()
+    g = zero_padding(g.to(self.dtype), context.get('mask'))
     autocast = self.replay.caller_autocast()
     with self.replay(), torch.enable_grad():
         # copies of buffers: a stage that changes them has done so in the forward pass
@@ -227,7 +227,7 @@ def backward(self:_Evaluation, tensors, g, x2_requires_grad):
         else:
             update,grad_u,late = self._backward_chunks(params, a.detach(), u, g, autocast)
             outputs,grads = (a, u),(g.to(a.dtype), grad_u)
-        x1 = None if self.first else lattice_undo(y2, zero_padding(update, mask), self.bits)
+        x1 = None if self.first else lattice_undo(y2, zero_padding(update, context.get('mask')), self.bits)
         self.tape.state = None if self.first else (x1, y1)
         del update,y2 # not needed while the gradients of the first stage are computed
         inputs = ([x] if x2_requires_grad else []) + aliases[:len(aliases)-len(late)]
