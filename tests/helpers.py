@@ -141,7 +141,10 @@ class HandmadeDenoiser(BijectiveDenoiser):
 
     def forward(self, xt, t=None, mask=None):
         logits,gap_logits = self.outputs(xt, t, mask)
-        return logits if gap_logits is None else DenoiserOutput((logits, gap_logits))
+        return logits if gap_logits is None else DenoiserOutput(logits, gap_logits)
+
+    def hidden(self, ids, t=None, mask=None): return self.outputs(ids, t, mask)[0]
+    def head(self, h): return h
 
     def code(self, xt, mask):
         "Number of each sequence of tokens, masks and padding, (B,)"
@@ -181,9 +184,12 @@ def ids_and_time(xt, t):
 
 def record_calls(monkeypatch, model, note=ids_and_time):
     "Return a list to which `note` of ids and times is added whenever a denoiser is called"
-    calls,forward = [],model.forward
-    def spy(xt, t=None, mask=None):
-        calls.append(note(xt, t))
-        return forward(xt, t, mask)
-    monkeypatch.setattr(model, 'forward', spy)
+    calls = []
+    def spy_on(f):
+        def spy(xt, t=None, mask=None):
+            calls.append(note(xt, t))
+            return f(xt, t, mask)
+        return spy
+    for name in ('forward', 'hidden'):
+        monkeypatch.setattr(model, name, spy_on(getattr(model, name)))
     return calls

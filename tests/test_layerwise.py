@@ -137,8 +137,9 @@ def affine_learner(couple, *cbs):
     model = BijectiveDenoiser(DenoiserConfig(dls.tokenizer.vocab_size, 4, **sizes))
     model.backbone = BijectiveMoE(2, 4, 2, 1+(couple=='every'), couple, coupler='affine', reversible=False)
     seeded_weights(model, .4)
-    noise = CorruptionCallback(model.corruption, n_valid_draws=1)
-    loss = DiffusionLoss(model.corruption, model)
+    corruption = model.config.corruption()
+    noise = CorruptionCallback(corruption, n_valid_draws=1)
+    loss = DiffusionLoss(corruption, model)
     cbs = [noise, LogDetCallback(), InvertibilityCallback(), *cbs]
     return DiffusionLearner(dls, model, loss, opt_func=partial(Adam, eps=1e-8), cbs=cbs)
 

@@ -1,9 +1,9 @@
 """The loss of a held-out batch with fixed noise, against the loss written out by hand. Faults are planted."""
 import sys
+from contextlib import nullcontext
 import pytest, torch
 from fastai.basics import Callback
 from bijdiff.diffusion.corruption import Corruption
-from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.training import instruments
 from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.instruments import ProbeCallback
@@ -79,19 +79,19 @@ def test_same_weights_same_value():
     for corruption in (None, small_noise(.5, .2, .3)):
         assert len(set(losses_of_still_weights(corruption=corruption)))==1
 
-def resample_the_noise(self, look):
+def resample_the_noise(self, measure):
     self.seed += 1
     recorded = self.steps,self.losses
     self.before_fit()
     self.steps,self.losses = recorded
-    return look()
+    return measure()
 
 def test_noise_that_is_drawn_again_is_seen(monkeypatch):
-    wrap_method(monkeypatch, ProbeCallback, '_look', resample_the_noise)
+    wrap_method(monkeypatch, ProbeCallback, '_measure', resample_the_noise)
     assert len(set(losses_of_still_weights()))==N_STEPS
 
 def test_dropout_in_the_probe_would_be_seen(monkeypatch):
-    monkeypatch.setattr(BijectiveDenoiser, 'eval', lambda self: self)
+    monkeypatch.setattr(instruments, 'eval_mode', nullcontext)
     torch.manual_seed(0)
     learn = tiny_learner(ProbeCallback(1), config_kwargs=dict(dropout=.3))
     seeded_weights(learn.model)
@@ -112,9 +112,9 @@ def test_the_probe_rejects_what_is_not_a_positive_whole_number(name, value):
 def test_probe_sees_the_weights_of_training_not_their_average():
     learn = fit(EMACallback(.9), ProbeCallback(1))
     probe,last = learn.probe,learn.probe.losses[-1]
-    assert probe._look()!=last
+    assert probe._measure()!=last
     learn.ema._swap()
-    assert probe._look()==last
+    assert probe._measure()==last
     assert not learn.model.training
 
 class LayerWithoutDropout(Callback):
