@@ -40,6 +40,7 @@ def _unpack_opt(opt, tensors, plain):
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
+_VERSION = 2 # Of the format; kept from here on
 
 def _checkpoint_hash(tensors, rest): return tensors_hash(tensors, rest.encode())
 
@@ -54,11 +55,14 @@ def read_checkpoint(
         with safe_open(path, 'pt') as f:
             tensors = {k:f.get_tensor(k) for k in f.keys()}
             meta = f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path} is damaged or no safetensors file ({e})') from None
-    rest = meta.get('bijdiff_checkpoint')
+    except SafetensorError as e:
+        raise ValueError(f'{path} is damaged or not a safetensors file ({e})') from None
+    rest,version = meta.get('bijdiff_checkpoint'),meta.get('version', '1')
     if rest is None: raise ValueError(f'{path} was not written by bijdiff')
+    if version!=str(_VERSION):
+        raise ValueError(f'{path} has format version {version}; this bijdiff reads version {_VERSION}')
     if meta.get('hash')!=_checkpoint_hash(tensors, rest):
-        raise ValueError(f'{path} is damaged, or of an earlier version: its hash does not match its contents')
+        raise ValueError(f'{path} is damaged: its hash does not match its contents')
     return tensors,json.loads(rest)
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f189
@@ -142,7 +146,8 @@ def _content(self:CheckpointCallback):
                 smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
                 records=records)
     rest = json.dumps(_plain(meta))
-    return to_safetensors(tensors, dict(bijdiff_checkpoint=rest, hash=_checkpoint_hash(tensors, rest)))
+    header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=_checkpoint_hash(tensors, rest))
+    return to_safetensors(tensors, header)
 
 # %% ../../nbs/training/76_checkpoint.ipynb #bf847fdd
 @patch

@@ -1,0 +1,60 @@
+"""Write the files in tests/fixtures: model, checkpoint and compressed text, in the formats that are kept.
+
+    python tools/make_fixtures.py FOLDER
+
+The files in tests/fixtures are never written again: a test reads them to see that old files are still read.
+New kinds of files go to a new folder beside them."""
+import json
+import sys
+from pathlib import Path
+import torch
+from bijdiff.data.loaders import text_dls
+from bijdiff.data.tokens import CharTokenizer
+from bijdiff.likelihood.codec import compress, fingerprint
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.model.saving import tensors_hash
+from bijdiff.testing import quiet_fit, random_weights
+from bijdiff.training.checkpoint import CheckpointCallback
+from bijdiff.training.learner import diffusion_learner
+from fastai.callback.all import Callback, CancelFitException
+
+TEXT = 'the quick brown fox jumps over the lazy dog. '*20
+SIZES = dict(d_model=8, n_heads=2, n_layers=1)
+
+class StopAfter(Callback):
+    "Interrupt a training before an epoch"
+    order = 100
+    def __init__(self, epochs): self.epochs = epochs
+    def before_epoch(self):
+        if self.epoch==self.epochs: raise CancelFitException
+
+def learner(*cbs):
+    "A small learner on a fixed text"
+    dls = text_dls(TEXT, seq_len=16, bs=8, device='cpu')
+    return diffusion_learner(dls, config_kwargs=SIZES, cbs=list(cbs))
+
+def uniform_model():
+    "A denoiser whose logits are 0 on every machine, with its tokenizer"
+    torch.manual_seed(0)
+    model = BijectiveDenoiser(DenoiserConfig(27, seq_len=16, **SIZES))
+    model.tokenizer = CharTokenizer(' abcdefghijklmnopqrstuvwxyz')
+    return model.eval()
+
+def main(folder):
+    "Write all files, and what they hold"
+    model = uniform_model()
+    blob = compress(model, b'a file that comes back', steps=4)
+    (folder/'text.bij').write_bytes(blob)
+    model.save_pretrained(folder/'uniform')
+    random_weights(model, .3).save_pretrained(folder/'model')
+    ids = torch.tensor([[27, 1, 2, 27, 3]])
+    quiet_fit(learner(CheckpointCallback(folder), StopAfter(2)), 3)
+    with torch.no_grad(): logits = model(ids)[0,0,:4].tolist()
+    held = dict(weights=tensors_hash(model.state_dict()), logits=logits, fingerprint=fingerprint(model))
+    (folder/'held.json').write_text(json.dumps(held, indent=1)+'\n')
+
+if __name__=='__main__':
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True)
+    main(folder)
