@@ -85,7 +85,7 @@ def resume(path, settings):
     if not Path(path).exists(): return {}
     old = load(path)
     for name,value in settings.items():
-        expected = f'{old.get(name)!r} as in {Path(path).name}; remove the file to begin anew'
+        expected = f'{old.get(name)!r} as in {Path(path).name}; remove the file to begin again'
         check(old.get(name)==value, name, value, expected)
     return old
 
@@ -184,5 +184,5 @@ def describe(folder, model):
     weights = (Path(folder)/'model.safetensors').read_bytes()
     sizes = dict(seq_len=c.seq_len, d_model=c.d_model, n_heads=c.n_heads, n_layers=c.n_layers)
     return dict(sha256=hashlib.sha256(weights).hexdigest(), n_params=n_params(model),
-                shares=model.corruption.weights, score_head=c.score_head,
+                shares=model.noise.weights, score_head=c.score_head,
                 time_conditioning=c.time_conditioning, **sizes)

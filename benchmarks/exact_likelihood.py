@@ -8,7 +8,7 @@ length, evenly spread over the last tenth of the file. Values are means over chu
 chunks; the probabilities themselves are exact. `bound` is the variational bound of the same model and text,
 `passes` the number of function evaluations, `seconds` the time of log_prob for all chunks. Writes
 benchmarks/results/exact_likelihood.json after every combination. Combinations that are there are skipped:
-remove the file to begin anew."""
+remove the file to begin again."""
 import math
 from itertools import product
 import torch

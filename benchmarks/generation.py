@@ -11,10 +11,10 @@ judged by
 - their variety: the fraction of different 5-grams among the 5-grams of all n texts, as repetitive texts are
   easy to predict.
 
-So are as much held-out text and as many shuffled training characters, in chunks of the same length.
-`network_passes` counts function evaluations of the whole batch.
-Writes benchmarks/results/generation.json after every combination. Combinations that are there, with the same
-weights, are skipped: remove the file to begin anew."""
+So are as much held-out text and as many shuffled training characters, in chunks of the same length. Masking is
+undone by the cosine schedule, where the model has none of its own. `network_passes` counts function evaluations
+of the whole batch. Writes benchmarks/results/generation.json after every combination. Combinations that are
+there, with the same weights, are skipped: remove the file to begin again."""
 import math
 import random
 import re
@@ -88,12 +88,18 @@ def reference_texts(train, valid, n, length, seed):
 
 # How they are written
 
+def schedule_of(model, sampler):
+    "Return cosine for samplers that take a schedule, where the model has none of its own; otherwise None"
+    is_free = model.noise.masks_only and not model.config.time_conditioning
+    return 'cosine' if is_free and sampler in ('ancestral', 'tweedie', 'euler') else None
+
 def write(model, sampler, steps, n, length, seed):
     "Write texts; return them with seconds and function evaluations"
     evaluations = []
-    hook = model.register_forward_hook(lambda *_: evaluations.append(1))
+    options = dict(steps=steps or 1, length=length, sampler=sampler, schedule=schedule_of(model, sampler), seed=seed)
+    hook = model.backbone.register_forward_hook(lambda *_: evaluations.append(1))
     wall,cpu = time.perf_counter(),time.process_time()
-    try: ids = sample(model, n, steps=steps or 1, length=length, sampler=sampler, seed=seed)
+    try: ids = sample(model, n, **options)
     finally: hook.remove()
     wall,cpu = time.perf_counter()-wall,time.process_time()-cpu
     tokens = sum(len(o) for o in ids)

@@ -46,7 +46,7 @@ def row_of(learn, o, seconds):
     same = {k:o[k] for k in ('epochs','lr','bs','seq_len','schedule','seed')}
     return dict(name=o['name'], bits_per_char=round(bits, 4), se=round(se, 4), draws=o['draws'],
                 n_params=n_params(learn.model), seconds=round(seconds), **same,
-                shares=learn.model.corruption.weights, objective=o['objective'], tokenizer=o['tokenizer'],
+                shares=learn.model.noise.weights, objective=o['objective'], tokenizer=o['tokenizer'],
                 bf16=not o['fp32'], **{k:o[k] for k in SIZES},
                 valid_bits_by_epoch=[round(v[2], 3) for v in learn.recorder.values],
                 losses_at_100_steps=mean_losses(learn.oscillation.losses))

@@ -586,7 +586,7 @@ def in_order(model, blocks, xt):
     h = model.state(xt)
     context = model.backbone._context(h, None, None)
     for block in blocks: h,_ = block(h, **context)
-    return model.read(h)
+    return model.head(model.sum_streams(h))
 
 def gradients_of(model, out):
     "Gradients of the sum of sin(out), by the name of the parameter"
