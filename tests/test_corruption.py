@@ -284,7 +284,7 @@ def assert_row_aligned(c, clean, row, n_left):
     position = row.position[:n_left]
     x0 = row.x0[:n_left]
     xt = row.xt[:n_left]
-    assert row.text==[True]*n_left+[False]*padding
+    assert row.attention_mask==[True]*n_left+[False]*padding
     assert row.xt[n_left:]==[c.mask_id]*padding
     assert row.x0[n_left:]==[0]*padding
     assert row.position[n_left:]==[0]*padding
@@ -300,9 +300,9 @@ def assert_row_aligned(c, clean, row, n_left):
 def assert_aligned(c, x0, lengths, noisy):
     "Assert that a noisy batch fits the clean one, token by token"
     B,L = x0.shape
-    assert all(o.shape==(B, L) for o in (noisy.xt, noisy.x0, noisy.text, noisy.position))
+    assert all(o.shape==(B, L) for o in (noisy.xt, noisy.x0, noisy.attention_mask, noisy.position))
     assert noisy.gaps.shape==(B, L+1)
-    assert noisy.text.dtype==torch.bool
+    assert noisy.attention_mask.dtype==torch.bool
     rows = zip(*(o.tolist() for o in noisy))
     for clean,n,row,n_left in zip(x0.tolist(), lengths.tolist(), rows, noisy.lengths.tolist()):
         assert_row_aligned(c, clean[:n], NoisyBatch(*row), n_left)
@@ -350,7 +350,7 @@ WRONG_FIELDS = dict(
     position=lambda o: o.roll(1),
     x0=lambda o: (o+1)%5,
     xt=lambda o: (o+1)%6,
-    text=lambda o: o.roll(1),
+    attention_mask=lambda o: o.roll(1),
 )
 @pytest.mark.parametrize('field', WRONG_FIELDS)
 def test_a_wrong_alignment_is_seen(field):

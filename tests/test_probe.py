@@ -46,7 +46,7 @@ def check_probe(kind):
     learn.add_cb(OnEvent('after_batch', lambda l: want.append(batch_loss(l, noisy, t, weights, T))))
     train(learn, 1)
     assert (noisy.xt==vocab_size()).any()==(weights[0]>0)
-    assert noisy.text.all()==(weights[2]==0)
+    assert noisy.attention_mask.all()==(weights[2]==0)
     assert len(set(want))==N_STEPS
     assert learn.probe.losses==pytest.approx(want, rel=2e-5)
 

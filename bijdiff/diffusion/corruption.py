@@ -324,7 +324,7 @@ def corrupt(self:Corruption,
     return NoisyBatch(
         xt=pack(z, surviving, V),
         x0=pack(x0, surviving, 0),
-        text=pack(clean, surviving, 0).bool(),
+        attention_mask=pack(clean, surviving, 0).bool(),
         gaps=count_gaps(surviving, clean),
         position=pack(positions.expand_as(x0), surviving, 0))
 
@@ -359,7 +359,7 @@ def padding_mask(self:Corruption,
     return None
 
 @patch
-def padding_mask(self:DeletingCorruption, noisy:NoisyBatch)->Tensor|None: return noisy.text
+def padding_mask(self:DeletingCorruption, noisy:NoisyBatch)->Tensor|None: return noisy.attention_mask
 
 @patch
 def alignment(self:Corruption,
@@ -369,7 +369,8 @@ def alignment(self:Corruption,
     return ()
 
 @patch
-def alignment(self:DeletingCorruption, noisy:NoisyBatch)->tuple: return noisy.x0, noisy.text, noisy.gaps
+def alignment(self:DeletingCorruption, noisy:NoisyBatch)->tuple:
+    return noisy.x0, noisy.attention_mask, noisy.gaps
 
 @patch
 def heads(self:Corruption)->dict: # Fields of DenoiserConfig

@@ -323,16 +323,16 @@ def bound_integrand(self:Corruption,
 )->Tensor: # Nats per sequence, (B,)
     "Return the integrand of the bound at one time, summed over each sequence, without the end terms"
     tokens = hybrid_nelbo(logits, noisy.x0, noisy.xt, t, self)
-    return torch.where(noisy.text, tokens, 0.).sum(1)
+    return torch.where(noisy.attention_mask, tokens, 0.).sum(1)
 
 @patch
 def bound_integrand(self:MaskingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
     tokens = masked_nelbo(logits, noisy.x0, noisy.xt, t, self.schedule, self.T)
-    return torch.where(noisy.text, tokens, 0.).sum(1)
+    return torch.where(noisy.attention_mask, tokens, 0.).sum(1)
 
 @patch
 def bound_integrand(self:DeletingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
     tokens = Corruption.bound_integrand(self, logits, noisy, t)
     expected = 'gap logits: deletion needs a network with gap_head=True'
     check(gap_logits is not None, 'gap_logits', gap_logits, expected)
-    return tokens + insertion_nelbo(gap_logits, noisy.gaps, gap_mask(noisy.text), t, self).sum(1)
+    return tokens + insertion_nelbo(gap_logits, noisy.gaps, gap_mask(noisy.attention_mask), t, self).sum(1)

@@ -15,11 +15,11 @@ class NoisyBatch(NamedTuple):
     "Corrupted sequences, packed to the left, and their alignment with the clean ones"
     xt:Tensor # Corrupted ids in 0..V, (B, L); V is the mask, and also fills a row after its last token
     x0:Tensor # Clean id of each token of xt, (B, L); 0 after the last token
-    text:Tensor # True up to the last token of each row of xt, (B, L)
+    attention_mask:Tensor # True up to the last symbol of each row of xt, (B, L)
     gaps:Tensor # Number of deleted tokens before each token of xt and after the last one, (B, L+1)
     position:Tensor # Index of each token of xt in the clean sequence, (B, L); 0 after the last token
     @property
-    def lengths(self)->Tensor: return self.text.sum(1)
+    def lengths(self)->Tensor: return self.attention_mask.sum(1)
 
 # %% ../../nbs/diffusion/21_packing.ipynb #0088a7be
 def pack(
@@ -34,10 +34,10 @@ def pack(
 # %% ../../nbs/diffusion/21_packing.ipynb #8eeaa016
 def count_gaps(
     surviving:Tensor, # True for surviving tokens, (B, L)
-    text:Tensor, # True for tokens of the clean sequence, False for padding, (B, L)
+    mask:Tensor, # True for tokens of the clean sequence, False for padding, (B, L)
 )->Tensor: # Numbers of missing tokens, (B, L+1)
     "Count the missing tokens before each surviving one, and after the last"
     B,L = surviving.shape
     n_survivors_before = surviving.cumsum(1)-surviving.long()
     gaps = torch.zeros(B, L+1, dtype=torch.long, device=surviving.device)
-    return gaps.scatter_add_(1, n_survivors_before, (text&~surviving).long())
+    return gaps.scatter_add_(1, n_survivors_before, (mask&~surviving).long())

@@ -30,9 +30,9 @@ def prior_sampler(self:Corruption,
     "Return a function that draws the prior term of the bound"
     def draw(g):
         noisy = self.corrupt(x, torch.ones(len(x)), g)
-        xt = self.pure_noise(noisy.text, g)
+        xt = self.pure_noise(noisy.attention_mask, g)
         logits = output_kind(model).pure_noise_logits(model, xt, self.padding_mask(noisy))
-        return torch.where(noisy.text, prior_term(logits, noisy.x0, self), 0.).sum(1)
+        return torch.where(noisy.attention_mask, prior_term(logits, noisy.x0, self), 0.).sum(1)
     return draw
 
 @patch
@@ -65,7 +65,7 @@ def _put_back(noisy, mask_id):
     "The symbols at their positions in the clean sequence, masks where they are missing, (B, L)"
     B,L = noisy.xt.shape
     z = torch.full((B, L+1), mask_id, device=noisy.xt.device)
-    return z.scatter(1, torch.where(noisy.text, noisy.position, L), noisy.xt)[:,:L]
+    return z.scatter(1, torch.where(noisy.attention_mask, noisy.position, L), noisy.xt)[:,:L]
 
 @patch
 def insert_missing(self:Corruption, model, noisy): return 0., noisy.xt
@@ -75,8 +75,8 @@ def insert_missing(self:DeletingCorruption,
     noisy, # Noisy sequences at time 0
 )->tuple[Tensor,Tensor]: # Nats per sequence, (B,), and ids with masks for the missing tokens, (B, L)
     "Return the code length of inserting the tokens that are missing at time 0, and the result"
-    out = call_denoiser(model, noisy.xt, torch.zeros(len(noisy.xt)), noisy.text)
-    nats = insertion_jump(out.gap_logits, noisy.gaps, gap_mask(noisy.text), self).sum(1)
+    out = call_denoiser(model, noisy.xt, torch.zeros(len(noisy.xt)), noisy.attention_mask)
+    nats = insertion_jump(out.gap_logits, noisy.gaps, gap_mask(noisy.attention_mask), self).sum(1)
     return nats, _put_back(noisy, model.mask_id)
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #e0a915e9

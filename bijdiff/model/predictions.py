@@ -101,7 +101,7 @@ class ScoreOutputs(LogitOutputs):
         s = self.scores(out.logits, noisy.xt, noise.state_probs(check_times(t)))[...,:-1]
         kind = 'absorb' if noise.masks_only else 'uniform'
         nats = score_entropy(s, noisy.x0, noisy.xt, t, noise.schedule, kind)
-        return torch.where(noisy.text, nats, 0.).sum(1)
+        return torch.where(noisy.attention_mask, nats, 0.).sum(1)
 
     def check_T(self, T): check(T is None, 'T', T, 'None: with scores the bound is in continuous time')
 

@@ -44,7 +44,7 @@ class BoundCallback(MonitorCallback):
     def before_validate(self): self.nats = []
     def after_loss(self):
         c,x0 = self.learn.corruption,self.yb[0]
-        loss = self.loss_func.per_text(self.pred, *self.yb)
+        loss = self.loss_func.per_sequence(self.pred, *self.yb)
         loss = loss + self._end_terms(x0, c.corruption, noise_seed(c.seed, 3, self.iter))/x0.shape[1]
         self.nats.append(self.learn.to_detach(loss.view(c.n_draws, -1).T.contiguous()))
     def after_validate(self):

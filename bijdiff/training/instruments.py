@@ -72,7 +72,7 @@ def _measure(self:ProbeCallback):
     "Return the loss of the fixed batch with the present weights"
     inputs,targets = self.fixed
     with eval_mode(self.model): out = self.model(*inputs)
-    return self.loss_func.per_text(out, *targets).mean().item()
+    return self.loss_func.per_sequence(out, *targets).mean().item()
 
 # %% ../../nbs/training/79_instruments.ipynb #6920fb4f
 def parameters_by_block(

@@ -34,15 +34,15 @@ class DiffusionLoss:
         model:BijectiveDenoiser, # The network whose outputs are scored
     ): store_attr()
 
-    def per_text(self, out, clean, xt, t, x0=None, text=None, gaps=None):
-        "Return nats per clean token, (B,); x0, text and gaps are needed where tokens are deleted"
+    def per_sequence(self, out, clean, xt, t, x0=None, mask=None, gaps=None):
+        "Return nats per clean token, (B,); x0, mask and gaps are needed where tokens are deleted"
         if x0 is None: x0 = clean
-        if text is None: text = torch.ones_like(xt, dtype=torch.bool)
-        noisy = NoisyBatch(xt, x0, text, gaps, None)
+        if mask is None: mask = torch.ones_like(xt, dtype=torch.bool)
+        noisy = NoisyBatch(xt, x0, mask, gaps, None)
         return output_integrand(self.model, out, noisy, t, self.corruption)/clean.shape[1]
 
     def __call__(self, out, *target)->Tensor:
-        loss = self.per_text(out, *target)
+        loss = self.per_sequence(out, *target)
         return loss if self.reduction=='none' else loss.mean()
 
 # %% ../../nbs/training/71_noising.ipynb #382168c7
