@@ -773,7 +773,7 @@ REJECTED = {
     'k 0': ('k', lambda: order_bound(torch.zeros(4, 1), 0)),
     'k more than half': ('k', lambda: order_bound(torch.zeros(5, 1), 3)),
     'one order': ('k', lambda: order_bound(torch.zeros(1, 1))),
-    'estimate of one order': ('nats', lambda: order_estimate(torch.zeros(1, 1))),
+    'estimate of one order': ('orders', lambda: order_estimate(torch.zeros(1, 1))),
     'no latent density': ('latent_density', lambda: latent_nats(network('toy'), X[:1])),
     'one draw of a density': ('n', lambda: latent_nats(latent_model(), X[:1,:2], 1)),
     'density of a mask': ('x', lambda: latent_nats(latent_model(), MASKS[:,:2])),
