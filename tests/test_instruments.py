@@ -97,11 +97,11 @@ def stay_in_evaluation_mode(self, method):
     return value
 
 MEDDLERS = { # class, method, fault, instrument, setting
-    'probe that draws':                 (ProbeCallback, '_measure', draw_a_number, 'probe', 'dropout'),
-    'log that draws':                   (RunLogCallback, '_at_step', draw_a_number, 'log', 'dropout'),
-    'norms that move weights':          (BlockNormCallback, 'after_step', move_a_weight, 'norms', 'plain'),
-    'probe that ends training mode':    (ProbeCallback, '_measure', stay_in_evaluation_mode, 'probe', 'dropout'),
-    'probe on the generator of noise':  (ProbeCallback, '_measure', draw_from_the_noise, 'probe', 'plain'),
+    'probe that draws':             (ProbeCallback, '_measure', draw_a_number, 'probe', 'dropout'),
+    'log that draws':               (RunLogCallback, '_at_step', draw_a_number, 'log', 'dropout'),
+    'norms that move weights':      (BlockNormCallback, 'after_step', move_a_weight, 'norms', 'plain'),
+    'probe that ends training':     (ProbeCallback, '_measure', stay_in_evaluation_mode, 'probe', 'dropout'),
+    'probe on the noise generator': (ProbeCallback, '_measure', draw_from_the_noise, 'probe', 'plain'),
 }
 @pytest.mark.parametrize('name', MEDDLERS)
 def test_meddling_is_seen(name, monkeypatch, tmp_path):
