@@ -14,7 +14,8 @@ from torch import Tensor
 from ..checks import check, check_times
 from ..diffusion.packing import NoisyBatch
 from ..diffusion.corruption import Corruption, StateProbs
-from ..diffusion.objective import log_marginals, score_entropy
+from ..diffusion.transitions import log_marginals
+from ..diffusion.objective import score_entropy
 from .denoiser import Denoiser, DenoiserOutput
 
 # %% ../../nbs/model/43_predictions.ipynb #0b7864ed

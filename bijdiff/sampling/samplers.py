@@ -12,7 +12,8 @@ from fastcore.basics import patch, store_attr
 from torch import Tensor
 from ..checks import check_one_of, check_seed, check_whole
 from ..diffusion.schedules import get_schedule, Schedule
-from ..diffusion.corruption import Corruption, marginal_probs, MaskingCorruption, StateProbs
+from ..diffusion.corruption import Corruption, MaskingCorruption, StateProbs
+from ..diffusion.transitions import marginal_probs
 from ..model.denoiser import Denoiser
 from ..model.predictions import is_time_conditioned, LogitOutputs, output_kind, ScoreOutputs
 from .rules import token_probs, unmask, UnmaskingRule
