@@ -61,7 +61,7 @@ def run_record(
     return record | dict(commands=[o for o in earlier if o!=command]+[command])
 
 def shared_run_record(*args, **kwargs):
-    "Return the record of a run beside which other processes may run, so that its times are no measurements"
+    "Return the record of a run beside which other processes may run, so that its times are not measurements"
     record = run_record(*args, **kwargs)
     return record | dict(machine=f"{record['machine']}, others running beside it")
 

@@ -11,10 +11,10 @@ judged by
 - their variety: the fraction of different 5-grams among the 5-grams of all n texts, as repetitive texts are
   easy to predict.
 
-So are as much held-out text and as many shuffled training characters, in chunks of the same length. Masking is
-undone by the cosine schedule, where the model has none of its own. `network_passes` counts function evaluations
-of the whole batch. Writes benchmarks/results/generation.json after every combination. Combinations that are
-there, with the same weights, are skipped: remove the file to begin again."""
+So are as much held-out text and as many shuffled training characters, in chunks of the same length. Masking
+is undone by the cosine schedule, where the model has none of its own. `network_passes` counts function
+evaluations of the whole batch. Writes benchmarks/results/generation.json after every combination.
+Combinations that are there, with the same weights, are skipped: remove the file to begin again."""
 import math
 import random
 import re
@@ -96,7 +96,8 @@ def schedule_of(model, sampler):
 def write(model, sampler, steps, n, length, seed):
     "Write texts; return them with seconds and function evaluations"
     evaluations = []
-    options = dict(steps=steps or 1, length=length, sampler=sampler, schedule=schedule_of(model, sampler), seed=seed)
+    options = dict(steps=steps or 1, length=length, sampler=sampler, seed=seed,
+                   schedule=schedule_of(model, sampler))
     hook = model.backbone.register_forward_hook(lambda *_: evaluations.append(1))
     wall,cpu = time.perf_counter(),time.process_time()
     try: ids = sample(model, n, **options)

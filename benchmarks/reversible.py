@@ -268,7 +268,7 @@ def time_row(name, seconds):
 # Exactness
 
 def gradients(s, name, depth, **how):
-    "Return the gradients of input and weights after one step; the input is no leaf, like an embedding"
+    "Return the gradients of input and weights after one step; the input is not a leaf, like an embedding"
     net,weights = build(s, name, depth)
     x = make_input(s, name).requires_grad_()
     train_step(net, x.clone(), **how)
