@@ -87,10 +87,10 @@ def expert_report(learn):
     "Return what was seen of the experts: gradients, similarities and routes; {} without experts"
     if hasattr(learn, 'expert'):
         expert = learn.expert
-        norms = torch.tensor(expert.grads[1:])
-        cka = [round(statistics.mean(o['cka']), 4) for o in expert.looks[1:]]
+        norms = torch.tensor(expert.grad_norms[1:])
+        cka = [round(statistics.mean(o['cka']), 4) for o in expert.records[1:]]
         return dict(gradient_ratio=expert.gradient_ratio(), mean_gradient_ratio=mean_gradient_ratio(norms),
-                    last=dict(expert.looks[-1]), mean_cka_by_record=cka, warnings=expert.flags())
+                    last=dict(expert.records[-1]), mean_cka_by_record=cka, warnings=expert.warnings())
     if hasattr(learn, 'gate'):
         norms = torch.stack(learn.gate.grad_norms[1:])
         fractions = torch.stack(learn.gate.fractions[-50:]).mean(0)

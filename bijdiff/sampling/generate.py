@@ -25,9 +25,11 @@ from .insertion import insertion
 def _start(view, n, template, length):
     "Canonical ids to begin with, (n, L)"
     check_whole('n', n)
-    if length is not None: check_whole('length', length)
-    check(length is None or template is None, 'length', length, 'None beside a template')
     L = view.seq_len
+    check(length is None or template is None, 'length', length, 'None beside a template')
+    if length is not None:
+        check_whole('length', length)
+        check(length<=L, 'length', length, f'at most seq_len={L} of the model')
     if template is None: return torch.full((n, length or L), view.mask_id)
     x = torch.as_tensor(template, device='cpu')
     x = x.expand(n, -1) if x.ndim==1 else x
