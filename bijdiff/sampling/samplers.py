@@ -187,7 +187,7 @@ def _full(n, t): return torch.full((n,), t, dtype=torch.float64)
 def _earlier_symbols(run, t, s, first):
     "Distribution of the free symbols at time s, given those at time t, (number of free symbols, V or V+1)"
     probs,noise = run.probs(t),run.noise
-    if first: # pure noise is no evidence
+    if first: # pure noise carries no evidence
         return probs[run.free] if s==0 else marginal_probs(probs, run.state_probs(s))[run.free]
     if s==0:
         return condition_on_observed(probs[run.free], run.x[run.free], run.state_probs(t), noise.vocab_size)
