@@ -614,7 +614,9 @@ def loss_and_gradients(c, logits, noisy, t):
         gap_logits = logits[:,:1,0].detach().clamp(-20, 20)*torch.ones(13)
         inputs.append(gap_logits.to(logits.dtype).requires_grad_())
         loss = c.bound_integrand(logits, noisy, t, inputs[1])
-    elif c.deletes: loss = torch.where(noisy.attention_mask, hybrid_nelbo(logits, noisy.x0, noisy.xt, t, c), 0.).sum(1)
+    elif c.deletes:
+        tokens = hybrid_nelbo(logits, noisy.x0, noisy.xt, t, c)
+        loss = torch.where(noisy.attention_mask, tokens, 0.).sum(1)
     else: loss = c.bound_integrand(logits, noisy, t)
     return loss, torch.autograd.grad(loss.sum(), inputs)
 
