@@ -41,7 +41,7 @@ def tiny_denoiser(
     "Return a denoiser of two blocks of width 8 with random weights"
     torch.manual_seed(seed)
     if noise is not None:
-        kwargs = dict(noise=noise.to_dict()) | noise.heads() | kwargs
+        kwargs = dict(noise=noise.to_dict()) | noise.config_fields() | kwargs
     config = DenoiserConfig(vocab_size, seq_len=seq_len, d_model=8, n_heads=2, n_layers=2, **kwargs)
     return random_weights(BijectiveDenoiser(config).double(), std).eval()
 

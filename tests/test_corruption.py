@@ -11,6 +11,7 @@ from helpers import derivative, float64, seeded_generator
 from bijdiff.diffusion import corruption
 from bijdiff.diffusion.schedules import Cosine, CosineSquared, Geometric, get_schedule, HalfCosine, LogLinear
 from bijdiff.diffusion.schedules import low_discrepancy_times, Polynomial, schedules
+import bijdiff.diffusion.transitions # methods of the noise
 from bijdiff.diffusion.packing import count_gaps, NoisyBatch, pack
 from bijdiff.diffusion.corruption import Corruption, corruption_from_dict, GIDDCorruption
 
@@ -34,6 +35,9 @@ SCHEDULES = {
     'cosine_squared': ScheduleByHand(CosineSquared(), lambda t: .001+.999*math.cos(half_pi*t)**2),
     'geometric': ScheduleByHand(Geometric(.01, 8.), lambda t: math.exp(-.01*800**t)),
 }
+
+def test_every_schedule_has_a_formula_by_hand():
+    assert {type(o.schedule) for o in SCHEDULES.values()}==set(schedules.values())
 
 def central_difference(f, t, d=1e-6):
     "f'(t) as (f(t+d)-f(t-d)) / 2d"
@@ -408,7 +412,7 @@ def test_the_generator_has_the_marginals(name):
     "Kolmogorov's equation q' = qQ, for q by hand"
     c = NOISES[name].corruption
     for t in (.1, .4, .8):
-        Q = c.generator(float64(t))[0].numpy()
+        Q = c.rate_matrix(float64(t))[0].numpy()
         dq = derivative(lambda s: marginals(name, s), t)
         assert np.abs(dq-marginals(name, t)@Q).max()<1e-7
 
@@ -420,7 +424,7 @@ def test_the_generator_is_one(name):
     """
     c = NOISES[name].corruption
     for t in (.1, .4, .8):
-        Q = c.generator(float64(t))[0].numpy()
+        Q = c.rate_matrix(float64(t))[0].numpy()
         assert np.abs(Q.sum(1)).max()<1e-9
         assert (Q-np.diag(np.diag(Q))>=-1e-12).all()
         assert not Q[DELETED].any()
@@ -444,7 +448,7 @@ def test_gidd_whose_rates_would_be_negative_is_rejected(gamma):
 def integrated(name, s, t):
     "Transition probabilities from s to t, (V+2, V+2), as the solution of P' = PQ by SciPy"
     c = NOISES[name].corruption
-    def dP(time, P): return (P.reshape(V+2, V+2)@c.generator(float64(time))[0].numpy()).ravel()
+    def dP(time, P): return (P.reshape(V+2, V+2)@c.rate_matrix(float64(time))[0].numpy()).ravel()
     solution = solve_ivp(dP, (s, t), np.eye(V+2).ravel(), method='DOP853', rtol=1e-9, atol=1e-12)
     return solution.y[:,-1].reshape(V+2, V+2)
 
@@ -517,7 +521,7 @@ def simulated_pairs(name, s, t, n, steps=400):
     dt = (t-s)/steps
     pairs = np.diag(g.multinomial(n, marginals(name, s)[1]))
     for i in range(steps):
-        Q = c.generator(float64(s+(t-s)*(i+.5)/steps))[0].numpy()
+        Q = c.rate_matrix(float64(s+(t-s)*(i+.5)/steps))[0].numpy()
         P = np.eye(V+2)+Q*dt
         pairs = np.stack([sum(g.multinomial(k, p) for k,p in zip(row, P)) for row in pairs])
     return pairs

@@ -93,7 +93,9 @@ def slow_order(rule, n, seed):
     "All n positions in the order of a rule that does not look at probabilities"
     def digest(i): return hashlib.sha256(f'{seed} {n} {i}'.encode()).digest()
     if isinstance(rule, tuple): return list(rule)
-    return sorted(range(n), key=van_der_corput if rule=='spread' else digest)
+    keys = dict(spread=van_der_corput, random=digest)
+    assert rule in keys, f'write an order for the rule {rule} here, without code of the package'
+    return sorted(range(n), key=keys[rule])
 
 def entropy(p): return -sum(a*math.log(a) for a in p if a>0)
 

@@ -211,7 +211,8 @@ def reveal_surest(x, rule):
     K = UNCHANGED.copy()
     for k,(z,p) in enumerate(zip(Z, x)):
         masks = [i for i in range(L) if z[i]==V]
-        masks.sort(key=lambda i: -max(p[i]) if rule=='confidence' else entropy(p[i]))
+        keys = dict(confidence=lambda i: -max(p[i]), entropy=lambda i: entropy(p[i]))
+        masks.sort(key=keys[rule])
         for i in masks[:1]: K[k,i] = [*p[i], 0.]
     return K
 

@@ -50,10 +50,13 @@ def _per_kind(schedule):
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #22bcc9a5
 class Corruption:
-    "Noise that masks, substitutes and deletes tokens, each one independently of the others"
+    """Noise that masks, substitutes and deletes tokens, each one independently of the others.
+
+    Other modules add methods: `diffusion.transitions` the transition probabilities, `diffusion.objective`
+    the bound, `likelihood.bounds` its end terms, and `sampling.generate` the samplers."""
     masks_only = deletes = False
     def __new__(cls, vocab_size=None, mask=1., substitute=0., delete=0., schedule=None, T=None):
-        "Choose the class for the kinds of noise; copies are made without arguments"
+        "Choose the class for the kinds of noise; copy and pickle call it without arguments"
         if cls is not Corruption or vocab_size is None: return super().__new__(cls)
         if delete: return super().__new__(DeletingCorruption)
         return super().__new__(cls if substitute else MaskingCorruption)
@@ -74,7 +77,7 @@ class Corruption:
         self._set_schedules(schedule)
 
     def _set_schedules(self, schedule):
-        "Set the schedule of each kind; one kind alone has the only schedule there is"
+        "Set the schedule of each kind; where one kind has all the weight, its schedule is that of all"
         self._schedules = _per_kind(schedule)
         alone = [k for k,w in self.weights.items() if w==1]
         if alone: self._schedules = _per_kind(self._schedules[alone[0]])
@@ -88,7 +91,7 @@ class Corruption:
     @property
     def mask_id(self)->int: return self.vocab_size
     @property
-    def is_pure(self)->bool: # True for masking alone and for substitution alone
+    def is_single_kind(self)->bool: # True for masking alone and for substitution alone
         return max(self.weights['mask'], self.weights['substitute'])==1
 
 class MaskingCorruption(Corruption):
@@ -169,7 +172,7 @@ def event_rates(self:Corruption,
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #ee02aed9
 @patch
-def generator(self:Corruption,
+def rate_matrix(self:Corruption,
     t:Tensor, # Times in [0, 1], (B,)
 )->Tensor: # Row: from, column: to, (B, V+2, V+2); symbols 0..V-1, mask V, deleted V+1
     "Return the rate matrix of the process"
@@ -262,18 +265,18 @@ def padding_mask(self:Corruption,
 def padding_mask(self:DeletingCorruption, noisy:NoisyBatch)->Tensor|None: return noisy.attention_mask
 
 @patch
-def alignment(self:Corruption,
+def loss_targets(self:Corruption,
     noisy:NoisyBatch, # Noisy sequences, from `corrupt`
 )->tuple: # Clean ids of the symbols (B, L), padding mask (B, L) and gaps (B, L+1), where tokens are deleted
     "Return what a loss needs beside clean ids, noisy ids and times"
     return ()
 
 @patch
-def alignment(self:DeletingCorruption, noisy:NoisyBatch)->tuple:
+def loss_targets(self:DeletingCorruption, noisy:NoisyBatch)->tuple:
     return noisy.x0, noisy.attention_mask, noisy.gaps
 
 @patch
-def heads(self:Corruption)->dict: # Fields of DenoiserConfig
+def config_fields(self:Corruption)->dict: # Fields of DenoiserConfig
     "Return what a network needs for this noise: time conditioning, and a head for gaps"
     return dict(time_conditioning=not self.masks_only, gap_head=self.deletes)
 
@@ -290,7 +293,8 @@ def check_heads(self:Corruption,
     if gap_head: check(needed, 'gap_head', gap_head, f'False, or masking together with deletion; {noise}')
     if not score_head: return
     check(not self.T, 'T', self.T, 'None: score entropy is in continuous time')
-    check(self.is_pure, 'score_head', score_head, f'False, or masking alone or substitution alone; {noise}')
+    expected = f'False, or masking alone or substitution alone; {noise}'
+    check(self.is_single_kind, 'score_head', score_head, expected)
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #35714c91
 @patch

@@ -28,7 +28,8 @@ class _Adapter(nn.Module):
     def __init__(self, model, schedule):
         super().__init__()
         noise = model.noise
-        check(noise.is_pure, 'the noise of the model', noise.weights, 'masking alone or substitution alone')
+        expected = 'masking alone or substitution alone'
+        check(noise.is_single_kind, 'the noise of the model', noise.weights, expected)
         schedule = noise.schedule if schedule is None else schedule
         check_type('schedule', schedule, Schedule)
         self.model,self.schedule = model,schedule

@@ -176,7 +176,7 @@ def spread_order(
 
 # %% ../../nbs/sampling/50_rules.ipynb #b43d38e8
 # Positions of a sequence, first to last, by the name of a rule: functions of length and seed
-_fixed_orders = dict(random=public_order, spread=lambda L, seed: spread_order(L))
+_fixed_orders = dict(random=public_order, spread=lambda L, seed: spread_order(L)) # the seed has no influence
 
 def _keys_of_length(rule, n, L):
     "Order key of each of L positions, for a sequence of n tokens"

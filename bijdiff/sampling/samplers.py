@@ -55,9 +55,9 @@ class SamplerState:
         self.g = torch.Generator().manual_seed(check_seed(seed))
         self.nfe = 0
         self._evaluated_at = None
-        self.show()
+        self.record_frame()
 
-    def show(self):
+    def record_frame(self):
         "Keep a copy for the film strip"
         if self.frames is not None: self.frames.append(self.x.clone())
 
@@ -69,7 +69,7 @@ def write(self:SamplerState,
     "Put ids at some positions"
     if not (self.x[where]!=ids).any(): return
     self.x = self.x.masked_scatter(where, ids)
-    self.show()
+    self.record_frame()
 
 # %% ../../nbs/sampling/51_samplers.ipynb #60e94c0f
 def _times(t, n): return torch.as_tensor(t, dtype=torch.float64).expand(n)
@@ -151,7 +151,7 @@ def first_hitting(
     run:SamplerState, # Sequences, changed in place
     steps:int|None=None, # Ignored: there is one step per mask
 ):
-    "Reveal one mask at a time, in random order, at the times of continuous time"
+    "Reveal one mask at a time, in random order, at times drawn from the continuous-time process"
     hidden = torch.ones(len(run.x), dtype=torch.float64)
     while (masked := run.x==run.model.mask_id).any():
         n = masked.sum(1)
@@ -167,7 +167,7 @@ def start_from_noise(
 ):
     "Replace every symbol that may change by noise of time 1"
     run.x = torch.where(run.free, run.noise.pure_noise(run.free, run.g), run.x)
-    run.show()
+    run.record_frame()
 
 def condition_on_observed(
     probs:Tensor, # Probabilities of the clean tokens given all other symbols, (..., V)
@@ -187,7 +187,7 @@ def _full(n, t): return torch.full((n,), t, dtype=torch.float64)
 def _earlier_symbols(run, t, s, first):
     "Distribution of the free symbols at time s, given those at time t, (number of free symbols, V or V+1)"
     probs,noise = run.probs(t),run.noise
-    if first: # pure noise carries no evidence
+    if first: # symbols of pure noise do not depend on the clean tokens
         return probs[run.free] if s==0 else marginal_probs(probs, run.state_probs(s))[run.free]
     if s==0:
         return condition_on_observed(probs[run.free], run.x[run.free], run.state_probs(t), noise.vocab_size)
@@ -222,16 +222,16 @@ def _euler(score, z, rates, h, V):
     p = (h*into*score).scatter(1, z[:,None], 0.)
     return p.scatter(1, z[:,None], (1-p.sum(1, keepdim=True)).clamp(min=0))
 
-def _first_time(noise):
+def _start_time(noise):
     "The last time at which a ten-thousandth of the tokens is kept, so that scores are not all equal"
     t = torch.linspace(0, 1, 100001, dtype=torch.float64)
     return t[(noise.state_probs(t).kept>=1e-4).nonzero()[-1,0]].item()
 
 # %% ../../nbs/sampling/51_samplers.ipynb #b45cf195
 @patch
-def changing(self:Corruption, x:Tensor)->Tensor: return torch.ones_like(x, dtype=torch.bool)
+def may_change(self:Corruption, x:Tensor)->Tensor: return torch.ones_like(x, dtype=torch.bool)
 @patch
-def changing(self:MaskingCorruption,
+def may_change(self:MaskingCorruption,
     x:Tensor, # Ids, (n, L)
 )->Tensor: # True at symbols that may still change, (n, L)
     "Return True at masks: under masking alone a revealed token never changes"
@@ -267,9 +267,9 @@ def reverse_by_scores(
     check_whole('steps', steps)
     check_one_of('kind', kind, ('tweedie','euler'))
     start_from_noise(run)
-    ts = [_first_time(run.noise), *torch.linspace(1, 0, steps+1, dtype=torch.float64)[1:].tolist()]
+    ts = [_start_time(run.noise), *torch.linspace(1, 0, steps+1, dtype=torch.float64)[1:].tolist()]
     for t,s in zip(ts, ts[1:]):
         if t<=s: continue
-        active = run.free & run.noise.changing(run.x)
+        active = run.free & run.noise.may_change(run.x)
         if not active.any(): break
         run.write(active, sample_categorical(_probs_by_scores(run, t, s, active, kind), run.g))

@@ -30,9 +30,9 @@ def noise_config(
     corruption:Corruption, # The noise
     objective:str='bound', # bound or score_entropy
 )->dict: # Fields of DenoiserConfig
-    "Return what a noise needs: the time where it is not masking alone, heads for gaps and scores"
+    "Return the fields of a network for a noise: time conditioning, its heads, the noise itself"
     check_one_of('objective', objective, _objectives)
-    heads = corruption.heads() | dict(score_head=objective=='score_entropy')
+    heads = corruption.config_fields() | dict(score_head=objective=='score_entropy')
     mask,T = corruption.weights['mask'],corruption.T
     check(mask or not heads['gap_head'], 'mask', mask, 'more than 0: deleted tokens come back as masks')
     steps_allowed = not (heads['gap_head'] or heads['score_head'])

@@ -125,7 +125,7 @@ def inputs(self:CorruptionCallback, noisy, t):
 @patch
 def targets(self:CorruptionCallback, x, noisy, t):
     "Return the arguments of the loss beside the outputs of the model"
-    return x, noisy.xt, t, *self.corruption.alignment(noisy)
+    return x, noisy.xt, t, *self.corruption.loss_targets(noisy)
 
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0e
 @patch
