@@ -31,6 +31,10 @@ def any_schedule(
     "Return True if any schedule can be used: for masking alone and a network without time conditioning"
     return model.noise.masks_only and not is_time_conditioned(model)
 
+def _as_output(out):
+    "Return the outputs of a network, a tensor or a tuple, with their names"
+    return DenoiserOutput(*out) if isinstance(out, tuple) else DenoiserOutput(out)
+
 def call_denoiser(
     model:Denoiser, # The denoiser, with canonical ids
     xt:Tensor, # Noisy ids, (B, L)
@@ -38,8 +42,7 @@ def call_denoiser(
     mask:Tensor|None=None, # True at tokens, False at padding, (B, L); None for no padding
 )->DenoiserOutput: # Logits (B, L, V), and gap logits (B, L+1) from a network with a gap head
     "Return the outputs of a denoiser at all positions"
-    out = model(xt, t if is_time_conditioned(model) else None, mask)
-    out = out if isinstance(out, tuple) else DenoiserOutput(out)
+    out = _as_output(model(xt, t if is_time_conditioned(model) else None, mask))
     return out._replace(logits=out.logits[...,:model.noise.vocab_size])
 
 def predict_at(
@@ -159,11 +162,10 @@ def clean_posterior(
 # %% ../../nbs/model/43_predictions.ipynb #c93a9385
 def output_integrand(
     model:Denoiser, # Denoiser that gave the outputs
-    out, # Outputs of the denoiser for the noisy sequences: a tensor, or a DenoiserOutput
+    out, # Outputs of the denoiser for the noisy sequences: a tensor, or a tuple with the gap logits
     noisy:NoisyBatch, # Noisy sequences, from Corruption.corrupt
     t:Tensor, # Times, (B,)
     noise:Corruption, # The noise
 )->Tensor: # Nats per sequence, (B,)
     "Return the integrand of the bound at one time, summed over each sequence, without the end terms"
-    out = out if isinstance(out, tuple) else DenoiserOutput(out)
-    return output_kind(model).integrand(out, noisy, t, noise)
+    return output_kind(model).integrand(_as_output(out), noisy, t, noise)

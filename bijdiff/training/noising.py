@@ -138,6 +138,10 @@ def before_batch(self:CorruptionCallback):
     self.learn.xb = self.inputs(noisy, t)
     self.learn.yb = self.targets(x.repeat(len(draws), 1), noisy, t)
 
+@patch
+def after_pred(self:CorruptionCallback):
+    if isinstance(self.pred, tuple): self.learn.pred = tuple(self.pred)   # fastai rebuilds only plain tuples
+
 # %% ../../nbs/training/71_noising.ipynb #d682a80c
 @patch
 def _broadcast(self:DistributedDL, t, rank):
