@@ -85,6 +85,16 @@ def test_help_imports_nothing_that_takes_long(name):
     assert status==0 and f'usage: {name}' in out, out
     assert 'bijdiff.cli' in imported and not imported & slow_imports
 
+def test_help_names_every_schedule_and_rule():
+    "Help texts have the names written out, so that --help imports nothing that takes long"
+    from bijdiff.diffusion.schedules import schedules
+    from bijdiff.sampling.rules import UnmaskingRule
+    named = dict(bijdiff_train=schedules)
+    named |= dict.fromkeys(('bijdiff_sample', 'bijdiff_score', 'bijdiff_compress'), UnmaskingRule.names)
+    for command,names in named.items():
+        words = {*succeed(command, '--help').replace(',', ' ').replace(':', ' ').split()}
+        assert words >= {*names}, command
+
 @pytest.mark.parametrize('args, message', [
     ('--epochs none', 'invalid int value'), ('--out /proc/m', '/proc cannot be written to')])
 def test_mistakes_that_are_reported_before_the_imports(args, message):
