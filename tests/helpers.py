@@ -1,8 +1,10 @@
 """Helpers that several test files share. None of them needs fastai."""
+from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from bijdiff.diffusion.corruption import Corruption
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
 from bijdiff.testing import chi_square, random_weights
@@ -106,9 +108,11 @@ def of_sampled_tokens(confidence):
     "Fault: the probability of a sampled token, in place of the largest probability"
     return lambda probs, rule: probs.gather(-1, torch.multinomial(probs, 1))[...,0]
 
-def slope(f, t, d=1e-5):
-    "Derivative of f at t, by a central difference"
-    return (f(t+d)-f(t-d))/(2*d)
+class Noise(NamedTuple):
+    "A corruption, its state probabilities by hand, and further fields of its denoiser's configuration"
+    corruption:Corruption
+    state_probs:object # Function of the time: that a token is kept, masked, substituted, deleted
+    config_kwargs:dict
 
 def fixed_weights(alpha, mask, substitute, delete=0.):
     "Probabilities that a token is kept, masked, substituted, deleted: alpha(t), and weight*(1-alpha(t)) each"

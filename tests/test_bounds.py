@@ -2,9 +2,8 @@
 import math
 from functools import lru_cache
 from itertools import combinations, product
-from typing import NamedTuple
 import numpy as np, pytest, torch
-from helpers import fixed_weights, gidd_weights, plant_fault, slope
+from helpers import derivative, fixed_weights, gidd_weights, Noise, plant_fault
 from bijdiff.diffusion import objective
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
 from bijdiff.diffusion.schedules import Geometric, HalfCosine, Polynomial
@@ -40,12 +39,6 @@ def weak(t): return math.exp(-.1*7**t)
 ALPHA = {HALF: half_cosine, CUBIC: cubic, GEOMETRIC: geometric, WEAK: weak}
 
 # Noises, and the probabilities of their states by hand
-
-class Noise(NamedTuple):
-    "A corruption, its state probabilities by hand, and further fields of its denoiser's configuration"
-    corruption:Corruption
-    state_probs:object # Function of the time: that a token is kept, masked, substituted, deleted
-    config_kwargs:dict
 
 def constant(schedule, mask, substitute, delete=0., V=2, T=None, **config_kwargs):
     corruption = Corruption(V, mask, substitute, delete, schedule=schedule, T=T)
@@ -209,7 +202,7 @@ class ExactBound:
 
     def integrand(self, t):
         "Integrand of the bound at a time, (texts,); that of a gap is d_delete/m_delete * divergence"
-        m,d = self.state_probs(t),slope(self.state_probs, t, 1e-6)
+        m,d = self.state_probs(t),derivative(self.state_probs, t, 1e-6)
         (out,gaps),rates = self.predict(t),self.resampling_rates(m, d)
         @lru_cache(None)
         def of_token(i, j, x): return self.token_integrand(out[i,j], x, self.strings[i][j], m, rates)

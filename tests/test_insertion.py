@@ -5,8 +5,8 @@ from itertools import combinations, product
 import numpy as np, pytest, torch
 from scipy.linalg import expm
 from scipy.stats import binom, poisson
-from helpers import assert_drawn_from, fixed_weights, HandmadeDenoiser, plant_fault, slope, TableDenoiser
-from helpers import tempered_probs, warmer
+from helpers import assert_drawn_from, derivative, fixed_weights, HandmadeDenoiser, plant_fault
+from helpers import TableDenoiser, tempered_probs, warmer
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
 from bijdiff.sampling import insertion
@@ -67,7 +67,7 @@ def marginal(x, m):
 
 def generator(state_probs, t):
     "Rates of resampling as any token and as the mask, and of deleting masks, (V+2, V+2); row: from"
-    (kept,mask,sub,delete),(d_kept,_,d_sub,d_delete) = state_probs(t),slope(state_probs, t)
+    (kept,mask,sub,delete),(d_kept,_,d_sub,d_delete) = state_probs(t),derivative(state_probs, t, 1e-5)
     to_token = (d_sub-d_kept/kept*sub)/(1-delete)
     Q = np.zeros((V+2, V+2))
     Q[:V+1,:V] = to_token/V

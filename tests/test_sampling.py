@@ -9,9 +9,9 @@ from itertools import combinations, product
 from typing import NamedTuple
 import numpy as np, pytest, torch
 from scipy.stats import binom
-from helpers import assert_drawn_from, assert_given_kept, count_sequences, fixed_weights, gidd_weights
-from helpers import HandmadeDenoiser, of_sampled_tokens, plant_fault, record_calls, slope, TableDenoiser
-from helpers import tempered_probs, warmer
+from helpers import assert_drawn_from, assert_given_kept, count_sequences, derivative, fixed_weights
+from helpers import gidd_weights, HandmadeDenoiser, Noise, of_sampled_tokens, plant_fault, record_calls
+from helpers import TableDenoiser, tempered_probs, warmer
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
 from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
 from bijdiff.model.adapters import MDLMAdapter, SEDDAdapter
@@ -50,12 +50,6 @@ def log_linear(t): return 1-t
 
 COSINE,HALF,GEOMETRIC,LINEAR = Cosine(.01),HalfCosine(.01),Geometric(.05, 5.),LogLinear(0.)
 ALPHA = {COSINE: cosine, HALF: half_cosine, GEOMETRIC: geometric, LINEAR: log_linear}
-
-class Noise(NamedTuple):
-    "A corruption, its state probabilities by hand, and further fields of its denoiser's configuration"
-    corruption:Corruption
-    state_probs:object # Function of the time: that a token is kept, masked, substituted, deleted
-    config_kwargs:dict
 
 def constant(schedule, mask, substitute, **config_kwargs):
     corruption = Corruption(V, mask, substitute, schedule=schedule)
@@ -119,7 +113,7 @@ def transition(a, b):
 
 def resampling_rates(state_probs, t):
     "Rate at which any symbol is resampled as each one, (V+1,)"
-    (kept,_,sub,_),(d_kept,_,d_sub,_) = state_probs(t),slope(state_probs, t)
+    (kept,_,sub,_),(d_kept,_,d_sub,_) = state_probs(t),derivative(state_probs, t, 1e-5)
     to_token = d_sub-d_kept/kept*sub
     to_mask = -d_kept/kept*(1-sub)-d_sub
     return np.array([to_token/V]*V+[to_mask])
@@ -784,7 +778,7 @@ def sedd_step(graph, score, x, sigma, s, t, kind):
         d = sigma(t)-sigma(s)
         p = (score@graph.transition(-d))*graph.transition(d).T[x]
     else:
-        p = (t-s)*slope(sigma, t)*graph.Q.T[x]*score
+        p = (t-s)*derivative(sigma, t, 1e-5)*graph.Q.T[x]*score
         p = p.scatter(-1, x[...,None], 0.)
         p = p.scatter(-1, x[...,None], 1-p.sum(-1, keepdim=True))
     if s==0 and graph.absorbs: p[...,V] = 0
@@ -843,7 +837,7 @@ def losses(name):
     noise,_,config_kwargs = NOISES[name]
     m,(x0,t,noisy) = tiny_denoiser(V, L, noise=noise, **config_kwargs),noisy_texts(name)
     sigma = total_noise(name)
-    dsigma = partial(slope, sigma)
+    dsigma = partial(derivative, sigma, d=1e-5)
     args = x0, noisy.xt, each(sigma, t), each(dsigma, t)
     theirs = [sedd_loss(m.as_sedd(), Graph(name), *args)]
     if noise.masks_only and not m.config.score_head: theirs.append(mdlm_loss(m.as_mdlm(), *args))
