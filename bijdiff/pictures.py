@@ -27,6 +27,7 @@ def film_strip(
     "Show in text how a sequence appears"
     return '\n'.join(tokenizer.decode(f[which]).replace('\n', '⏎') for f in _evenly_chosen(frames, n))
 
+# %% ../nbs/69_pictures.ipynb #568d4a5f
 def _char_colour(char, is_old):
     "Return grey for a mask, black for a character of the frame before, red for a new one"
     if char==MASK_CHAR: return '#cccccc'

@@ -95,6 +95,7 @@ def _warn_unknown(text, tokenizer, part):
     some = ', '.join(f'{c!r} ({n}x)' for c,n in unknown.most_common(8))
     warnings.warn(f'{found} are not in the vocabulary and are replaced by �: {some}')
 
+# %% ../../nbs/data/32_loaders.ipynb #59b79f1c
 def text_dls(
     corpus:str, # The text itself, 'pydoc', or the path of a text file
     tokenizer='char', # char, byte, bpe, or a Tokenizer

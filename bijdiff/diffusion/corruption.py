@@ -94,6 +94,7 @@ class Corruption:
     def is_single_kind(self)->bool: # True for masking alone and for substitution alone
         return max(self.weights['mask'], self.weights['substitute'])==1
 
+# %% ../../nbs/diffusion/22_corruption.ipynb #93f98fb5
 class MaskingCorruption(Corruption):
     "Masking alone"
     masks_only = True

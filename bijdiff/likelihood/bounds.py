@@ -51,6 +51,7 @@ def prior_sampler(self:DeletingCorruption, model, x):
         return nats + length.to(nats)
     return draw
 
+# %% ../../nbs/likelihood/60_bounds.ipynb #1b935d6c
 def prior_nats(
     model:Denoiser, # The denoiser, with canonical ids
     x:Tensor, # Clean ids, (B, L)

@@ -93,6 +93,7 @@ def fingerprint(
     weights = model.state_dict() if isinstance(model, nn.Module) else {}
     return tensors_hash(weights, described.encode())[:32]
 
+# %% ../../nbs/likelihood/62_codec.ipynb #12ade306
 def _checksum(b): return hashlib.sha256(b).digest()[:_SUM]
 
 def _pack(header, words):

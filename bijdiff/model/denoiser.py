@@ -87,6 +87,7 @@ class _RenumberedDenoiser:
         return logits[...,self.order[:self.mask_id].to(h.device)]
     def __call__(self, ids, t=None, mask=None): return self.head(self.hidden(ids, t, mask))
 
+# %% ../../nbs/model/42_denoiser.ipynb #53d9b87e
 def canonical(
     model:Denoiser, # Any denoiser
 )->Denoiser: # The denoiser itself where its ids are numbered like this already
@@ -101,6 +102,7 @@ def canonical(
     check(not model.clean_ids[model.mask_id], 'mask_id', model.mask_id, 'an id outside clean_ids')
     return model if model.mask_id==V and bool(model.clean_ids[:V].all()) else _RenumberedDenoiser(model)
 
+# %% ../../nbs/model/42_denoiser.ipynb #7251cf4c
 def to_canonical(
     view:Denoiser, # View, from `canonical`
     ids:Tensor, # Ids of the network, any shape

@@ -133,6 +133,7 @@ def sample(
     if frames is not None: frames[frames_before:] = [_restored(view, f) for f in frames[frames_before:]]
     return _restored(view, written)
 
+# %% ../../nbs/sampling/53_generate.ipynb #0240821a
 def _write(run, sampler, rule, steps, length_steps=0):
     "Run a sampler; sequences with canonical ids"
     if rule is not None: unmask_by_rule(run, rule)

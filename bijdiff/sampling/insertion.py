@@ -62,6 +62,7 @@ def write(self:VariableLengthBatch,
     written = torch.where(self.free[:,:w]&self.mask, ids, self.ids[:,:w])
     self.ids = torch.cat([written, self.ids[:,w:]], 1)
 
+# %% ../../nbs/sampling/52_insertion.ipynb #59041bd6
 @patch
 def insert(self:VariableLengthBatch,
     counts:Tensor, # Numbers of masks before each symbol, and at the end, (n, width+1)
@@ -144,6 +145,7 @@ def _draw_symbols(run, w, probs, t, s):
 def _show(run, w):
     if run.frames is not None: run.frames.append(w.sequences())
 
+# %% ../../nbs/sampling/52_insertion.ipynb #4ecd66b9
 def insertion(
     run:SamplerState, # Sequences to begin with; the network has a gap head
     steps:int, # Number of steps

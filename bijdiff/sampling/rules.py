@@ -256,6 +256,7 @@ def unmask(
         x = _step(model, x, (x==model.mask_id)&mask, rule, choose, lengths, keys, count[:,None])
     return x
 
+# %% ../../nbs/sampling/50_rules.ipynb #87469192
 def _counts(masks, rule):
     "Number of masks that each sequence reveals in each step, (n, steps)"
     different,which = masks.unique(return_inverse=True)
