@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['check', 'is_whole', 'check_whole', 'check_number', 'check_fraction', 'check_seed', 'check_T', 'check_one_of',
-           'check_type', 'optional', 'check_fields', 'check_shape', 'check_ids', 'check_lengths', 'check_times']
+           'check_type', 'optional', 'check_fields', 'check_shape', 'check_ids', 'check_lengths', 'check_times',
+           'check_regular_file']
 
 # %% ../nbs/00_checks.ipynb #b70b462e
-import math
+import math, os, stat
 from numbers import Integral, Real
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ def _interval(least, most, above, below):
     ends = [('at least', least), ('above', above), ('at most', most), ('below', below)]
     return ' and '.join(f'{word} {end}' for word,end in ends if end is not None)
 
+def _is_finite(value):
+    "Return True for a number within the range of a float"
+    try: return math.isfinite(value)
+    except OverflowError: return False                                             # a whole number beyond it
+
 def check_number(
     name:str, # Name of the argument
     value, # Value of the argument
@@ -64,7 +70,7 @@ def check_number(
     below:float|None=None, # Values must be smaller than this
 ):
     "Check that a value is a finite number in an interval"
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
     ok = ok and (least is None or value>=least) and (above is None or value>above)
     ok = ok and (most is None or value<=most) and (below is None or value<below)
     check(ok, name, value, f'a number {_interval(least, most, above, below)}'.rstrip())
@@ -174,3 +180,16 @@ def check_times(
     if not ((t>=0)&(t<=1)).all():
         raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')
     return t
+
+# %% ../nbs/00_checks.ipynb #a56c6901
+_kinds_of_files = dict(folder=stat.S_ISDIR, pipe=stat.S_ISFIFO, socket=stat.S_ISSOCK)
+
+def check_regular_file(
+    path, # Path of a file to be read
+):
+    "Check that a path leads to a file, and not to a folder, a pipe, a socket or a device"
+    # os.path.exists returns False for a name that is too long, where Path.exists raises an error
+    if not os.path.exists(path): raise FileNotFoundError(f'{path} does not exist')
+    mode = os.stat(path).st_mode
+    kind = next((kind for kind,is_kind in _kinds_of_files.items() if is_kind(mode)), 'device')
+    if not stat.S_ISREG(mode): raise ValueError(f'{path} is a {kind}; expected a file')
