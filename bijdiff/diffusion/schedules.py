@@ -7,11 +7,11 @@ __all__ = ['schedules', 'short_repr', 'Schedule', 'LogLinear', 'Polynomial', 'Co
            'get_schedule', 'schedule_to_dict', 'low_discrepancy_times']
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #cc8ff399
-import math
+import inspect, math
 import torch
 from fastcore.basics import store_attr
 from torch import Tensor
-from ..checks import check, check_number, check_T
+from ..checks import check, check_keys, check_number, check_T
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3c9b7410
 def short_repr(
@@ -55,11 +55,11 @@ class LogLinear(_Rescaled):
 class Polynomial(_Rescaled):
     "alpha = eps + (1-eps) (1 - t^power)"
     def __init__(self,
-        power:float=2., # Exponent of t, above 0; 1 is log-linear
+        power:float=2., # Exponent of t, above 0, at most 1e9; 1 is log-linear
         eps:float=1e-3 # alpha(1), the fraction of tokens that are never corrupted, in [0, 1)
     ):
         super().__init__(eps)
-        check_number('power', power, above=0)
+        check_number('power', power, above=0, most=1e9)
         self.power = power
     __repr__ = short_repr('power,eps')
     def _a(self, t): return 1-t**self.power
@@ -91,11 +91,11 @@ class CosineSquared(_Rescaled):
 class Geometric(Schedule):
     "alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t"
     def __init__(self,
-        sigma_min:float=1e-3, # Total noise sigma at t=0, above 0
-        sigma_max:float=20., # Total noise sigma at t=1, above sigma_min
+        sigma_min:float=1e-3, # Total noise sigma at t=0, at least 1e-99
+        sigma_max:float=20., # Total noise sigma at t=1, above sigma_min, at most 1e99
     ):
-        check_number('sigma_min', sigma_min, above=0)
-        check_number('sigma_max', sigma_max)
+        check_number('sigma_min', sigma_min, least=1e-99)
+        check_number('sigma_max', sigma_max, most=1e99)
         check(sigma_min<sigma_max, 'sigma_max', sigma_max, f'a number above sigma_min={sigma_min}')
         store_attr()
         self._log_ratio = math.log(sigma_max/sigma_min)
@@ -123,6 +123,7 @@ def get_schedule(
         return name
     is_known = isinstance(name, str) and name in schedules
     check(is_known, 'schedule', name, f"one of {', '.join(schedules)}, or a Schedule")
+    check_keys(f'the schedule {name}', numbers, (), inspect.signature(schedules[name]).parameters)
     return schedules[name](**numbers)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #b5c71210

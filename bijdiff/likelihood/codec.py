@@ -14,9 +14,10 @@ import torch
 from constriction import stream
 from fastcore.meta import delegates
 from torch import nn
-from ..checks import check, check_ids, check_type, check_whole
+from ..checks import check, check_ids, check_regular_file, check_type, check_whole
 from ..layers.lattice import LatticeError
-from ..model.saving import Pretrained, tensors_hash, write_synced
+from ..data.tokens import exact_ids
+from ..model.saving import plain_weights, Pretrained, tensors_hash, write_synced
 from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options
 from ..sampling.rules import unmask, UnmaskingRule
@@ -90,7 +91,7 @@ def fingerprint(
 )->str: # 32 hexadecimal digits
     "Return a hash of configuration, tokenizer, and weights, if the denoiser is a module"
     described = ''.join(json.dumps(o, sort_keys=True) for o in _description(model))
-    weights = model.state_dict() if isinstance(model, nn.Module) else {}
+    weights = plain_weights(model) if isinstance(model, nn.Module) else {}
     return tensors_hash(weights, described.encode())[:32]
 
 # %% ../../nbs/likelihood/62_codec.ipynb #12ade306
@@ -130,11 +131,7 @@ def _to_ids(tokenizer, data):
     check(tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer, as bijdiff_train saves it')
     if _is_bytes(tokenizer): return torch.tensor(list(data), dtype=torch.long)
     name = getattr(tokenizer, 'kind', type(tokenizer).__name__)
-    text = _to_text(data, name)
-    ids = tokenizer.encode(text)
-    if tokenizer.decode(ids)!=text:
-        raise ValueError(f'the {name} tokenizer does not give back this text; expected a byte tokenizer')
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(exact_ids(tokenizer, _to_text(data, name)), dtype=torch.long)
 
 def _to_bytes(tokenizer, ids):
     return bytes(ids.tolist()) if _is_bytes(tokenizer) else tokenizer.decode(ids.tolist()).encode('utf-8')
@@ -217,8 +214,7 @@ def _publish(part, out, force):
 
 def _check_paths(source, out, force):
     "Check a file to be read and a file to be written"
-    if not source.exists(): raise FileNotFoundError(f'{source} does not exist')
-    if source.is_dir(): raise ValueError(f'{source} is a folder; expected a file')
+    check_regular_file(source)
     if not out.parent.is_dir(): raise FileNotFoundError(f'the folder {out.parent} does not exist')
     if not out.exists(): return
     if not out.is_file(): raise ValueError(f'{out} is not a file; choose another name')

@@ -9,27 +9,33 @@ __all__ = ['DenoiserConfig']
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
-from ..checks import check, check_fields, check_number, check_one_of, check_type, check_whole
-from ..checks import optional
+from ..checks import check, check_fields, check_fraction, check_number, check_one_of
+from ..checks import check_type, check_whole, optional
 from ..layers.attention import head_dim
 from ..layers.block import count_bijective
 from ..layers.coupled_experts import check_experts
 from ..diffusion.corruption import Corruption, corruption_from_dict
 
 # %% ../../nbs/model/40_config.ipynb #3eac07e2
+_most_tensors = 2**14 # Of a network; it is built in two seconds
+_size = partial(check_whole, most=2**20)
+
 def _check_window(name, value):
-    check_whole(name, value, 0)
+    check_whole(name, value, 0, 2**20)
     check(value==0 or value%2, name, value, 'an odd number, or 0 for no local mixing')
 
 _number = partial(check_number, least=0)
+_switch = partial(check_type, kind=bool)
 _checks = dict(
-    vocab_size=check_whole, seq_len=check_whole, d_model=check_whole, n_heads=check_whole,
-    n_layers=check_whole, coupling_depth=check_whole, segment_length=check_whole, local_window=_check_window,
-    coupling_hidden_dim=optional(check_whole), coupler_dim=optional(check_whole),
+    vocab_size=_size, seq_len=_size, d_model=_size, n_heads=_size,
+    n_layers=_size, coupling_depth=_size, segment_length=_size, local_window=_check_window,
+    coupling_hidden_dim=optional(_size), coupler_dim=optional(_size), bijective_ratio=check_fraction,
     lattice_bits=optional(partial(check_whole, least=1, most=20)),
     dropout=partial(check_number, least=0, below=1), router_balance=_number, router_z_loss=_number,
     couple=partial(check_one_of, options=('final','every')), noise=partial(check_type, kind=dict|None),
 )
+_switches = 'reversible enable_multiscale latent_density time_conditioning gap_head score_head'
+_checks |= dict.fromkeys(_switches.split(), _switch)
 
 # %% ../../nbs/model/40_config.ipynb #5f666d2b
 @dataclass
@@ -71,6 +77,8 @@ class DenoiserConfig:
         self._check_bijective('latent_density', self.latent_density, n_bijective)
         self._check_bijective('n_experts', self.n_experts, n_bijective)
         self._check_experts()
+        sizes = 'the number of tensors for n_layers, n_experts and coupling_depth'
+        check_whole(sizes, self.min_tensors(), most=_most_tensors)
         self.corruption().check_heads(self.gap_head, self.score_head)
 
     def _check_bijective(self, name, value, n):
@@ -87,6 +95,14 @@ class DenoiserConfig:
         for k in ('router_balance','router_z_loss'):
             v = getattr(self, k)
             check(not v or self.k_active is not None, k, v, '0, or a router: k_active as well')
+
+    def min_tensors(self)->int:
+        "Return how many tensors the blocks and scales of the network have"
+        norm = 4 if self.time_conditioning else 2
+        block = 2+2*norm + 2*self.coupling_depth + (1+norm)*(self.local_window>0)
+        n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
+        scales = (23+3*norm)*self.enable_multiscale
+        return (self.n_experts or 1)*(self.n_layers*block + n_bijective*scales)
 
     def corruption(self)->Corruption:
         "Return the noise that the network is made for"

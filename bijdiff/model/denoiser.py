@@ -161,6 +161,8 @@ class BijectiveDenoiser(Pretrained, nn.Module):
         self.latent = LatentDensity(self.backbone.state_dim) if c.latent_density else None
         self.gap_output = _zero_linear(c.d_model, 1) if c.gap_head else None
 
+    @classmethod
+    def min_tensors(cls, config)->int: return config.min_tensors()
     @property
     def n_ids(self)->int: return self.config.vocab_size+1
     @property
