@@ -170,7 +170,9 @@ class BPETokenizer(Tokenizer):
 
     @property
     def vocab_size(self)->int: return self.bpe.get_vocab_size()
-    def encode(self, text:str, replace:bool=False)->list[int]: return self.bpe.encode(text).ids
+    def encode(self, text:str, replace:bool=False)->list[int]:
+        text.encode('utf-8')         # a ValueError for a lone surrogate, for which the library has a TypeError
+        return self.bpe.encode(text).ids
     def _decode(self, ids): return self.bpe.decode(ids)
 
 # %% ../../nbs/data/30_tokens.ipynb #7d6fe7f9
@@ -212,5 +214,6 @@ def exact_ids(
     back = _text_of(tokenizer, ids)
     if back==text: return ids
     at = next((i for i,(a,b) in enumerate(zip(text, back)) if a!=b), min(len(text), len(back)))
-    name = f'the {type(tokenizer).__name__} does not give the text back: position {at}'
+    kind = getattr(tokenizer, 'kind', type(tokenizer).__name__)
+    name = f'the text that the {kind} tokenizer gives back, from position {at} on,'
     check(False, name, back[at:at+10], repr(text[at:at+10]))

@@ -9,6 +9,7 @@ __all__ = ['DenoiserConfig']
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
+from fastcore.basics import patch
 from ..checks import check, check_fields, check_fraction, check_number, check_one_of
 from ..checks import check_type, check_whole, optional
 from ..layers.attention import head_dim
@@ -17,7 +18,7 @@ from ..layers.coupled_experts import check_experts
 from ..diffusion.corruption import Corruption, corruption_from_dict
 
 # %% ../../nbs/model/40_config.ipynb #3eac07e2
-_most_tensors = 2**14 # Of a network; it is built in two seconds
+_most_tensors = 2**14 # Of a network
 _size = partial(check_whole, most=2**20)
 
 def _check_window(name, value):
@@ -78,7 +79,7 @@ class DenoiserConfig:
         self._check_bijective('n_experts', self.n_experts, n_bijective)
         self._check_experts()
         sizes = 'the number of tensors for n_layers, n_experts and coupling_depth'
-        check_whole(sizes, self.min_tensors(), most=_most_tensors)
+        check_whole(sizes, self.n_tensors(), most=_most_tensors)
         self.corruption().check_heads(self.gap_head, self.score_head)
 
     def _check_bijective(self, name, value, n):
@@ -96,15 +97,27 @@ class DenoiserConfig:
             v = getattr(self, k)
             check(not v or self.k_active is not None, k, v, '0, or a router: k_active as well')
 
-    def min_tensors(self)->int:
-        "Return how many tensors the blocks and scales of the network have"
-        norm = 4 if self.time_conditioning else 2
-        block = 2+2*norm + 2*self.coupling_depth + (1+norm)*(self.local_window>0)
-        n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
-        scales = (23+3*norm)*self.enable_multiscale
-        return (self.n_experts or 1)*(self.n_layers*block + n_bijective*scales)
-
     def corruption(self)->Corruption:
         "Return the noise that the network is made for"
         if self.noise is None: return Corruption(self.vocab_size)
         return corruption_from_dict(self.vocab_size, self.noise)
+
+# %% ../../nbs/model/40_config.ipynb #943df073
+@patch
+def n_tensors(self:DenoiserConfig)->int:
+    "Return how many tensors the network of this configuration has"
+    n = self.n_experts or 1
+    norm = 4 if self.time_conditioning else 2
+    block = 2+2*norm + 2*self.coupling_depth + (1+norm)*(self.local_window>0)
+    n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
+    scales = (23+3*norm)*self.enable_multiscale
+    ends = 5 + 2*self.latent_density + 2*self.gap_head + 4*self.time_conditioning
+    return ends + n*(self.n_layers*block + n_bijective*scales) + self._n_joining(norm)
+
+@patch
+def _n_joining(self:DenoiserConfig, norm):
+    "Number of the tensors that a mixture has beside its experts: entry, couplers and routers"
+    if self.n_experts is None: return 0
+    n_couplers = 2*(self.n_layers if self.couple=='every' else 1)                  # one for each half of a state
+    n_routers = 0 if self.k_active is None else self.n_layers+n_couplers
+    return 1 + n_couplers*(4+norm*self.n_experts) + 3*n_routers

@@ -144,7 +144,7 @@ def _zero_linear(dim, dim_out):
 
 # %% ../../nbs/model/42_denoiser.ipynb #508b9e05
 class BijectiveDenoiser(Pretrained, nn.Module):
-    "Logits over the clean tokens from a sequence with masks"
+    "Logits over the clean tokens from a sequence with masks; weights are drawn from PyTorch's generator"
     config_class = DenoiserConfig
     def __init__(self,
         config:DenoiserConfig # Sizes and options of the network
@@ -162,7 +162,7 @@ class BijectiveDenoiser(Pretrained, nn.Module):
         self.gap_output = _zero_linear(c.d_model, 1) if c.gap_head else None
 
     @classmethod
-    def min_tensors(cls, config)->int: return config.min_tensors()
+    def n_tensors(cls, config)->int: return config.n_tensors()
     @property
     def n_ids(self)->int: return self.config.vocab_size+1
     @property

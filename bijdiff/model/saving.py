@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn, Tensor
-from ..checks import check, check_keys, check_whole, naming, parse_json
+from ..checks import check, check_keys, naming, parse_json
 from ..data.tokens import tokenizer_from_dict
 from .files import read_header, read_tensors
 
@@ -106,9 +106,10 @@ def _without_memory(cls, config, found):
     "A network on the device meta whose tensors have the given descriptions; a `ValueError` names others"
     with torch.device('meta'): model = cls(config)
     own = _describe(model.state_dict())
-    wrong = next((k for k in sorted({**own, **found}) if own.get(k)!=found.get(k)), None)
+    wrong = next((k for k in [*sorted(found), *sorted(own)] if own.get(k)!=found.get(k)), None)
     name = cls.__name__
-    check(wrong is None, f'tensor {wrong!r:.200}', found.get(wrong), f'{own.get(wrong)}, as in a {name}')
+    expected = own.get(wrong, 'no such tensor')
+    check(wrong is None, f'tensor {wrong!r:.200}', found.get(wrong), f'{expected}, as in a {name}')
     unsaved = _unsaved(model)
     expected = 'none: make them in the forward pass'
     check(not unsaved, f'the tensors of a {name} that are not saved', unsaved, expected)
@@ -192,7 +193,8 @@ def _load(cls, folder, device):
     values = {k:v for k,v in values.items() if k not in ('format','version')}
     with naming(path):
         config = _make_config(cls.config_class, values)
-        check_whole('the number of tensors', len(tensors), cls.min_tensors(config))
+        n,expected = len(tensors),cls.n_tensors(config)
+        check(expected in (None, n), 'the number of tensors', n, f'{expected} for its config.json')
     tokenizer = _read_tokenizer(folder, strings, config)
     found = {k:_described(*v) for k,v in tensors.items()}
     with naming(path): model = _without_memory(cls, config, found)
@@ -215,9 +217,8 @@ class Pretrained:
     config_class = None # Dataclass of the configuration; the network is made from one
 
     @classmethod
-    def min_tensors(cls, config)->int: # For a network whose number of layers depends on its configuration
-        "Return how many tensors a file with this configuration has at least"
-        return 1
+    def n_tensors(cls, config)->int|None: # None for a network that takes no time to build, whatever it is
+        "Return how many tensors the network of a configuration has"
 
     def save_pretrained(self,
         folder, # Folder for the model; an older model there is replaced at the end
