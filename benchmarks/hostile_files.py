@@ -3,10 +3,10 @@
     python benchmarks/hostile_files.py
 
 Makes models, tokenizers and checkpoints that are wrong and have the right hashes, and paths that lead to no
-file; reads each in a process of its own, forked from one that has imported bijdiff; and records how that ended,
-in which time, and how much memory it took above that process. A file must be rejected, by a `ValueError` or an
-`OSError` with a message of one line, or come back as exactly the model that it describes. In both cases the
-random state of PyTorch must be as before, and nothing else may be printed.
+file; reads each in a process of its own, forked from one that has imported bijdiff; and records how that
+ended, in how many seconds of the processor, and how much memory it took above that process. A file must be
+rejected, by a `ValueError` or an `OSError` with a message of one line, or come back as exactly the model that
+it describes. In both cases the random state of PyTorch must be as before, and nothing else may be printed.
 
 Writes benchmarks/results/hostile_files.json."""
 import json
@@ -43,9 +43,10 @@ FIXTURES = Path(__file__).resolve().parent.parent/'tests'/'fixtures'/'0.1'
 
 # Models that are right
 
+COSINE = dict(name='cosine', eps=1e-3)
 NETWORKS = dict(
     plain={},
-    time=dict(time_conditioning=True, noise=dict(mask=.5, substitute=.5, schedule=dict(name='cosine', eps=1e-3))),
+    time=dict(time_conditioning=True, noise=dict(mask=.5, substitute=.5, schedule=COSINE)),
     scales=dict(enable_multiscale=True, n_bijective_layers=1, n_layers=2),
     experts=dict(n_experts=2, k_active=1, couple='every'),
     gaps=dict(gap_head=True, noise=dict(mask=.5, delete=.5)),
@@ -83,7 +84,7 @@ def write_parts(folder, parts):
         strings[f'content of {name}'] = content.decode()
     write_atomically(folder, files | {WEIGHTS:save(parts.tensors, strings)})
 
-# Kinds of files that are wrong. Each function changes a right model in a folder; it returns a path and its reader
+# Kinds of files that are wrong. Each function changes a right model in a folder
 
 SIZES = ('vocab_size seq_len d_model n_heads n_layers n_bijective_layers lattice_bits coupling_hidden_dim '
          'coupling_depth local_window segment_length n_experts k_active coupler_dim').split()
@@ -94,9 +95,10 @@ def nested(depth, inside='1'):
 
 def any_value(rng):
     "Return a value that JSON can hold"
-    values = [None, True, False, 0, -1, 1, 3, .5, -1e300, 1e300, float('nan'), float('inf'), 10**18, 2**63, 10**400,
-              '', '3', 'final', '\n', '\x00', 'a'*5000, [], [1], {}, {'name':'cosine'}, {'mask':{}}, [[[]]]]
-    return rng.choice(values)
+    numbers = [0, -1, 1, 3, .5, -1e300, 1e300, float('nan'), float('inf'), 10**18, 2**63, 10**400]
+    strings = ['', '3', 'final', '\n', '\x00', 'a'*5000]
+    others = [None, True, False, [], [1], {}, {'name':'cosine'}, {'mask':{}}, [[[]]]]
+    return rng.choice(numbers+strings+others)
 
 def huge_sizes(rng, folder, parts):
     "Sizes that are wrong by many orders of magnitude"
@@ -120,14 +122,16 @@ def unknown_fields(rng, folder, parts):
 def no_dictionary(rng, folder, parts):
     "Deep nesting, very many brackets, or no dictionary at all"
     depth = 10**rng.randrange(1, 6)
-    texts = [nested(depth), '{"noise":'*depth + '1' + '}'*depth, f'{{"a":{nested(depth)}}}', '[' + '[],'*10**5 + '1]',
-             '', '{', 'NaN', '3', '"a"', '\ufeff{}', '{"vocab_size":' + '9'*5000 + '}']
+    texts = [nested(depth), '{"noise":'*depth + '1' + '}'*depth, f'{{"a":{nested(depth)}}}',
+             '[' + '[],'*10**5 + '1]', '', '{', 'NaN', '3', '"a"', '\ufeff{}',
+             '{"vocab_size":' + '9'*5000 + '}']
     part = rng.choice(['config', 'tokenizer'])
     return parts._replace(**{part:rng.choice(texts).encode()})
 
+GEOMETRIC = dict(name='geometric', sigma_min=.1, sigma_max=9.)
 NOISES = [
     dict(mask=1, schedule=dict(name='polynomial', power=2., eps=1e-3)), dict(p_uniform=.1, gamma=1., T=None),
-    dict(mask=1, schedule={k:dict(name='geometric', sigma_min=.1, sigma_max=9.) for k in ('mask', 'substitute')})]
+    dict(mask=1, schedule=dict(mask=GEOMETRIC, substitute=GEOMETRIC))]
 
 def change_somewhere(rng, o):
     "Change, remove or add one value in a dictionary, or in one inside it"
@@ -162,12 +166,14 @@ def false_byte_pairs(rng, folder, parts):
     "Byte pairs that would cut off, fill up, change or redraw the tokens of a text"
     inner = json.loads(parts.tokenizer['json'])
     vocab,merges = inner['model']['vocab'],inner['model']['merges']
+    ids = [-1, 2**32, 10**400, 1.5, '1', 7, None]
+    pairs = [['q', 'zz'], ['q'], 'a', 'a b c', 3, None, [1, 2], [[], []]]
     changes = [lambda: inner.update([rng.choice([*FALSIFIERS.items()])]),
                lambda: inner['model'].update([rng.choice([*MODEL_FALSIFIERS.items()])]),
-               lambda: vocab.update({rng.choice([*vocab]):rng.choice([-1, 2**32, 10**400, 1.5, '1', 7, None])}),
+               lambda: vocab.update({rng.choice([*vocab]):rng.choice(ids)}),
                lambda: vocab.pop(rng.choice([*vocab])),
                lambda: vocab.update({rng.choice(['', 'ab cd', '\U0001f600', '\x00']):len(vocab)}),
-               lambda: merges.append(rng.choice([['q', 'zz'], ['q'], 'a', 'a b c', 3, None, [1, 2], [[], []]])),
+               lambda: merges.append(rng.choice(pairs)),
                lambda: inner.update(model=any_value(rng)),
                lambda: inner.pop(rng.choice([*inner])),
                lambda: inner['model'].update(vocab=any_value(rng))]
@@ -179,10 +185,11 @@ def wrong_tensors(rng, folder, parts):
     tensors = parts.tensors
     k = rng.choice([*tensors])
     v = tensors[k]
+    name = rng.choice(['', 'x', '\n', f'_orig_mod.{k}', f'module.{k}'])
     changes = [lambda: tensors.pop(k), lambda: tensors.update({k:torch.cat([v, v])}),
                lambda: tensors.update({k:v.flatten()[None]}), lambda: tensors.update({k:v.flatten()[:0]}),
                lambda: tensors.update({k:v.long()}), lambda: tensors.update({k:v.to(torch.complex64)}),
-               lambda: tensors.update({rng.choice(['', 'x', '\n', f'_orig_mod.{k}', f'module.{k}']):tensors.pop(k)}),
+               lambda: tensors.update({name:tensors.pop(k)}),
                lambda: tensors.update({k:torch.zeros(0, 2**40)})]
     rng.choice(changes)()
 
@@ -193,6 +200,24 @@ def many_tensors(rng, folder, parts):
     parts.config['n_layers'] = rng.choice([n, n//4, n//13])
     parts.config['n_experts'] = rng.choice([None, None, 2, 50])
 
+def counted_tensors(rng, folder, parts):
+    "As many tensors as the network of the configuration has, up to 2,000, with other names or shapes"
+    parts.config['n_layers'] = rng.randrange(2, 100)
+    config = DenoiserConfig(**{k:v for k,v in parts.config.items() if k not in ('format', 'version')})
+    with torch.device('meta'): names = [*BijectiveDenoiser(config).state_dict()][:2000]
+    if rng.random()<.5: names = [f'{name}{rng.randrange(9)}' for name in names]
+    return parts._replace(tensors={name:torch.zeros(rng.randrange(3)) for name in names})
+
+def heavy_headers(rng, folder, parts):
+    "Megabytes of small values, each of which takes many times its length as an object of Python"
+    piece = rng.choice(['[],', '{},', '"ab",', '1e9,', '-9999,', '"\\u00e9",', '1' + '0'*300 + ','])
+    n = min(rng.choice([10**4, 10**5, 2*10**5, 2**18-9, 10**6]), 3*2**20//len(piece))
+    values = f'[{piece*n}1]'
+    keys = '{' + ''.join(f'"{i:x}":{i%7},' for i in range(min(n, 3*10**5))) + '"a":1}'
+    content = rng.choice([f'{{"a":{values}}}', keys, f'{{"kind":"bpe","json":{json.dumps(keys)}}}', values,
+                          f'{{"kind":"char","chars":{values}}}'])
+    return parts._replace(**{rng.choice(['config', 'tokenizer']):content.encode()})
+
 def no_numbers(rng, folder, parts):
     "Weights that are not finite: a right file, which comes back as it is"
     for v in parts.tensors.values(): v.fill_(rng.choice([float('nan'), float('inf'), 3e38, -1e-45]))
@@ -200,10 +225,11 @@ def no_numbers(rng, folder, parts):
 def write_raw(rng, path):
     "Write a safetensors file whose header is no header"
     entry = '"%s":{"dtype":"F32","shape":[%s],"data_offsets":[0,%s]}'
-    header = rng.choice([
-        '{}', '[]', '', nested(10**5), '{' + '[],'*10**6, '{"__metadata__":{"format":3}}', '{"a":' + nested(9)+'}',
-        '{'+entry%('a', '10000000000000', '4')+'}', '{'+entry%('a', '-1', '4')+'}', '{'+entry%('a', '1', '9'*30)+'}',
-        '{'+','.join([entry%('a', '1', '4')]*9)+'}', ' '*2**23, '{"a":"' + 'x'*2**23 + '"}']).encode()
+    entries = [entry%('a', '1'+'0'*13, '4'), entry%('a', '-1', '4'), entry%('a', '1', '9'*30),
+               ','.join([entry%('a', '1', '4')]*9), '"__metadata__":{"format":3}', '"a":'+nested(9),
+               '"a":"' + 'x'*2**23 + '"']
+    texts = ['{}', '[]', '', ' '*2**23, nested(10**5), '{' + '[],'*10**6]
+    header = rng.choice(texts + [f'{{{o}}}' for o in entries]).encode()
     size = rng.choice([len(header)]*6+[0, 2**62, 2**64-1, 10**9, len(header)-1])
     path.write_bytes(max(size, 0).to_bytes(8, 'little') + header + bytes(4))
 
@@ -230,7 +256,7 @@ def make_no_file(rng, path):
     if kind=='loop': path.symlink_to(path)
     if kind=='socket':
         here = os.getcwd()
-        os.chdir(path.parent)                                        # the path of a socket has a length of 100 at most
+        os.chdir(path.parent)                                     # as the path of a socket may not be long
         with socket.socket(socket.AF_UNIX) as s: s.bind(path.name)
         os.chdir(here)
 
@@ -266,8 +292,8 @@ def wrong_checkpoint_devices(rng, folder, parts):
 
 KINDS = {f.__name__:f for f in (
     huge_sizes, wrong_types, missing_fields, unknown_fields, no_dictionary, wrong_noises, wrong_tokenizers,
-    false_byte_pairs, wrong_tensors, many_tensors, no_numbers, wrong_headers, other_versions, no_model, no_text,
-    wrong_checkpoints, wrong_checkpoint_devices)}
+    false_byte_pairs, wrong_tensors, many_tensors, counted_tensors, heavy_headers, no_numbers, wrong_headers,
+    other_versions, no_model, no_text, wrong_checkpoints, wrong_checkpoint_devices)}
 
 def make_hostile(kind, rng, folder):
     "Write a file of a kind into an empty folder; return its path"
@@ -302,7 +328,8 @@ def outcome(path):
     try: read(path)
     except (ValueError, OSError) as e:
         message = str(e)
-        end = 'rejected' if message and '\n' not in message and len(message)<1000 else f'message {message!r:.300}'
+        is_line = 0<len(message)<1000 and '\n' not in message
+        end = 'rejected' if is_line else f'message {message!r:.300}'
     except BaseException as e: end = f'{type(e).__name__}: {e}'[:300]
     else: end = 'read'
     return end if torch.equal(state, torch.get_rng_state()) else f'{end}, with another random state'
@@ -317,10 +344,10 @@ def report(path, target, printed):
     size = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size+2**33, size+2**33))
     signal.alarm(20)
-    before,start = peak_mib(),time.perf_counter()
+    before,start,cpu = peak_mib(),time.perf_counter(),time.process_time()
     end = outcome(path)
-    seconds = time.perf_counter()-start
-    target.write_text(json.dumps(dict(end=end, seconds=seconds, mib=peak_mib()-before)))
+    seconds,wall = time.process_time()-cpu,time.perf_counter()-start
+    target.write_text(json.dumps(dict(end=end, seconds=seconds, wall=wall, mib=peak_mib()-before)))
 
 def read_apart(path, place):
     "Read a file in a forked process; return how that ended, its seconds and its MiB"
@@ -331,7 +358,8 @@ def read_apart(path, place):
         finally: os._exit(0)
     os.waitpid(child, 0)
     text = printed.read_text(errors='replace')
-    if not target.exists(): return dict(end=f'killed after 20 s; {text[-300:]}', seconds=20., mib=0.)
+    if not target.exists():
+        return dict(end=f'killed after 20 s; {text[-300:]}', seconds=20., wall=20., mib=0.)
     result = json.loads(target.read_text())
     return result if not text else result | dict(end=f"{result['end']}, and printed {text!r:.300}")
 
@@ -349,9 +377,11 @@ def is_right(result):
 
 def summary(results):
     "Return how the files of a kind ended, and the most time and memory that one of them took"
-    ends = Counter(r['end'] if r['end'] in ('read', 'rejected') else 'wrong' for r in results)
-    return dict(files=len(results), rejected=ends['rejected'], read=ends['read'], right=sum(map(is_right, results)),
-                seconds=round(max(r['seconds'] for r in results), 3), mib=round(max(r['mib'] for r in results)))
+    ends = Counter(r['end'] for r in results)
+    most = lambda k, digits: round(max(r[k] for r in results), digits)
+    return dict(files=len(results), rejected=ends['rejected'], read=ends['read'],
+                right=sum(map(is_right, results)), seconds=most('seconds', 3), wall_seconds=most('wall', 3),
+                mib=most('mib', 0))
 
 @command
 def hostile_files(

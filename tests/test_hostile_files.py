@@ -1,5 +1,5 @@
-"""Files of somebody who knows the format: sizes, names, noise, tokenizers and headers that are wrong, with the
-right hashes, and paths that lead to no file. benchmarks/hostile_files.py counts more of each kind."""
+"""Files of somebody who knows the format: sizes, names, noise, tokenizers and headers that are wrong, with
+the right hashes; paths that lead to no file. benchmarks/hostile_files.py counts more of each kind."""
 import json
 import os
 import subprocess
@@ -38,7 +38,8 @@ def parts(tmp_path):
 def run(name, *args):
     "Exit status and lines on stderr of a command"
     path = Path(sys.executable).parent/name
-    done = subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, timeout=120)
+    line = [sys.executable, path, *map(str, args)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr.splitlines()
 
 def test_a_command_ends_with_one_line_and_status_2_for_a_hostile_model(tmp_path, parts):
@@ -65,7 +66,8 @@ def test_the_number_of_tensors_is_known_before_a_network_is_built(data):
     fields = dict(n_layers=n_layers, coupling_depth=draw(1, 2, 3), local_window=draw(0, 3),
                   time_conditioning=draw(False, True), enable_multiscale=draw(False, True),
                   latent_density=draw(False, True), n_experts=draw(None, 2, 3), couple=draw('final', 'every'),
-                  k_active=draw(None, 1), n_bijective_layers=draw(None, 0, n_layers), gap_head=draw(False, True))
+                  k_active=draw(None, 1), n_bijective_layers=draw(None, 0, n_layers),
+                  gap_head=draw(False, True))
     if fields['gap_head']: fields['noise'] = dict(mask=.5, delete=.5)
     if fields['n_experts']: fields |= dict(coupling_depth=2)
     try: config = DenoiserConfig(7, d_model=8, n_heads=2, **fields)
@@ -101,7 +103,9 @@ def test_no_tensor_is_read_before_everything_else_is_checked(tmp_path, parts, mo
 
 # Tokenizers and scores
 
-@pytest.mark.parametrize('change', [*hostile_files.FALSIFIERS.items(), *hostile_files.MODEL_FALSIFIERS.items()])
+falsifiers = hostile_files.FALSIFIERS | hostile_files.MODEL_FALSIFIERS
+
+@pytest.mark.parametrize('change', falsifiers.items(), ids=falsifiers.keys())
 def test_a_field_that_changes_how_a_text_is_cut_into_tokens_is_named(change):
     name,value = change
     described = json.loads(BPETokenizer.train('the cat').json)
@@ -132,7 +136,7 @@ def test_a_text_that_its_ids_do_not_give_back_has_no_score_and_is_not_compressed
         with pytest.raises(ValueError, match="from position 5 on, is ''; expected 'cabc'"): f()
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(min_size=1, max_size=40) | st.sampled_from(['a\r\nb\rc\n', '\ufffd', 'e\u0301\ufeff', '░']))
+@given(text=st.text(min_size=1, max_size=40) | st.sampled_from(['a\r\nb\rc\n', '\ufffd', 'e\u0301\ufeff░']))
 def test_ids_stand_for_the_whole_text_with_every_tokenizer_of_ours(text):
     for tokenizer in (CharTokenizer.train(text), ByteTokenizer(), BPETokenizer.train(text, 300)):
         ids = exact_ids(tokenizer, text)
@@ -169,7 +173,7 @@ def test_a_network_with_compiled_or_wrapped_parts_is_saved_under_plain_names(mod
     (lambda m: prune.random_unstructured(m.output_head, 'weight', .5), 'output_head.weight_mask'),
     (lambda m: setattr(m, 'norm', nn.LayerNorm(3)), 'norm.bias'),
     (lambda m: m.register_buffer('extra', torch.zeros(2)), 'extra'),
-    (lambda m: setattr(m.output_head, 'bias', nn.Parameter(torch.zeros(3).long(), False)), 'output_head.bias')])
+    (lambda m: setattr(m.output_head, 'bias', nn.Parameter(torch.arange(3), False)), 'output_head.bias')])
 def test_a_network_that_could_not_be_loaded_is_not_saved(model, change, name, tmp_path):
     "The error names the first tensor that differs from those of its configuration, and an older file stays"
     model.save_pretrained(tmp_path)

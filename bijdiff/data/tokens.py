@@ -171,7 +171,7 @@ class BPETokenizer(Tokenizer):
     @property
     def vocab_size(self)->int: return self.bpe.get_vocab_size()
     def encode(self, text:str, replace:bool=False)->list[int]:
-        text.encode('utf-8')         # a ValueError for a lone surrogate, for which the library has a TypeError
+        text.encode('utf-8')                # a ValueError for a lone surrogate, in place of a TypeError
         return self.bpe.encode(text).ids
     def _decode(self, ids): return self.bpe.decode(ids)
 

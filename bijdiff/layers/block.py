@@ -189,7 +189,7 @@ class TimeEmbedding(nn.Module):
         dim:int, # Features of the vector, even
     ):
         super().__init__()
-        self.freqs = torch.logspace(0, 3, dim//2, device='cpu') # Not saved, and none of a network on 'meta'
+        self.freqs = torch.logspace(0, 3, dim//2, device='cpu') # Real on the device meta, too; not saved
         self.net = nn.Sequential(nn.Linear(2*(dim//2), dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self,

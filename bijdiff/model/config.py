@@ -118,6 +118,6 @@ def n_tensors(self:DenoiserConfig)->int:
 def _n_joining(self:DenoiserConfig, norm):
     "Number of the tensors that a mixture has beside its experts: entry, couplers and routers"
     if self.n_experts is None: return 0
-    n_couplers = 2*(self.n_layers if self.couple=='every' else 1)                  # one for each half of a state
+    n_couplers = 2*(self.n_layers if self.couple=='every' else 1)        # one for each half of a state
     n_routers = 0 if self.k_active is None else self.n_layers+n_couplers
     return 1 + n_couplers*(4+norm*self.n_experts) + 3*n_routers

@@ -144,7 +144,7 @@ def _zero_linear(dim, dim_out):
 
 # %% ../../nbs/model/42_denoiser.ipynb #508b9e05
 class BijectiveDenoiser(Pretrained, nn.Module):
-    "Logits over the clean tokens from a sequence with masks; weights are drawn from PyTorch's generator"
+    "Logits over the clean tokens from a sequence with masks"
     config_class = DenoiserConfig
     def __init__(self,
         config:DenoiserConfig # Sizes and options of the network
