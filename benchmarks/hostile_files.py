@@ -9,6 +9,7 @@ rejected, by a `ValueError` or an `OSError` with a message of one line, or come 
 it describes. In both cases the random state of PyTorch must be as before, and nothing else may be printed.
 
 Writes benchmarks/results/hostile_files.json."""
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import tempfile
 import time
 import warnings
@@ -25,10 +27,11 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from safetensors.torch import save
-from bijdiff.checks import check
+from bijdiff.checks import check, is_whole
 from bijdiff.console import command
 from bijdiff.data.corpora import read_text
 from bijdiff.data.tokens import get_tokenizer
+from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.model.files import read_header, read_tensors
@@ -290,15 +293,31 @@ def wrong_checkpoint_devices(rng, folder, parts):
     make_no_file(rng, folder/CHECKPOINT)
     return folder/CHECKPOINT
 
+def wrong_compressed(rng, folder, parts):
+    "Compressed files with other headers; other numbers of tokens are not among them"
+    blob = compress(BijectiveDenoiser.from_pretrained(folder), b'the cat', steps=4)
+    version,n = struct.unpack('<BI', blob[8:13])
+    header = json.loads(blob[13:13+n])
+    for _ in range(rng.choice([1, 2])): change_somewhere(rng, header)
+    if is_whole(header.get('tokens')): header['tokens'] = 7
+    texts = [json.dumps(header)]*2 + [nested(10**5), '[]', '', '{"a":'+nested(30)+'}']
+    head = rng.choice(texts).encode()
+    body = blob[:8] + struct.pack('<BI', version, len(head)) + head + blob[13+n:-16]
+    path = folder/'text.bij'
+    path.write_bytes(body + hashlib.sha256(body).digest()[:16])
+    return path
+
 KINDS = {f.__name__:f for f in (
     huge_sizes, wrong_types, missing_fields, unknown_fields, no_dictionary, wrong_noises, wrong_tokenizers,
     false_byte_pairs, wrong_tensors, many_tensors, counted_tensors, heavy_headers, no_numbers, wrong_headers,
-    other_versions, no_model, no_text, wrong_checkpoints, wrong_checkpoint_devices)}
+    other_versions, no_model, no_text, wrong_checkpoints, wrong_checkpoint_devices,
+    wrong_compressed)}
 
 def make_hostile(kind, rng, folder):
     "Write a file of a kind into an empty folder; return its path"
     tokenizer = 'bpe' if kind=='false_byte_pairs' else rng.choice(['char', 'byte', 'bpe'])
-    parts = read_parts(right_model(folder, rng.choice([*NETWORKS]), tokenizer))
+    network = 'plain' if kind=='wrong_compressed' else rng.choice([*NETWORKS])
+    parts = read_parts(right_model(folder, network, tokenizer))
     made = KINDS[kind](rng, folder, parts)
     if isinstance(made, Path): return made
     write_parts(folder, made or parts)
@@ -320,7 +339,9 @@ def read(path):
     "Read a model, a checkpoint or a text"
     if path.name==CHECKPOINT: return read_checkpoint(path.parent)
     if path.name=='text': return read_text(path)
-    check_same(path, BijectiveDenoiser.from_pretrained(path))
+    model = BijectiveDenoiser.from_pretrained(path.parent if path.suffix=='.bij' else path)
+    if path.suffix=='.bij': return decompress(model, path.read_bytes())
+    check_same(path, model)
 
 def outcome(path):
     "Return how reading ends: 'read', 'rejected', or what is wrong with the end"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check, check_ids, check_keys, check_lengths, check_number, check_T
 from ..checks import check_times, check_type, check_whole
 from .schedules import get_schedule, HalfCosine, LogLinear, Schedule
-from .schedules import schedule_to_dict, short_repr
+from .schedules import schedule_from_dict, schedule_to_dict, short_repr
 from .packing import count_gaps, NoisyBatch, pack
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #8c1dfca0
@@ -309,11 +309,6 @@ def to_dict(self:Corruption)->dict: # Input of corruption_from_dict
 @patch
 def to_dict(self:GIDDCorruption)->dict: return dict(p_uniform=self.p_uniform, gamma=self.gamma, T=self.T)
 
-def _schedule_from_dict(d):
-    "The schedule that `schedule_to_dict` has described"
-    check_type('a schedule of noise', d, dict)
-    return get_schedule(d.get('name'), **{k:v for k,v in d.items() if k!='name'})
-
 def corruption_from_dict(
     vocab_size:int, # V
     d:dict, # Plain values, from to_dict
@@ -325,5 +320,5 @@ def corruption_from_dict(
     check_keys('noise', d, (), (*_kinds, 'schedule', 'T'))
     s = d.get('schedule', schedule_to_dict(HalfCosine()))
     check_type('the schedule of noise', s, dict)
-    schedule = _schedule_from_dict(s) if 'name' in s else {k:_schedule_from_dict(v) for k,v in s.items()}
+    schedule = schedule_from_dict(s) if 'name' in s else {k:schedule_from_dict(v) for k,v in s.items()}
     return Corruption(vocab_size, **{**d, 'schedule':schedule})

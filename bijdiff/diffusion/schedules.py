@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['schedules', 'short_repr', 'Schedule', 'LogLinear', 'Polynomial', 'Cosine', 'HalfCosine', 'CosineSquared', 'Geometric',
-           'get_schedule', 'schedule_to_dict', 'low_discrepancy_times']
+           'get_schedule', 'schedule_to_dict', 'schedule_from_dict', 'low_discrepancy_times']
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #cc8ff399
 import inspect, math
 import torch
 from fastcore.basics import store_attr
 from torch import Tensor
-from ..checks import check, check_keys, check_number, check_T
+from ..checks import check, check_keys, check_number, check_T, check_type
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3c9b7410
 def short_repr(
@@ -130,12 +130,19 @@ def get_schedule(
 def schedule_to_dict(
     s:Schedule, # Schedule of a class in the dictionary schedules
 )->dict: # Name and numbers of the schedule
-    "Return a schedule in plain values, for `get_schedule(**values)`"
+    "Return a schedule in plain values, the input of `schedule_from_dict`"
     name = next((k for k,v in schedules.items() if v is type(s)), None)
     if name is None:
         raise ValueError(f"schedule is {s}; a model can only be saved with one of {', '.join(schedules)}")
     numbers = {k:v for k,v in vars(s).items() if not k.startswith('_')}
     return dict(name=name, **numbers)
+
+def schedule_from_dict(
+    d:dict, # Plain values, from schedule_to_dict
+)->Schedule:
+    "Return the schedule that a dictionary describes"
+    check_type('a schedule', d, dict)
+    return get_schedule(d.get('name'), **{k:v for k,v in d.items() if k!='name'})
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #267271ec
 def low_discrepancy_times(

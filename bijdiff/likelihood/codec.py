@@ -8,13 +8,15 @@ __all__ = ['fingerprint', 'compress', 'decompress', 'compress_file', 'decompress
 # %% ../../nbs/likelihood/62_codec.ipynb #b719b3b6
 import hashlib, json, os, struct, tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
 from constriction import stream
 from fastcore.meta import delegates
 from torch import nn
-from ..checks import check, check_ids, check_regular_file, check_type, check_whole
+from ..checks import check, check_ids, check_keys, check_regular_file, check_type, check_whole
+from ..checks import parse_json
 from ..layers.lattice import LatticeError
 from ..data.tokens import exact_ids
 from ..model.saving import plain_weights, Pretrained, tensors_hash, write_synced
@@ -115,7 +117,7 @@ def _unpack(blob):
     if _checksum(blob[:-_SUM])!=blob[-_SUM:]:
         raise ValueError('the file is damaged or cut off: its checksum is another one')
     words = np.frombuffer(blob[start+n:-_SUM], '<u4').astype(np.uint32)
-    return json.loads(blob[start:start+n]), words
+    return parse_json(blob[start:start+n], 'the header'), words
 
 # %% ../../nbs/likelihood/62_codec.ipynb #e98f57eb
 def _is_bytes(tokenizer): return getattr(tokenizer, 'kind', None)=='byte'
@@ -140,7 +142,7 @@ def _to_bytes(tokenizer, ids):
 def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
     "The rule for the arguments of compress, which are checked"
     check_unmasking(model)
-    check_whole('bs', bs)
+    check_whole('bs', bs, most=2**20)
     if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
     return get_rule(rule, steps, seed, **kwargs)
 
@@ -172,6 +174,21 @@ def compress(
     with _same_arithmetic(model, threads): return _pack(header, _encode(view, ids, rule, bs, progress))
 
 # %% ../../nbs/likelihood/62_codec.ipynb #7ef7440c
+def _check_word(name, value):
+    ok = isinstance(value, str) and len(value)<=100 and value.isprintable()
+    check(ok, name, value, 'at most 100 printable characters')
+
+_checks = dict(rule=partial(check_type, kind=dict),
+               **dict.fromkeys(('model','sum','torch','device'), _check_word),
+               tokens=partial(check_whole, least=0, most=2**53), bs=partial(check_whole, most=2**20),
+               threads=partial(check_whole, most=1024))
+
+def _check_header(header):
+    "Check names and types in the header of a file"
+    check_keys('the header', header, _checks)
+    for name,check_value in _checks.items():
+        check_value(f'{name} in the header', header[name])
+
 def _check_model(header, model):
     mine = fingerprint(model)
     if header['model']!=mine:
@@ -193,6 +210,7 @@ def decompress(
 )->bytes:
     "Bring compressed data back"
     header,words = _unpack(blob)
+    _check_header(header)
     _check_model(header, model)
     view,rule = canonical(model),rule_from_dict(header['rule'])
     with _same_arithmetic(model, header['threads']):

@@ -146,6 +146,9 @@ def _zero_linear(dim, dim_out):
 class BijectiveDenoiser(Pretrained, nn.Module):
     "Logits over the clean tokens from a sequence with masks"
     config_class = DenoiserConfig
+    @classmethod
+    def n_tensors(cls, config)->int: return config.n_tensors()
+
     def __init__(self,
         config:DenoiserConfig # Sizes and options of the network
     ):
@@ -161,8 +164,6 @@ class BijectiveDenoiser(Pretrained, nn.Module):
         self.latent = LatentDensity(self.backbone.state_dim) if c.latent_density else None
         self.gap_output = _zero_linear(c.d_model, 1) if c.gap_head else None
 
-    @classmethod
-    def n_tensors(cls, config)->int: return config.n_tensors()
     @property
     def n_ids(self)->int: return self.config.vocab_size+1
     @property
