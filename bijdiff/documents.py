@@ -17,6 +17,7 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from tqdm.auto import tqdm
 from .checks import check_seed, check_whole
+from .data.tokens import exact_ids
 from .data.corpora import read_text
 from .model.saving import write_atomically
 from .model.denoiser import BijectiveDenoiser
@@ -77,7 +78,7 @@ def read_document(
     "Read a file and tokenize it"
     text = read_text(path, as_bytes=model.tokenizer.kind=='byte')
     if not text: raise ValueError(f'{path} is empty; expected a text')
-    try: ids = model.tokenizer.encode(text)
+    try: ids = exact_ids(model.tokenizer, text)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return Document(str(path), text, torch.tensor(ids))
 

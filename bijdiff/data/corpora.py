@@ -8,7 +8,7 @@ __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'as_text', 'split_text']
 # %% ../../nbs/data/31_corpora.ipynb #5cb31ca0
 import os
 from pathlib import Path
-from ..checks import check, check_number
+from ..checks import check, check_number, check_regular_file
 
 # %% ../../nbs/data/31_corpora.ipynb #5b64958c
 def pydoc_corpus()->str:
@@ -23,9 +23,7 @@ def read_text(
 )->str: # Text of the file; bytes that are not UTF-8 as lone surrogates
     "Read a text file"
     path = Path(path).expanduser()
-    # os.path.exists returns False for a name that is too long, where Path.exists raises an error
-    if not os.path.exists(path): raise FileNotFoundError(f'{path} does not exist')
-    check(not path.is_dir(), 'path', str(path), 'a text file; this is a folder')
+    check_regular_file(path)
     raw = path.read_bytes()
     if as_bytes: return raw.decode('utf-8', 'surrogateescape')
     advice = 'use the byte tokenizer for binary files'

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MASK_CHAR', 'tokenizer_kinds', 'Tokenizer', 'CharTokenizer', 'ByteTokenizer', 'BPETokenizer', 'get_tokenizer',
-           'tokenizer_from_dict']
+           'tokenizer_from_dict', 'exact_ids']
 
 # %% ../../nbs/data/30_tokens.ipynb #01176798
 from collections import Counter
 import tokenizers
 from fastcore.basics import store_attr
-from ..checks import check, check_one_of
+from ..checks import check, check_keys, check_one_of, check_type, parse_json
 
 # %% ../../nbs/data/30_tokens.ipynb #f99bb33a
 MASK_CHAR = '░'
@@ -27,7 +27,7 @@ def _split_at_masks(ids, mask_id):
     yield run
 
 class Tokenizer:
-    "Base of the vocabularies: subclasses define `kind`, `vocab_size`, `encode`, `_decode` and `state`"
+    "Base of the vocabularies: subclasses define `kind`, `fields`, `vocab_size`, `encode` and `_decode`"
     def decode(self,
         ids, # Ids in 0..V, a list or a one-dimensional tensor; V is the mask
     )->str: # Text, masks as ░
@@ -44,7 +44,8 @@ class Tokenizer:
         "Count the characters of a text that the vocabulary cannot express"
         return Counter()
 
-    def to_dict(self)->dict: return dict(kind=self.kind, **self.state())
+    fields = () # Attributes that make the vocabulary, the arguments of the constructor
+    def to_dict(self)->dict: return dict(kind=self.kind, **{k:getattr(self, k) for k in self.fields})
     def __eq__(self, other): return isinstance(other, Tokenizer) and self.to_dict()==other.to_dict()
     def __repr__(self): return f'{type(self).__name__}(vocab_size={self.vocab_size})'
 
@@ -52,9 +53,11 @@ class Tokenizer:
 class CharTokenizer(Tokenizer):
     "One token per character"
     kind = 'char'
+    fields = 'chars',
     def __init__(self,
         chars:str # Characters of the vocabulary, each once
     ):
+        check_type('chars', chars, str)
         check(0<len(chars)==len(set(chars)), 'chars', chars, 'at least one character, and each of them once')
         store_attr()
         self._id = {c:i for i,c in enumerate(chars)}
@@ -63,7 +66,6 @@ class CharTokenizer(Tokenizer):
     def train(cls, text:str): return cls(''.join(sorted(set(text)-{'�'})) + '�')
     @property
     def vocab_size(self)->int: return len(self.chars)
-    def state(self): return dict(chars=self.chars)
     def unknown(self, text:str)->Counter: return Counter(c for c in text if c not in self._id)
     def _decode(self, ids): return ''.join(self.chars[i] for i in ids)
 
@@ -89,7 +91,6 @@ class ByteTokenizer(Tokenizer):
     "One token per byte of UTF-8"
     kind = 'byte'
     vocab_size = 256
-    def state(self): return {}
     @classmethod
     def train(cls, text:str): return cls()
     def encode(self, text:str, replace:bool=False)->list[int]:
@@ -97,14 +98,62 @@ class ByteTokenizer(Tokenizer):
     def _decode(self, ids): return bytes(ids).decode('utf-8', 'replace')
 
 # %% ../../nbs/data/30_tokens.ipynb #c3edf9d8
+def _byte_pairs(vocab=None, merges=None):
+    "The tokenizer of the library with these tokens and pairs; without them before its training"
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return bpe
+
+def _check_fixed(name, value, expected):
+    "Check that all fields of a JSON are as in the one expected, tokens and pairs apart"
+    check_keys(name, value, (), expected)
+    for k,v in value.items():
+        if k=='model': _check_fixed('the model of the tokenizer', v, expected[k])
+        elif k not in ('vocab','merges'): check(v==expected[k], f'{k} of {name}', v, repr(expected[k]))
+
+def _check_tokens(vocab):
+    "Check that a vocabulary has the ids 0 to V-1, all bytes among its tokens, and no other characters"
+    check_type('the vocabulary', vocab, dict)
+    whole = all(type(i) is int for i in vocab.values())
+    check(whole and {*vocab.values()}=={*range(len(vocab))}, 'the vocabulary', vocab, 'the ids 0 to V-1')
+    alphabet = {*tokenizers.pre_tokenizers.ByteLevel.alphabet()}
+    check(alphabet<=vocab.keys(), 'the vocabulary', vocab, 'all 256 bytes')
+    wrong = next((k for k in vocab if not k or not alphabet.issuperset(k)), None)
+    check(wrong is None, 'a token', wrong, 'bytes in the spelling of the tokenizers library')
+
+def _check_pairs(merges, vocab):
+    "Return pairs of tokens that make a token; in older files a pair is a string with a space"
+    check_type('merges', merges, list)
+    pairs = [m.split(' ') if isinstance(m, str) else m for m in merges]
+    for pair in pairs:
+        ok = isinstance(pair, list) and len(pair)==2 and all(isinstance(t, str) for t in pair)
+        ok = ok and {*pair, ''.join(pair)}<=vocab.keys()
+        check(ok, 'one of merges', pair, 'two tokens that make a token')
+    return [(a, b) for a,b in pairs]
+
+def _from_json(text):
+    "The tokenizer of the library that a JSON describes"
+    described = parse_json(text, 'the tokenizer')
+    expected = parse_json(_byte_pairs().to_str(), 'the tokenizer')
+    _check_fixed('the tokenizer', described, expected)
+    check_keys('the tokenizer', described, expected)
+    model = described['model']
+    check_keys('the model of the tokenizer', model, ('vocab','merges'), expected['model'])
+    _check_tokens(model['vocab'])
+    return _byte_pairs(model['vocab'], _check_pairs(model['merges'], model['vocab']))
+
+# %% ../../nbs/data/30_tokens.ipynb #bb0dfaef
 class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding"
     kind = 'bpe'
+    fields = 'json',
     def __init__(self,
-        json:str # Tokenizer as JSON, written by the tokenizers library
+        json:str # Tokenizer as JSON of the tokenizers library, with nothing that train does not write
     ):
-        store_attr()
-        self.bpe = tokenizers.Tokenizer.from_str(json)
+        check_type('json', json, str)
+        self.json = json
+        self.bpe = _from_json(json)
 
     @classmethod
     def train(cls,
@@ -112,10 +161,8 @@ class BPETokenizer(Tokenizer):
         vocab_size:int=1024, # Size of the vocabulary, at least 256
     ):
         "Learn the byte pairs of a text"
+        bpe = _byte_pairs()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet)
         bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
@@ -123,8 +170,9 @@ class BPETokenizer(Tokenizer):
 
     @property
     def vocab_size(self)->int: return self.bpe.get_vocab_size()
-    def state(self): return dict(json=self.json)
-    def encode(self, text:str, replace:bool=False)->list[int]: return self.bpe.encode(text).ids
+    def encode(self, text:str, replace:bool=False)->list[int]:
+        text.encode('utf-8')                # a ValueError for a lone surrogate, in place of a TypeError
+        return self.bpe.encode(text).ids
     def _decode(self, ids): return self.bpe.decode(ids)
 
 # %% ../../nbs/data/30_tokens.ipynb #7d6fe7f9
@@ -146,5 +194,26 @@ def tokenizer_from_dict(
     d:dict # Plain values, from to_dict
 )->Tokenizer:
     "Return the tokenizer that a dictionary describes"
-    d = dict(d)
-    return _tokenizer_class(d.pop('kind', None))(**d)
+    check_type('the tokenizer', d, dict)
+    cls = _tokenizer_class(d.get('kind'))
+    check_keys(f'the {cls.kind} tokenizer', d, ('kind', *cls.fields))
+    return cls(**{k:d[k] for k in cls.fields})
+
+# %% ../../nbs/data/30_tokens.ipynb #d2463d8f
+def _text_of(tokenizer, ids):
+    "The text that ids stand for; bytes that are not UTF-8 as lone surrogates"
+    if getattr(tokenizer, 'kind', None)!='byte': return tokenizer.decode(ids)
+    return bytes(ids).decode('utf-8', 'surrogateescape')
+
+def exact_ids(
+    tokenizer, # Any object with encode and decode
+    text:str, # Text to encode
+)->list[int]: # Ids in 0..V-1
+    "Encode a text; raise a `ValueError` that names the first place where the ids stand for another one"
+    ids = tokenizer.encode(text)
+    back = _text_of(tokenizer, ids)
+    if back==text: return ids
+    at = next((i for i,(a,b) in enumerate(zip(text, back)) if a!=b), min(len(text), len(back)))
+    kind = getattr(tokenizer, 'kind', type(tokenizer).__name__)
+    name = f'the text that the {kind} tokenizer gives back, from position {at} on,'
+    check(False, name, back[at:at+10], repr(text[at:at+10]))

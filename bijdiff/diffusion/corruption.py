@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import Tensor
-from ..checks import check, check_ids, check_lengths, check_number, check_one_of, check_T
+from ..checks import check, check_ids, check_keys, check_lengths, check_number, check_T
 from ..checks import check_times, check_type, check_whole
 from .schedules import get_schedule, HalfCosine, LogLinear, Schedule
-from .schedules import schedule_to_dict, short_repr
+from .schedules import schedule_from_dict, schedule_to_dict, short_repr
 from .packing import count_gaps, NoisyBatch, pack
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #8c1dfca0
@@ -36,6 +36,7 @@ def _normalised_weights(**weights):
     for k,v in weights.items():
         check_number(k, v, least=0)
     total = sum(weights.values())
+    check_number('mask+substitute+delete', total)
     if not total: raise ValueError('mask, substitute and delete are all 0; expected at least one above 0')
     if abs(total-1)<1e-12: return weights
     return {k:v/total for k,v in weights.items()}
@@ -313,10 +314,11 @@ def corruption_from_dict(
     d:dict, # Plain values, from to_dict
 )->Corruption:
     "Make the noise that a dictionary describes"
-    for k in d:
-        check_one_of('a key of noise', k, (*_kinds, 'schedule', 'T', 'p_uniform', 'gamma'))
-    if 'p_uniform' in d: return GIDDCorruption(vocab_size, **d)
+    if 'p_uniform' in d:
+        check_keys('noise', d, (), ('p_uniform', 'gamma', 'T'))
+        return GIDDCorruption(vocab_size, **d)
+    check_keys('noise', d, (), (*_kinds, 'schedule', 'T'))
     s = d.get('schedule', schedule_to_dict(HalfCosine()))
     check_type('the schedule of noise', s, dict)
-    schedule = get_schedule(**s) if 'name' in s else {k:get_schedule(**v) for k,v in s.items()}
+    schedule = schedule_from_dict(s) if 'name' in s else {k:schedule_from_dict(v) for k,v in s.items()}
     return Corruption(vocab_size, **{**d, 'schedule':schedule})

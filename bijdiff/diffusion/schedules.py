@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['schedules', 'short_repr', 'Schedule', 'LogLinear', 'Polynomial', 'Cosine', 'HalfCosine', 'CosineSquared', 'Geometric',
-           'get_schedule', 'schedule_to_dict', 'low_discrepancy_times']
+           'get_schedule', 'schedule_to_dict', 'schedule_from_dict', 'low_discrepancy_times']
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #cc8ff399
-import math
+import inspect, math
 import torch
 from fastcore.basics import store_attr
 from torch import Tensor
-from ..checks import check, check_number, check_T
+from ..checks import check, check_keys, check_number, check_T, check_type
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3c9b7410
 def short_repr(
@@ -55,11 +55,11 @@ class LogLinear(_Rescaled):
 class Polynomial(_Rescaled):
     "alpha = eps + (1-eps) (1 - t^power)"
     def __init__(self,
-        power:float=2., # Exponent of t, above 0; 1 is log-linear
+        power:float=2., # Exponent of t, above 0, at most 1e9; 1 is log-linear
         eps:float=1e-3 # alpha(1), the fraction of tokens that are never corrupted, in [0, 1)
     ):
         super().__init__(eps)
-        check_number('power', power, above=0)
+        check_number('power', power, above=0, most=1e9)
         self.power = power
     __repr__ = short_repr('power,eps')
     def _a(self, t): return 1-t**self.power
@@ -91,11 +91,11 @@ class CosineSquared(_Rescaled):
 class Geometric(Schedule):
     "alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t"
     def __init__(self,
-        sigma_min:float=1e-3, # Total noise sigma at t=0, above 0
-        sigma_max:float=20., # Total noise sigma at t=1, above sigma_min
+        sigma_min:float=1e-3, # Total noise sigma at t=0, at least 1e-99
+        sigma_max:float=20., # Total noise sigma at t=1, above sigma_min, at most 1e99
     ):
-        check_number('sigma_min', sigma_min, above=0)
-        check_number('sigma_max', sigma_max)
+        check_number('sigma_min', sigma_min, least=1e-99)
+        check_number('sigma_max', sigma_max, most=1e99)
         check(sigma_min<sigma_max, 'sigma_max', sigma_max, f'a number above sigma_min={sigma_min}')
         store_attr()
         self._log_ratio = math.log(sigma_max/sigma_min)
@@ -123,18 +123,26 @@ def get_schedule(
         return name
     is_known = isinstance(name, str) and name in schedules
     check(is_known, 'schedule', name, f"one of {', '.join(schedules)}, or a Schedule")
+    check_keys(f'the schedule {name}', numbers, (), inspect.signature(schedules[name]).parameters)
     return schedules[name](**numbers)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #b5c71210
 def schedule_to_dict(
     s:Schedule, # Schedule of a class in the dictionary schedules
 )->dict: # Name and numbers of the schedule
-    "Return a schedule in plain values, for `get_schedule(**values)`"
+    "Return a schedule in plain values, the input of `schedule_from_dict`"
     name = next((k for k,v in schedules.items() if v is type(s)), None)
     if name is None:
         raise ValueError(f"schedule is {s}; a model can only be saved with one of {', '.join(schedules)}")
     numbers = {k:v for k,v in vars(s).items() if not k.startswith('_')}
     return dict(name=name, **numbers)
+
+def schedule_from_dict(
+    d:dict, # Plain values, from schedule_to_dict
+)->Schedule:
+    "Return the schedule that a dictionary describes"
+    check_type('a schedule', d, dict)
+    return get_schedule(d.get('name'), **{k:v for k,v in d.items() if k!='name'})
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #267271ec
 def low_discrepancy_times(

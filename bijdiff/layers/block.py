@@ -189,13 +189,14 @@ class TimeEmbedding(nn.Module):
         dim:int, # Features of the vector, even
     ):
         super().__init__()
-        self.register_buffer('freqs', torch.logspace(0, 3, dim//2), persistent=False)
+        self.freqs = torch.logspace(0, 3, dim//2, device='cpu') # Real on the device meta, too; not saved
         self.net = nn.Sequential(nn.Linear(2*(dim//2), dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self,
         t:Tensor, # Times in [0, 1], (B,)
     )->Tensor: # (B, dim)
-        angles = t[:,None].to(self.freqs)*self.freqs
+        freqs = self.freqs.to(self.net[0].weight)
+        angles = t[:,None].to(freqs)*freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
 # %% ../../nbs/layers/10_block.ipynb #73562c4c

@@ -8,15 +8,18 @@ __all__ = ['fingerprint', 'compress', 'decompress', 'compress_file', 'decompress
 # %% ../../nbs/likelihood/62_codec.ipynb #b719b3b6
 import hashlib, json, os, struct, tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
 from constriction import stream
 from fastcore.meta import delegates
 from torch import nn
-from ..checks import check, check_ids, check_type, check_whole
+from ..checks import check, check_ids, check_keys, check_regular_file, check_type, check_whole
+from ..checks import parse_json
 from ..layers.lattice import LatticeError
-from ..model.saving import Pretrained, tensors_hash, write_synced
+from ..data.tokens import exact_ids
+from ..model.saving import plain_weights, Pretrained, tensors_hash, write_synced
 from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options
 from ..sampling.rules import unmask, UnmaskingRule
@@ -90,7 +93,7 @@ def fingerprint(
 )->str: # 32 hexadecimal digits
     "Return a hash of configuration, tokenizer, and weights, if the denoiser is a module"
     described = ''.join(json.dumps(o, sort_keys=True) for o in _description(model))
-    weights = model.state_dict() if isinstance(model, nn.Module) else {}
+    weights = plain_weights(model) if isinstance(model, nn.Module) else {}
     return tensors_hash(weights, described.encode())[:32]
 
 # %% ../../nbs/likelihood/62_codec.ipynb #12ade306
@@ -114,7 +117,7 @@ def _unpack(blob):
     if _checksum(blob[:-_SUM])!=blob[-_SUM:]:
         raise ValueError('the file is damaged or cut off: its checksum is another one')
     words = np.frombuffer(blob[start+n:-_SUM], '<u4').astype(np.uint32)
-    return json.loads(blob[start:start+n]), words
+    return parse_json(blob[start:start+n], 'the header'), words
 
 # %% ../../nbs/likelihood/62_codec.ipynb #e98f57eb
 def _is_bytes(tokenizer): return getattr(tokenizer, 'kind', None)=='byte'
@@ -130,11 +133,7 @@ def _to_ids(tokenizer, data):
     check(tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer, as bijdiff_train saves it')
     if _is_bytes(tokenizer): return torch.tensor(list(data), dtype=torch.long)
     name = getattr(tokenizer, 'kind', type(tokenizer).__name__)
-    text = _to_text(data, name)
-    ids = tokenizer.encode(text)
-    if tokenizer.decode(ids)!=text:
-        raise ValueError(f'the {name} tokenizer does not give back this text; expected a byte tokenizer')
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(exact_ids(tokenizer, _to_text(data, name)), dtype=torch.long)
 
 def _to_bytes(tokenizer, ids):
     return bytes(ids.tolist()) if _is_bytes(tokenizer) else tokenizer.decode(ids.tolist()).encode('utf-8')
@@ -143,7 +142,7 @@ def _to_bytes(tokenizer, ids):
 def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
     "The rule for the arguments of compress, which are checked"
     check_unmasking(model)
-    check_whole('bs', bs)
+    check_whole('bs', bs, most=2**20)
     if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
     return get_rule(rule, steps, seed, **kwargs)
 
@@ -175,6 +174,21 @@ def compress(
     with _same_arithmetic(model, threads): return _pack(header, _encode(view, ids, rule, bs, progress))
 
 # %% ../../nbs/likelihood/62_codec.ipynb #7ef7440c
+def _check_word(name, value):
+    ok = isinstance(value, str) and len(value)<=100 and value.isprintable()
+    check(ok, name, value, 'at most 100 printable characters')
+
+_checks = dict(rule=partial(check_type, kind=dict),
+               **dict.fromkeys(('model','sum','torch','device'), _check_word),
+               tokens=partial(check_whole, least=0, most=2**53), bs=partial(check_whole, most=2**20),
+               threads=partial(check_whole, most=1024))
+
+def _check_header(header):
+    "Check names and types in the header of a file"
+    check_keys('the header', header, _checks)
+    for name,check_value in _checks.items():
+        check_value(f'{name} in the header', header[name])
+
 def _check_model(header, model):
     mine = fingerprint(model)
     if header['model']!=mine:
@@ -196,6 +210,7 @@ def decompress(
 )->bytes:
     "Bring compressed data back"
     header,words = _unpack(blob)
+    _check_header(header)
     _check_model(header, model)
     view,rule = canonical(model),rule_from_dict(header['rule'])
     with _same_arithmetic(model, header['threads']):
@@ -217,8 +232,7 @@ def _publish(part, out, force):
 
 def _check_paths(source, out, force):
     "Check a file to be read and a file to be written"
-    if not source.exists(): raise FileNotFoundError(f'{source} does not exist')
-    if source.is_dir(): raise ValueError(f'{source} is a folder; expected a file')
+    check_regular_file(source)
     if not out.parent.is_dir(): raise FileNotFoundError(f'the folder {out.parent} does not exist')
     if not out.exists(): return
     if not out.is_file(): raise ValueError(f'{out} is not a file; choose another name')

@@ -9,27 +9,34 @@ __all__ = ['DenoiserConfig']
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
-from ..checks import check, check_fields, check_number, check_one_of, check_type, check_whole
-from ..checks import optional
+from fastcore.basics import patch
+from ..checks import check, check_fields, check_fraction, check_number, check_one_of
+from ..checks import check_type, check_whole, optional
 from ..layers.attention import head_dim
 from ..layers.block import count_bijective
 from ..layers.coupled_experts import check_experts
 from ..diffusion.corruption import Corruption, corruption_from_dict
 
 # %% ../../nbs/model/40_config.ipynb #3eac07e2
+_most_tensors = 2**14 # Of a network
+_size = partial(check_whole, most=2**20)
+
 def _check_window(name, value):
-    check_whole(name, value, 0)
+    check_whole(name, value, 0, 2**20)
     check(value==0 or value%2, name, value, 'an odd number, or 0 for no local mixing')
 
 _number = partial(check_number, least=0)
+_switch = partial(check_type, kind=bool)
 _checks = dict(
-    vocab_size=check_whole, seq_len=check_whole, d_model=check_whole, n_heads=check_whole,
-    n_layers=check_whole, coupling_depth=check_whole, segment_length=check_whole, local_window=_check_window,
-    coupling_hidden_dim=optional(check_whole), coupler_dim=optional(check_whole),
+    vocab_size=_size, seq_len=_size, d_model=_size, n_heads=_size,
+    n_layers=_size, coupling_depth=_size, segment_length=_size, local_window=_check_window,
+    coupling_hidden_dim=optional(_size), coupler_dim=optional(_size), bijective_ratio=check_fraction,
     lattice_bits=optional(partial(check_whole, least=1, most=20)),
     dropout=partial(check_number, least=0, below=1), router_balance=_number, router_z_loss=_number,
     couple=partial(check_one_of, options=('final','every')), noise=partial(check_type, kind=dict|None),
 )
+_switches = 'reversible enable_multiscale latent_density time_conditioning gap_head score_head'
+_checks |= dict.fromkeys(_switches.split(), _switch)
 
 # %% ../../nbs/model/40_config.ipynb #5f666d2b
 @dataclass
@@ -71,6 +78,8 @@ class DenoiserConfig:
         self._check_bijective('latent_density', self.latent_density, n_bijective)
         self._check_bijective('n_experts', self.n_experts, n_bijective)
         self._check_experts()
+        sizes = 'the number of tensors for n_layers, n_experts and coupling_depth'
+        check_whole(sizes, self.n_tensors(), most=_most_tensors)
         self.corruption().check_heads(self.gap_head, self.score_head)
 
     def _check_bijective(self, name, value, n):
@@ -92,3 +101,23 @@ class DenoiserConfig:
         "Return the noise that the network is made for"
         if self.noise is None: return Corruption(self.vocab_size)
         return corruption_from_dict(self.vocab_size, self.noise)
+
+# %% ../../nbs/model/40_config.ipynb #943df073
+@patch
+def n_tensors(self:DenoiserConfig)->int:
+    "Return how many tensors the network of this configuration has"
+    n = self.n_experts or 1
+    norm = 4 if self.time_conditioning else 2
+    block = 2+2*norm + 2*self.coupling_depth + (1+norm)*(self.local_window>0)
+    n_bijective = count_bijective(self.n_layers, self.n_bijective_layers, self.bijective_ratio)
+    scales = (23+3*norm)*self.enable_multiscale
+    ends = 5 + 2*self.latent_density + 2*self.gap_head + 4*self.time_conditioning
+    return ends + n*(self.n_layers*block + n_bijective*scales) + self._n_joining(norm)
+
+@patch
+def _n_joining(self:DenoiserConfig, norm):
+    "Number of the tensors that a mixture has beside its experts: entry, couplers and routers"
+    if self.n_experts is None: return 0
+    n_couplers = 2*(self.n_layers if self.couple=='every' else 1)        # one for each half of a state
+    n_routers = 0 if self.k_active is None else self.n_layers+n_couplers
+    return 1 + n_couplers*(4+norm*self.n_experts) + 3*n_routers

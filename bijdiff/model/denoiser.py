@@ -146,6 +146,9 @@ def _zero_linear(dim, dim_out):
 class BijectiveDenoiser(Pretrained, nn.Module):
     "Logits over the clean tokens from a sequence with masks"
     config_class = DenoiserConfig
+    @classmethod
+    def n_tensors(cls, config)->int: return config.n_tensors()
+
     def __init__(self,
         config:DenoiserConfig # Sizes and options of the network
     ):

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check, check_number, check_one_of, check_seed, check_whole, is_whole
-from ..diffusion.schedules import get_schedule, Schedule, schedule_to_dict
+from ..checks import check, check_keys, check_number, check_one_of, check_seed, check_type
+from ..checks import check_whole, is_whole
+from ..diffusion.schedules import get_schedule, Schedule, schedule_from_dict, schedule_to_dict
 from ..model.denoiser import canonical, Denoiser
 from ..model.predictions import predict_at
 
@@ -154,9 +155,9 @@ def rule_from_dict(
     d:dict # Plain values, from to_dict
 )->UnmaskingRule:
     "Make the rule that a dictionary describes"
-    for k in d:
-        check_one_of('a key of the rule', k, UnmaskingRule.__dataclass_fields__)
-    schedule = get_schedule(**d['schedule']) if d.get('schedule') else None
+    check_keys('the rule', d, (), UnmaskingRule.__dataclass_fields__)
+    check_type('rule', d.get('rule', ''), str|list)
+    schedule = schedule_from_dict(d['schedule']) if d.get('schedule') else None
     return UnmaskingRule(**{**d, 'schedule':schedule})
 
 # %% ../../nbs/sampling/50_rules.ipynb #79196c0c
