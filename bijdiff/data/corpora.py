@@ -7,6 +7,7 @@ __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'as_text', 'split_text']
 
 # %% ../../nbs/data/31_corpora.ipynb #5cb31ca0
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from ..checks import check, check_number
 
@@ -36,14 +37,32 @@ def read_text(
     return text
 
 # %% ../../nbs/data/31_corpora.ipynb #03f087fe
-def _dataset_text(name, config, split, column):
-    "Return the texts of a data set, joined by blank lines"
+def _dataset_place(name):
+    "Return the folder or the name of a data set that consists of data alone"
+    check(str(name).strip(), 'corpus', name, 'pydoc, a text file, or the name or folder of a data set')
+    folder = Path(name).expanduser().resolve()
+    if not folder.is_dir():
+        last = name.removeprefix('hf://datasets/')
+        is_format = last.isidentifier() and find_spec(f'datasets.packaged_modules.{last}')
+        check(not is_format, 'corpus', name, 'the name of a data set; this is a format of the datasets library')
+        return name
+    script = folder/f'{folder.name}.py'
+    check(not script.exists(), 'corpus', str(name), f'a folder of data; {script.name} in it could run any code')
+    return str(folder)
+
+def _load_dataset(name, config, split):
+    "Load a data set; errors of the library become one of ours"
+    place = _dataset_place(name)
     from datasets import load_dataset
-    try: ds = load_dataset(name, config, split=split)
+    try: return load_dataset(place, config, split=split)
     except Exception as e:
         reason = str(e).partition('\n')[0]
         message = f'corpus {name!r} is not a file, and loading it as a data set failed: {reason}'
         raise ValueError(message) from None
+
+def _dataset_text(name, config, split, column):
+    "Return the texts of a data set, joined by blank lines"
+    ds = _load_dataset(name, config, split)
     columns = ', '.join(ds.column_names)
     check(column in ds.column_names, 'column', column, f'a column of data set {name}, which has {columns}')
     texts = list(ds[column])
@@ -70,7 +89,7 @@ def load_corpus(
     if name=='pydoc': return pydoc_corpus()
     path = Path(name).expanduser()
     if _names_file(name, path): return read_text(path, as_bytes)
-    return _dataset_text(str(path), config, split, column)
+    return _dataset_text(name, config, split, column)
 
 # %% ../../nbs/data/31_corpora.ipynb #60c88d73
 def _could_be_file(s):
