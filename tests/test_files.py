@@ -169,3 +169,22 @@ def test_an_output_without_a_name_is_refused(folder, no_work):
     for f,kwargs in nameless:
         with pytest.raises(ValueError, match="''"): f(str(model), str(play), **kwargs)
     with pytest.raises(ValueError, match="''"): bijdiff_train(out='')
+
+# What is not computed
+
+def test_bits_of_characters_are_computed_for_a_picture_alone(folder, monkeypatch):
+    "They take 150 bytes a character"
+    asked = []
+    real = documents.char_bits
+    monkeypatch.setattr(documents, 'char_bits', lambda *args: asked.append(len(args[1])) or real(*args))
+    rule = f'{folder}/model {folder}/play.txt {folder}/play.txt --rule block --steps 2'
+    assert run_command(bijdiff_score, rule)[0]==0 and not asked
+    assert run_command(bijdiff_score, f'{rule} --picture {folder}/bits.png')[0]==0 and asked==[len(TEXT)]
+
+def test_many_texts_are_drawn_in_batches(folder, monkeypatch):
+    "Of which each has random numbers of its own, and the first those of a single batch"
+    texts = lambda n: run_command(bijdiff_sample, f'{folder}/model --n {n} --steps 2')[1]
+    few,whole = texts(2),texts(5)
+    monkeypatch.setattr(documents._sample_batches, '__defaults__', (2*16*256,))
+    batched = texts(5)
+    assert batched!=whole and batched.startswith(few) and batched.count('\n\n')>=5

@@ -25,13 +25,14 @@ def _wrong_encoding(raw):
         marks = [getattr(codecs, f'BOM_{name.upper().replace("-", "")}_{order}') for order in ('LE', 'BE')]
         if raw.startswith(tuple(marks)):
             return f'{name.upper()}; convert it with iconv -f {name.upper()} -t UTF-8'
-    binary = 'use the byte tokenizer for binary files'
+    zero = raw.find(0)
+    if zero>=0:
+        found = f'binary (byte 0x00 at position {zero}), or UTF-16 without a mark'
+        return f'{found}; use the byte tokenizer, or convert it with iconv -f UTF-16LE -t UTF-8'
     try: raw.decode('utf-8')
     except UnicodeDecodeError as e:
         found = f'not UTF-8 (byte {raw[e.start]:#04x} at position {e.start})'
-        return f'{found}; convert it, for example with iconv -f WINDOWS-1252 -t UTF-8, or {binary}'
-    zero = raw.find(0)
-    return None if zero<0 else f'no text (byte 0x00 at position {zero}); {binary}'
+        return f'{found}; convert it, as with iconv -f WINDOWS-1252 -t UTF-8, or use the byte tokenizer'
 
 def _check_encoding(path, raw):
     "Check that the bytes of a file are a text in UTF-8"

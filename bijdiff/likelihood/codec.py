@@ -63,12 +63,11 @@ def _decode(view, words, n, rule, bs, progress):
     "n tokens from bits; None if these bits cannot have come from these probabilities"
     coder = stream.queue.RangeDecoder(words)
     ids = torch.full((n,), view.mask_id)
-    blocks = [ids[:0]]
     try:
-        for x in chunk_batches(ids, view.seq_len, bs):
-            blocks.append(unmask(view, x, rule, _reader(coder), progress=progress).flatten())
+        for x in chunk_batches(ids, view.seq_len, bs):                     # views of ids, which are written into
+            x.copy_(unmask(view, x, rule, _reader(coder), progress=progress))
     except AssertionError: return None                                       # raised by the coder
-    return torch.cat(blocks)
+    return ids
 
 # %% ../../nbs/likelihood/62_codec.ipynb #1f30923c
 _MAGIC,_VERSION = b'bijdiff\x00',2
@@ -128,7 +127,7 @@ def _to_text(data, name):
 def _to_ids(tokenizer, data):
     "Ids of a file, if they stand for exactly its bytes"
     check(tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer, as bijdiff_train saves it')
-    if _is_bytes(tokenizer): return torch.tensor(list(data), dtype=torch.long)
+    if _is_bytes(tokenizer): return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
     name = getattr(tokenizer, 'kind', type(tokenizer).__name__)
     text = _to_text(data, name)
     ids = tokenizer.encode(text)
@@ -137,7 +136,8 @@ def _to_ids(tokenizer, data):
     return torch.tensor(ids, dtype=torch.long)
 
 def _to_bytes(tokenizer, ids):
-    return bytes(ids.tolist()) if _is_bytes(tokenizer) else tokenizer.decode(ids.tolist()).encode('utf-8')
+    if _is_bytes(tokenizer): return ids.numpy().astype(np.uint8).tobytes()
+    return tokenizer.decode(ids.tolist()).encode('utf-8')
 
 # %% ../../nbs/likelihood/62_codec.ipynb #3bb83c51
 def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
