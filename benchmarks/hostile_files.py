@@ -34,7 +34,7 @@ from bijdiff.data.tokens import get_tokenizer
 from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.files import read_header, read_tensors
+from bijdiff.model.headers import read_header, read_tensors
 from bijdiff.model.saving import plain_weights, tensors_hash, write_atomically
 from bijdiff.training.checkpoint import CHECKPOINT, read_checkpoint
 from common import result_path, run_record

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['most_brackets', 'check', 'is_whole', 'check_whole', 'check_number', 'check_fraction', 'check_seed', 'check_T',
            'check_one_of', 'check_type', 'check_keys', 'optional', 'check_fields', 'check_shape', 'check_ids',
-           'check_lengths', 'check_times', 'check_regular_file', 'naming', 'parse_json']
+           'check_lengths', 'check_times', 'naming', 'parse_json']
 
 # %% ../nbs/00_checks.ipynb #b70b462e
-import json, math, os, stat
+import json, math
 from contextlib import contextmanager
 from numbers import Integral, Real
 import torch
@@ -195,19 +195,6 @@ def check_times(
     if not ((t>=0)&(t<=1)).all():
         raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')
     return t
-
-# %% ../nbs/00_checks.ipynb #a56c6901
-_kinds_of_files = dict(folder=stat.S_ISDIR, pipe=stat.S_ISFIFO, socket=stat.S_ISSOCK)
-
-def check_regular_file(
-    path, # Path of a file to be read
-):
-    "Check that a path leads to a file, and not to a folder, a pipe, a socket or a device"
-    # os.path.exists returns False for a name that is too long, where Path.exists raises an error
-    if not os.path.exists(path): raise FileNotFoundError(f'{path} does not exist')
-    mode = os.stat(path).st_mode
-    kind = next((kind for kind,is_kind in _kinds_of_files.items() if is_kind(mode)), 'device')
-    if not stat.S_ISREG(mode): raise ValueError(f'{path} is a {kind}; expected a file')
 
 # %% ../nbs/00_checks.ipynb #884dc40b
 most_brackets = 2**18 # In one JSON text

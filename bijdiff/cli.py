@@ -6,9 +6,40 @@
 __all__ = ['network_options', 'bijdiff_train', 'bijdiff_sample', 'bijdiff_score', 'bijdiff_compress', 'bijdiff_decompress']
 
 # %% ../nbs/92_cli.ipynb #1a289713
+from .console import check_effects, check_numbers, command # first, as it handles Ctrl-C
+import os
 from pathlib import Path
+from .files import check_model_folder, check_source, check_target, content_path, stream_beside
 from fastcore.meta import delegates
-from .console import check_folder, check_target, command
+
+# %% ../nbs/92_cli.ipynb #b59bfb96
+# Largest values of options: beyond them is a slip of the finger, and no memory or time is enough
+_most = dict(
+    d_model=2**16, n_heads=2**16, n_layers=2**12, n_bijective_layers=2**12, coupling_hidden_dim=2**20,
+    coupling_depth=2**8, segment_length=2**20, n_experts=2**10, k_active=2**10, seq_len=2**20, bs=2**20,
+    epochs=10**6, lr=1e3, T=10**9, steps=10**6, n=10**6, temperature=1e6, lambda_likelihood=1e6,
+    lambda_invert=1e6, router_balance=1e6, mask=1e6, substitute=1e6, delete=1e6)
+
+def _check_memory(options):
+    "Check that the matrices of the MLPs alone are not larger than the memory of the machine"
+    d_model,n_stacks = options['d_model'],options['n_experts'] or 1
+    n_numbers = options['n_layers']*n_stacks*d_model*(options['coupling_hidden_dim'] or 4*d_model)
+    memory = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    if 8*n_numbers>memory:
+        needed = f'd_model, coupling_hidden_dim, n_layers and n_experts need {8*n_numbers/1e9:,.0f} GB'
+        raise ValueError(f'{needed}; this machine has {memory/1e9:,.0f} GB')
+
+def _is_dataset(options):
+    "Return True for a corpus that is a data set"
+    return options['corpus']!='pydoc' and not os.path.isfile(os.path.expanduser(options['corpus']))
+
+# By option of bijdiff_train, whether it has an effect beside the others, and what it needs
+_needs_in_training = {
+    **dict.fromkeys(('config', 'split', 'column'), (_is_dataset, 'a data set as corpus')),
+    'segment_length': (lambda o: o['enable_multiscale'], 'enable_multiscale as well'),
+    'couple': (lambda o: o['n_experts'] is not None, 'n_experts as well'),
+    'mask': (lambda o: o['mask']<=0 or o['substitute'] or o['delete'], 'substitute or delete as well'),
+}
 
 # %% ../nbs/92_cli.ipynb #670d25a2
 def network_options(
@@ -52,7 +83,7 @@ def bijdiff_train(
     schedule:str='half_cosine', # log_linear, cosine, half_cosine, cosine_squared, polynomial or geometric
     T:int=None, # Number of steps of the noise; continuous time if not given
     seed:int=42, # Seed of weights, noise and data order
-    out:str='bijdiff_model', # Folder for the model and the pictures
+    out:str='bijdiff_model', # Folder for model and pictures; an older model there is replaced at the end
     resume:bool=False, # Continue the interrupted run in that folder
     device:str='auto', # auto, cpu, cuda or mps
     dtype:str='auto', # auto, float32 or bfloat16
@@ -60,13 +91,20 @@ def bijdiff_train(
 ):
     "Train a bijective denoiser and show what it has learned"
     options = dict(locals())
-    network = network_options(**options.pop('kwargs'))
-    options['out'] = Path(out).expanduser()
-    check_folder(options['out'])
+    options |= network_options(**options.pop('kwargs'))
+    check_numbers(options, _most)
+    _check_memory(options)
+    check_effects(bijdiff_train, options, _needs_in_training)
+    check_model_folder(out)
+    options['out'] = Path(os.path.expanduser(out))
     from bijdiff.runs import train                       # here, as it imports PyTorch and fastai
-    train(**options, **network)
+    train(**options)
 
 # %% ../nbs/92_cli.ipynb #4e15e911
+_needs_in_sampling = {
+    'steps': (lambda o: o['sampler']!='first_hitting', 'another sampler than first_hitting'),
+}
+
 @command
 def bijdiff_sample(
     model:str, # Folder of a saved model
@@ -82,10 +120,31 @@ def bijdiff_sample(
 ):
     "Write texts with a trained model"
     options = dict(locals())
+    check_numbers(options, _most)
+    check_effects(bijdiff_sample, options, _needs_in_sampling)
     from bijdiff.documents import write_texts                 # here, as it imports PyTorch and fastai
     write_texts(options.pop('model'), **options)
 
 # %% ../nbs/92_cli.ipynb #6cd05a42
+_rule = lambda o: o['rule'] is not None
+_needs_in_scoring = {
+    **dict.fromkeys(('steps', 'temperature', 'top_p', 'picture'), (_rule, 'a rule as well')),
+    'n': (lambda o: not _rule(o), 'no rule, whose likelihoods are exact'),
+    'seed': (lambda o: not _rule(o) or o['rule']=='random', 'no rule, or the rule random'),
+    'force': (lambda o: o['json_file'] or o['picture'], 'json_file or picture as well'),
+}
+
+def _model_files(folder):
+    "Return the files of a saved model"
+    return [Path(folder)/name for name in ('config.json', 'tokenizer.json', 'model.safetensors')]
+
+def _check_targets(targets, taken, force):
+    "Check that files can be written, and that no two of them are one"
+    for target in targets:
+        if target is None: continue
+        check_target(target, taken, force)
+        taken = [*taken, target]
+
 @command
 def bijdiff_score(
     model:str, # Folder of a saved model
@@ -95,18 +154,19 @@ def bijdiff_score(
     temperature:float=1., # Temperature of the rule, above 0
     top_p:float=1., # The rule draws from the most probable tokens that together have this probability
     n:int=16, # Draws of the noise for a bound; more make the standard error smaller
-    seed:int=0, # Seed of the noise, or of the random order
-    json_file:str=None, # File for the numbers, as JSON
+    seed:int=0, # Seed of the noise for a bound, or of the order of the rule random
+    json_file:str=None, # File for the numbers, as JSON; - for standard output
     picture:str=None, # File for a picture (PNG) of the first document, coloured by bits; with a rule
+    force:bool=False, # Overwrite existing files
 ):
     "Score text files in bits: exact for a sampler with a rule, or a bound"
     options = dict(locals())
+    check_numbers(options, _most)
+    check_effects(bijdiff_score, options, _needs_in_scoring)
     folder,files = options.pop('model'),options.pop('file')
     files = [files] if isinstance(files, (str, Path)) else [*files]
-    taken = [*files, *(Path(folder)/name for name in ('config.json', 'tokenizer.json', 'model.safetensors'))]
-    for target in filter(None, (json_file, picture)):
-        check_target(target, taken)
-        taken.append(target)
+    for path in files: check_source(path)
+    _check_targets((json_file, picture), [*files, *_model_files(folder)], force)
     from bijdiff.documents import score_files                 # here, as it imports PyTorch and fastai
     score_files(folder, files, **options)
 
@@ -115,28 +175,33 @@ def bijdiff_score(
 def bijdiff_compress(
     model:str, # Folder of a saved model, trained with masking alone; with --tokenizer byte it takes any file
     file:str, # File to be compressed
-    out:str=None, # Compressed file; FILE.bij if not given
+    out:str=None, # Compressed file, - for standard output; FILE.bij if not given
     rule:str='spread', # left_to_right, random, spread, block, confidence or entropy
     steps:int=16, # Function evaluations for each batch of blocks: more are slower, and often give fewer bytes
     force:bool=False, # Overwrite an existing file
 ):
-    "Compress a file with a model, to as many bits as its exact likelihood says"
+    "Compress a file with a model, to as many bits as its exact likelihood says; the permissions stay"
+    check_numbers(dict(steps=steps), _most)
+    out = f'{file}.bij' if out is None else out
+    _check_targets([out], [check_source(file), *_model_files(model)], force)
     from bijdiff.documents import load_model, terminal_bar    # here, as they import PyTorch and fastai
     from bijdiff.likelihood.codec import compress_file
     options = dict(rule=rule, steps=steps, progress=terminal_bar)
     before,after = compress_file(load_model(model), file, out, force, **options)
     ratio = f', {8*after/before:.3f} bits per byte' if before else ''
-    print(f'{before:,} bytes -> {after:,} bytes{ratio}')
+    print(f'{before:,} bytes -> {after:,} bytes{ratio}', file=stream_beside(out))
 
 @command
 def bijdiff_decompress(
     model:str, # Folder of the model it was compressed with
     file:str, # Compressed file
-    out:str=None, # File for the content; FILE without .bij if not given
+    out:str=None, # File for the content, - for standard output; FILE without .bij if not given
     force:bool=False, # Overwrite an existing file
 ):
-    "Restore a file that bijdiff_compress has compressed"
+    "Restore a file that bijdiff_compress has compressed; the permissions stay"
+    out = content_path(file) if out is None else out
+    _check_targets([out], [check_source(file), *_model_files(model)], force)
     from bijdiff.documents import load_model, terminal_bar    # here, as they import PyTorch and fastai
     from bijdiff.likelihood.codec import decompress_file
     before,after = decompress_file(load_model(model), file, out, force, progress=terminal_bar)
-    print(f'{before:,} bytes -> {after:,} bytes')
+    print(f'{before:,} bytes -> {after:,} bytes', file=stream_beside(out))

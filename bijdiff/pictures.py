@@ -6,10 +6,13 @@
 __all__ = ['film_strip', 'plot_film_strip', 'plot_bits']
 
 # %% ../nbs/69_pictures.ipynb #31347472
-import math
+import math, unicodedata, warnings
+from functools import lru_cache
 from itertools import zip_longest
 import matplotlib.pyplot as plt
 import torch
+from matplotlib import font_manager
+from .display import visible
 from .data.tokens import MASK_CHAR, Tokenizer
 
 # %% ../nbs/69_pictures.ipynb #cb162649
@@ -23,9 +26,47 @@ def film_strip(
     tokenizer:Tokenizer, # Tokenizer of the model
     n:int=6, # Frames shown, at most
     which:int=0, # Index of the sequence shown
-)->str: # One frame a line, line breaks shown as ⏎
+)->str: # One frame a line, line breaks shown as ⏎, other control characters as signs
     "Show in text how a sequence appears"
-    return '\n'.join(tokenizer.decode(f[which]).replace('\n', '⏎') for f in _evenly_chosen(frames, n))
+    return '\n'.join(visible(tokenizer.decode(f[which])) for f in _evenly_chosen(frames, n))
+
+# %% ../nbs/69_pictures.ipynb #19967780
+# Fonts whose characters are not those of their code points, or are boxes
+_not_for_text = 'Last Resort','cm','STIXNonUnicode','STIXSize'
+
+@lru_cache(maxsize=None)
+def _code_points(path):
+    "Return the code points that a font can draw"
+    try: return frozenset(font_manager.get_font(path).get_charmap())
+    except (RuntimeError, OSError): return frozenset()          # not made of outlines, or no longer there
+
+def _drawable(text):
+    "Show control characters as signs that the fonts of Matplotlib have: ⏎ for a line break, · for others"
+    return visible(text).translate(dict.fromkeys([*range(0x2400, 0x2422), 0x2426], '·'))
+
+def _fonts_for(text):
+    "Return names of fonts that together have the characters of a text, and code points that none has"
+    names,missing = ['monospace'],{ord(c) for c in text}
+    missing -= _code_points(font_manager.findfont('monospace'))
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name):
+        if not missing: break
+        if font.style!='normal' or font.name.startswith(_not_for_text): continue
+        if found := missing & _code_points(font.fname):
+            names.append(font.name)
+            missing -= found
+    if missing:
+        some = ' '.join(map(chr, sorted(missing)[:8]))
+        warnings.warn(f'no installed font has {len(missing)} of the characters ({some}); they are shown as □')
+    return names, missing
+
+# %% ../nbs/69_pictures.ipynb #b5d3d232
+def _draw_char(ax, x, y, char, fonts, **kwargs):
+    "Draw a character, or the few of a token, centred at a point"
+    names,missing = fonts
+    shown = char.translate(dict.fromkeys(missing, '□'))
+    is_wide = any(unicodedata.east_asian_width(c) in 'FW' for c in shown)
+    options = dict(family=names, fontsize=5.5 if is_wide else 7, ha='center', va='center', parse_math=False)
+    ax.text(x, y, shown, **options, **kwargs)
 
 # %% ../nbs/69_pictures.ipynb #568d4a5f
 def _char_colour(char, is_old):
@@ -33,15 +74,11 @@ def _char_colour(char, is_old):
     if char==MASK_CHAR: return '#cccccc'
     return 'black' if is_old else '#d62728'
 
-def _draw_char(ax, x, y, char, **kwargs):
-    "Draw a character, centred at a point"
-    ax.text(x, y, char, family='monospace', fontsize=7, ha='center', va='center', **kwargs)
-
-def _draw_frame(ax, new, old, tokenizer, width):
+def _draw_frame(ax, new, old, tokenizer, width, fonts):
     "Draw the characters of one frame on a grid, new ones in colour"
     for i,(a,b) in enumerate(zip_longest(new.tolist(), old.tolist()[:len(new)])):
-        char = tokenizer.decode([a]).replace('\n', '⏎')
-        _draw_char(ax, i%width, -(i//width), char, color=_char_colour(char, a==b))
+        char = _drawable(tokenizer.decode([a]))
+        _draw_char(ax, i%width, -(i//width), char, fonts, color=_char_colour(char, a==b))
     ax.set(xlim=(-1, width), ylim=(-math.ceil(len(new)/width)+.4, .6))
     ax.axis('off')
 
@@ -57,17 +94,13 @@ def plot_film_strip(
     n_lines = math.ceil(max(map(len, shown))/width)
     figsize = width*.08, len(shown)*(n_lines*.16+.1)
     fig,axs = plt.subplots(len(shown), 1, figsize=figsize, squeeze=False)
+    fonts = _fonts_for(_drawable(''.join(map(tokenizer.decode, shown))))
     for ax,new,old in zip(axs[:,0], shown, shown[:1]+shown[:-1]):
-        _draw_frame(ax, new, old, tokenizer, width)
+        _draw_frame(ax, new, old, tokenizer, width, fonts)
     fig.subplots_adjust(0, 0, 1, 1, hspace=.02)
     return fig
 
 # %% ../nbs/69_pictures.ipynb #fba3fec6
-def _visible(char):
-    "Return a character in a form that can be seen"
-    if char=='\n': return '⏎'
-    return char if char.isprintable() else '·'
-
 def plot_bits(
     chars:list, # Pairs of a character and its bits
     n:int=1200, # Characters shown, at most
@@ -80,11 +113,12 @@ def plot_bits(
     fig,ax = plt.subplots(figsize=(width*.085+1, max(n_lines*.17+.3, 1)))
     bits = [b for _,b in chars]
     bits += [float('nan')]*(n_lines*width-len(chars))
-    grid = torch.tensor(bits).view(n_lines, width).clamp(max=top)
+    grid = torch.tensor(bits).view(n_lines, width).clamp(max=top).numpy()
     im = ax.imshow(grid, cmap=plt.get_cmap('Reds'), vmin=0, vmax=top, aspect='auto')
+    fonts = _fonts_for(_drawable(''.join(char for char,_ in chars)))
     for i,(char,b) in enumerate(chars):
         color = 'white' if b>.65*top else 'black'
-        _draw_char(ax, i%width, i//width, _visible(char), color=color, parse_math=False)
+        _draw_char(ax, i%width, i//width, _drawable(char), fonts, color=color)
     ax.axis('off')
     fig.colorbar(im, ax=ax, label='bits', pad=.01, fraction=.03)
     return fig

@@ -10,14 +10,15 @@ import sys, warnings
 from dataclasses import fields
 from pathlib import Path
 import torch
+from .data.loaders import text_dls # before the rest of fastai, as it silences a warning
 from fastai.basics import Callback, default_device
 from torch import Tensor
 from tqdm.auto import tqdm
 from .checks import check_number, check_one_of, check_seed, check_whole
+from .display import visible
 from .diffusion.schedules import get_schedule
 from .diffusion.corruption import Corruption
 from .data.corpora import load_corpus
-from .data.loaders import text_dls
 from .model.config import DenoiserConfig
 from .model.saving import write_atomically
 from .model.predictions import any_schedule
@@ -133,12 +134,14 @@ def _print_scores(learn, ids):
         print(f'worst inverse error, {kind:17} {error:g}')
 
 # %% ../nbs/89_runs.ipynb #5a0c1e28
+def _shown(text): return visible(text, keep='\n\t')
+
 def _print_samples(model, seed):
     "Print three texts; return the frames of the sampler"
     frames = []
     _print_heading('three texts, written from nothing')
     for i,ids in enumerate(sample(model, 3, seed=seed, frames=frames), 1):
-        print(f'[{i}] {model.tokenizer.decode(ids)}\n')
+        print(f'[{i}] {_shown(model.tokenizer.decode(ids))}\n')
     return frames
 
 def _print_infill(model, ids, seed):
@@ -150,7 +153,7 @@ def _print_infill(model, ids, seed):
     _print_heading('beginning and ending given, middle written')
     written = sample(model, template=template, seed=seed)[0]
     end += len(written)-L                                      # a middle of another length moves the ending
-    parts = map(decode, (written[:begin], written[begin:end], written[end:]))
+    parts = (_shown(decode(part)) for part in (written[:begin], written[begin:end], written[end:]))
     print('{}⟦{}⟧{}'.format(*parts))
 
 # %% ../nbs/89_runs.ipynb #5a0c1e29
@@ -163,7 +166,7 @@ def _save_pictures(learn, out, frames):
     else: (out/'training.png').unlink(missing_ok=True)         # an earlier run may have left one
     write_atomically(out, pictures)
     _print_heading('saved')
-    for path in (out, *(out/name for name in sorted(pictures))): print(path)
+    for path in (out, *(out/name for name in sorted(pictures))): print(visible(str(path)))
 
 def _report(learn, out, seed):
     "Print scores, inverse errors and texts, and save pictures"
@@ -181,7 +184,7 @@ def _print_start(options, learn, device, bf16):
     n_train,n_valid = len(dls.train.dataset.ids),len(dls.valid.dataset.ids)
     n_parameters = sum(p.numel() for p in model.parameters())
     vocabulary = f'vocabulary of {dls.tokenizer.vocab_size}'
-    print(f"{options['corpus']}: {n_train:,} tokens for training, {n_valid:,} held out, {vocabulary}")
+    print(f"{visible(options['corpus'])}: {n_train:,} tokens for training, {n_valid:,} held out, {vocabulary}")
     place = f"on {device} in {'bfloat16' if bf16 else 'float32'}"
     print(f'{n_parameters:,} parameters, {model.backbone.extra_repr()}, {place}')
     print('bound in bits per character; log-det in nats per token\n')

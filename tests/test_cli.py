@@ -1,5 +1,5 @@
 """The commands as a user runs them: other processes, real files."""
-import inspect, json, os, resource, signal, subprocess, sys, time
+import inspect, json, os, resource, shutil, signal, subprocess, sys, time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,8 @@ def part(corpus, tmp_path):
 def imports_of(name, *args):
     "Exit status and output of a command in a new process, and what it has imported"
     code = f"import sys\nsys.argv[:] = {[name, *args]}\n{print_imports}"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root)
     return done.returncode, done.stdout+done.stderr, {*done.stdout.splitlines()[-1].split()}
 
 @pytest.mark.parametrize('name', commands)
@@ -100,10 +101,34 @@ def test_help_names_every_schedule_and_rule():
         words = {*succeed(command, '--help').replace(',', ' ').replace(':', ' ').split()}
         assert words >= {*names}, command
 
-@pytest.mark.parametrize('args, message', [
-    ('--epochs none', 'invalid int value'), ('--out /proc/m', '/proc cannot be written to')])
-def test_mistakes_that_are_reported_before_the_imports(args, message):
-    status,out,imported = imports_of('bijdiff_train', *args.split())
+MISTAKES = {
+    'bijdiff_train': [
+        ('--epochs none', 'invalid int value'), ('--out /proc/m', '/proc cannot be written to'),
+        ('--d_model 9223372036854775808', 'd_model is'), ('--d_model 65536 --n_layers 4096', 'd_model'),
+        ('--lr 1e300', 'lr is'), ('--lr nan', 'lr is'), ('--seq_len 1000000000000', 'seq_len is'),
+        ('--bijective_ratio inf', 'bijective_ratio is'), ('--substitute=-inf', 'substitute is'),
+        ('--split test', 'split is'), ('--config x --corpus README.md', 'config is'),
+        ('--column body', 'column is'), ('--segment_length 8', 'segment_length is'),
+        ('--couple every', 'couple is'), ('--mask 3', 'mask is')],
+    'bijdiff_sample': [
+        ('m --n 1000000000', 'n is'), ('m --steps 1000000000000', 'steps is'), ('m --top_p nan', 'top_p is'),
+        ('m --temperature inf', 'temperature is'), ('m --sampler first_hitting --steps 9', 'steps is')],
+    'bijdiff_score': [
+        ('m README.md --n 1000000000', 'n is'), ('m README.md --rule block --n 4', 'n is'),
+        ('m README.md --rule spread --seed 4', 'seed is'), ('m README.md --top_p .5', 'top_p is'),
+        ('m README.md --force', 'force is'), ('m README.md nowhere', 'nowhere does not exist'),
+        ('m README.md /dev/zero', '/dev/zero is'), ('m README.md --json_file README.md --force', 'README.md is')],
+    'bijdiff_compress': [
+        ('m README.md --steps 1000000000000', 'steps is'), ('m README.md --out /proc/new', '/proc cannot'),
+        ('m /dev/zero', '/dev/zero is'), ('m README.md --out settings.ini', 'settings.ini exists')],
+    'bijdiff_decompress': [
+        ('m README.md', 'README.md does not end in .bij'), ('m README.md --out /dev/full', '/dev/full is')],
+}
+
+@pytest.mark.parametrize('name, args, message', [(k, *row) for k,rows in MISTAKES.items() for row in rows])
+def test_mistakes_that_are_reported_before_the_imports(name, args, message):
+    "Numbers that are too large, options without effect, places for results"
+    status,out,imported = imports_of(name, *args.split())
     assert status==2 and message in out, out
     assert not imported & slow_imports
 
@@ -122,6 +147,33 @@ def test_an_early_interrupt_is_answered_in_one_line(tmp_path, answer_time, delay
     process.send_signal(signal.SIGINT)
     assert finish(process)==(130, '', 'bijdiff_train: interrupted\n')
     assert not (tmp_path/'never').exists()
+
+while_importing = """
+import signal, sys
+class Interrupt:
+    "Press Ctrl-C when a module is looked for, as if its import took long"
+    def find_spec(self, name, path=None, target=None):
+        if name==sys.argv[1]: signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import bijdiff
+sys.meta_path.insert(0, Interrupt())
+sys.argv[0] = '/somewhere/bijdiff_sample'
+from bijdiff.cli import bijdiff_sample
+sys.argv[1:] = ['no_model']
+bijdiff_sample()
+"""
+
+@pytest.mark.parametrize('module', ['inspect', 'pathlib', 'bijdiff.files', 'fastcore.meta'])
+def test_an_interrupt_in_the_first_imports_is_answered_in_one_line(module):
+    "Of those that the script of a command needs before it calls the command"
+    code = f"import sys\nfor k in [*sys.modules]:\n    if k=={module!r}: del sys.modules[k]\n{while_importing}"
+    done = subprocess.run([sys.executable, '-c', code, module], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr)==(130, '', 'bijdiff_sample: interrupted\n')
+
+def test_other_programs_handle_ctrl_c_themselves():
+    "To import the package changes nothing"
+    code = 'import signal\nimport bijdiff.cli\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout=='True\n'
 
 def test_an_interrupt_in_training_is_answered_in_one_line(corpus, tmp_path):
     process = start('bijdiff_train', '--corpus', corpus, '--out', tmp_path/'m', *quick, '--epochs', 1000)
@@ -206,11 +258,11 @@ def test_terminals_with_few_characters(train, tmp_path, encoding):
     assert 'three texts' in train(tmp_path/'m', '--epochs', 1, **kw)
     assert succeed('bijdiff_sample', tmp_path/'m', '--steps', 8, '--prompt', 'The ', **kw).startswith('The ')
 
-def test_no_picture_of_a_former_run_is_left(train, tmp_path):
+def test_no_picture_of_a_former_run_is_left(train, trained, tmp_path):
     "A run too short for a trend has no training.png, and leaves none beside its model"
     out = tmp_path/'m'
-    out.mkdir()
-    (out/'training.png').write_bytes(b'of a former run')
+    shutil.copytree(trained[0], out)
+    assert (out/'training.png').exists()
     assert 'training.png' not in train(out, '--epochs', 1, '--bs', 1000)
     assert not (out/'training.png').exists()
 
@@ -254,6 +306,26 @@ def test_damaged_files_are_rejected(trained, part, tmp_path):
         assert not (tmp_path/name).exists()
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith('.')]
 
+@pytest.mark.parametrize('name, args', [
+    ('bijdiff_sample', '--n 300 --steps 1'), ('bijdiff_score', '--n 2'), ('bijdiff_decompress', '--out -')])
+def test_a_reader_that_has_seen_enough_is_no_error(trained, part, name, args, tmp_path):
+    "A command whose output goes to `head -1` ends without a word, with the status of SIGPIPE"
+    succeed('bijdiff_compress', trained[0], part, '--steps', 1)
+    files = dict(bijdiff_sample=[], bijdiff_score=[part]*40, bijdiff_decompress=[f'{part}.bij'])[name]
+    process = start(name, trained[0], *files, *args.split())
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), err)==(128+signal.SIGPIPE, '')
+
+def test_compressed_data_through_pipes(trained, part, tmp_path):
+    "With - in place of the name of an output, what is printed beside it goes to stderr"
+    script = 'bijdiff_compress {0} {1} --steps 1 --out - > {2} && bijdiff_decompress {0} {2} --out -'
+    script = script.format(trained[0], part, tmp_path/'small')
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(['bash', '-c', script], capture_output=True, env={**os.environ, 'PATH':path})
+    assert (done.returncode, done.stdout)==(0, part.read_bytes())
+    assert done.stderr.count(b'bytes ->')==2
+
 @pytest.mark.parametrize('noise, samplers', [
     ('--substitute .2', ['ancestral', 'euler']),
     ('--mask 0 --substitute 1 --objective score_entropy', ['tweedie']),
@@ -264,7 +336,8 @@ def test_every_noise_trains_samples_and_scores(train, corpus, tmp_path, noise, s
     printed = train(out, *noise.split(), '--epochs', 1)
     assert 'lattice float32   0\n' in printed and '⟦' in printed
     for sampler in samplers:
-        text = succeed('bijdiff_sample', out, '--sampler', sampler, '--steps', 8, '--prompt', 'The ')
+        steps = [] if sampler=='first_hitting' else ['--steps', 8]
+        text = succeed('bijdiff_sample', out, '--sampler', sampler, *steps, '--prompt', 'The ')
         assert text.startswith('The ')
     text = succeed('bijdiff_sample', out, '--steps', 8, '--infill', 'The ____ is')
     assert text.startswith('The ') and text.rstrip('\n').endswith(' is') and '░' not in text

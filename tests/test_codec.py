@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from helpers import plant_fault, record_calls
+from bijdiff import files
 from bijdiff.data.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import Cosine
@@ -12,7 +13,6 @@ from bijdiff.likelihood import codec
 from bijdiff.likelihood.bounds import chunk_batches
 from bijdiff.likelihood.codec import compress, compress_file, decompress, decompress_file, fingerprint
 from bijdiff.likelihood.exact import log_prob
-from bijdiff.model import saving
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.sampling import rules
@@ -23,7 +23,7 @@ from bijdiff.testing import random_weights
 # What only the package knows: names of functions that faults replace, and the layout of a file
 ENCODE,DECODE,UNMASK = (codec, '_encode'),(codec, '_decode'),(codec, 'unmask')
 GET_RULE,TOKEN_PROBS = (codec, 'get_rule'),(rules, 'token_probs')
-OPEN,FSYNC,REPLACE,LINK = (saving, 'open'),(codec.os, 'fsync'),(codec.os, 'replace'),(codec.os, 'link')
+OPEN,FSYNC,REPLACE,LINK = (files, 'open'),(files.os, 'fsync'),(files.os, 'replace'),(files.os, 'link')
 magic,version,checksum = codec._MAGIC,codec._VERSION,codec._checksum
 CHECKSUM_BYTES = 16
 LENGTH_AT = len(magic)+1 # the version is one byte
@@ -415,7 +415,7 @@ def disk_full(*args, **kwargs): raise OSError('no space left on device')
 
 class FullFile:
     "A file on a full disk: half of the bytes are written"
-    def __init__(self, path, mode): self.f = Path(path).open(mode)
+    def __init__(self, path, mode, opener): self.f = Path(path).open(mode)
     def __enter__(self): return self
     def __exit__(self, *args): self.f.close()
     def write(self, b):

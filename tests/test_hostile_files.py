@@ -16,7 +16,7 @@ from bijdiff.documents import read_document
 from bijdiff.likelihood.codec import compress, decompress, fingerprint
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.files import read_header
+from bijdiff.model.headers import read_header
 from helpers import seeded_weights
 sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
 import hostile_files

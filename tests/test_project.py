@@ -10,15 +10,15 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 # Folders in reading order, and what their exported cells may import. What may be imported there may be
 # imported here as well. The other modules of the root may import whatever has a lower number.
-folders = dict(layers=['checks'], diffusion=['checks'], data=['diffusion', 'display'],
+folders = dict(layers=['checks'], diffusion=['checks'], data=['diffusion', 'display', 'files'],
                model=['layers', 'diffusion', 'data'], sampling=['model'], likelihood=['model', 'sampling'],
                training=['likelihood', 'pictures'])
-may_be_imported = dict(folders, checks=[], display=[])
+may_be_imported = dict(folders, checks=[], display=[], files=[])
 unnumbered = ['index.ipynb', 'tutorials', 'experiments']
 not_loaded = dict.fromkeys(['layers', 'diffusion'], ['fastai', 'datasets', 'matplotlib', 'tokenizers'])
 for place in ('checks', 'display', 'model', 'sampling', 'likelihood', 'pictures'):
     not_loaded[place] = ['fastai']
-for place in ('console', 'cli'):
+for place in ('files', 'console', 'cli'):
     not_loaded[place] = ['torch', 'numpy', 'fastai', 'datasets', 'matplotlib', 'tokenizers']
 longest_module = 330
 

@@ -6,9 +6,11 @@
 __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'as_text', 'split_text']
 
 # %% ../../nbs/data/31_corpora.ipynb #5cb31ca0
-import os
+import codecs, os
+from importlib.util import find_spec
 from pathlib import Path
-from ..checks import check, check_number, check_regular_file
+from ..checks import check, check_number
+from ..files import check_source
 
 # %% ../../nbs/data/31_corpora.ipynb #5b64958c
 def pydoc_corpus()->str:
@@ -17,31 +19,65 @@ def pydoc_corpus()->str:
     return '\n\n'.join(topics[k] for k in sorted(topics))
 
 # %% ../../nbs/data/31_corpora.ipynb #1a58c8e0
+def _wrong_encoding(raw):
+    "Return what the bytes of a text are other than UTF-8, and advice; None for UTF-8"
+    for name in ('utf-32', 'utf-16'):                        # the mark of UTF-32 begins with that of UTF-16
+        marks = [getattr(codecs, f'BOM_{name.upper().replace("-", "")}_{order}') for order in ('LE', 'BE')]
+        if raw.startswith(tuple(marks)):
+            return f'{name.upper()}; convert it with iconv -f {name.upper()} -t UTF-8'
+    zero = raw.find(0)
+    if zero>=0:
+        found = f'binary (byte 0x00 at position {zero}), or UTF-16 without a mark'
+        return f'{found}; use the byte tokenizer, or convert it with iconv -f UTF-16LE -t UTF-8'
+    try: raw.decode('utf-8')
+    except UnicodeDecodeError as e:
+        found = f'not UTF-8 (byte {raw[e.start]:#04x} at position {e.start})'
+        return f'{found}; convert it, as with iconv -f WINDOWS-1252 -t UTF-8, or use the byte tokenizer'
+
+def _check_encoding(path, raw):
+    "Check that the bytes of a file are a text in UTF-8"
+    found = _wrong_encoding(raw)
+    if found: raise ValueError(f'{path} is {found}')
+
 def read_text(
     path, # Path of a text file
     as_bytes:bool=False, # Keep bytes that are not UTF-8, for a byte tokenizer
 )->str: # Text of the file; bytes that are not UTF-8 as lone surrogates
     "Read a text file"
-    path = Path(path).expanduser()
-    check_regular_file(path)
+    path = check_source(path)
     raw = path.read_bytes()
     if as_bytes: return raw.decode('utf-8', 'surrogateescape')
-    advice = 'use the byte tokenizer for binary files'
-    try: text = raw.decode('utf-8')
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is not UTF-8 text (byte {e.start} cannot be read); {advice}') from None
-    if '\0' in text: raise ValueError(f'{path} has zero bytes; {advice}')
-    return text
+    _check_encoding(path, raw)
+    return raw.decode('utf-8-sig')
 
 # %% ../../nbs/data/31_corpora.ipynb #03f087fe
-def _dataset_text(name, config, split, column):
-    "Return the texts of a data set, joined by blank lines"
+def _dataset_place(name):
+    "Return the folder or the name of a data set that consists of data alone"
+    check(str(name).strip(), 'corpus', name, 'pydoc, a text file, or the name or folder of a data set')
+    folder = Path(name).expanduser().resolve()
+    if not folder.is_dir():
+        last = name.removeprefix('hf://datasets/')
+        is_format = last.isidentifier() and find_spec(f'datasets.packaged_modules.{last}')
+        check(not is_format, 'corpus', name, 'the name of a data set; this is a format of files')
+        return name
+    script = folder/f'{folder.name}.py'
+    expected = f'a folder of data; {script.name} in it could run any code'
+    check(not script.exists(), 'corpus', str(name), expected)
+    return str(folder)
+
+def _load_dataset(name, config, split):
+    "Load a data set; errors of the library become one of ours"
+    place = _dataset_place(name)
     from datasets import load_dataset
-    try: ds = load_dataset(name, config, split=split)
+    try: return load_dataset(place, config, split=split)
     except Exception as e:
         reason = str(e).partition('\n')[0]
         message = f'corpus {name!r} is not a file, and loading it as a data set failed: {reason}'
         raise ValueError(message) from None
+
+def _dataset_text(name, config, split, column):
+    "Return the texts of a data set, joined by blank lines"
+    ds = _load_dataset(name, config, split)
     columns = ', '.join(ds.column_names)
     check(column in ds.column_names, 'column', column, f'a column of data set {name}, which has {columns}')
     texts = list(ds[column])
@@ -52,10 +88,10 @@ def _dataset_text(name, config, split, column):
     return '\n\n'.join(texts)
 
 def _names_file(name, path):
-    "Return True for the path of a file, and for a name that looks like one and is not a folder"
-    if os.path.isfile(path): return True
+    "Return True for the path of anything but a folder, and for a name that looks like one"
+    if os.path.exists(path): return not os.path.isdir(path)
     looks_like_file = path.suffix or str(name).startswith(('/','.','~'))
-    return bool(looks_like_file) and not os.path.isdir(path)
+    return bool(looks_like_file)
 
 def load_corpus(
     name:str='pydoc', # pydoc, the path of a text file, or a data set's name or folder
@@ -68,7 +104,7 @@ def load_corpus(
     if name=='pydoc': return pydoc_corpus()
     path = Path(name).expanduser()
     if _names_file(name, path): return read_text(path, as_bytes)
-    return _dataset_text(str(path), config, split, column)
+    return _dataset_text(name, config, split, column)
 
 # %% ../../nbs/data/31_corpora.ipynb #60c88d73
 def _could_be_file(s):

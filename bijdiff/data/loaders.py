@@ -8,6 +8,9 @@ __all__ = ['ChunkDataset', 'TokenIds', 'interleave', 'ChunkDL', 'text_dls', 'noi
 # %% ../../nbs/data/32_loaders.ipynb #98d52854
 import warnings
 import torch
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='.torch.jit.script')      # of torch 2.14, in a part of fastai
+    import fastai.layers
 from fastai.basics import DataLoaders, default_device, num_distrib, TensorBase, TfmdDL
 from fastcore.basics import patch, store_attr
 from torch import Tensor

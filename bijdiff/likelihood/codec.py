@@ -6,20 +6,19 @@
 __all__ = ['fingerprint', 'compress', 'decompress', 'compress_file', 'decompress_file']
 
 # %% ../../nbs/likelihood/62_codec.ipynb #b719b3b6
-import hashlib, json, os, struct, tempfile
+import hashlib, json, struct
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 import numpy as np
 import torch
 from constriction import stream
 from fastcore.meta import delegates
 from torch import nn
-from ..checks import check, check_ids, check_keys, check_regular_file, check_type, check_whole
-from ..checks import parse_json
+from ..checks import check, check_ids, check_keys, check_type, check_whole, parse_json
+from ..files import check_source, check_target, content_path, write_target
 from ..layers.lattice import LatticeError
 from ..data.tokens import exact_ids
-from ..model.saving import plain_weights, Pretrained, tensors_hash, write_synced
+from ..model.saving import plain_weights, Pretrained, tensors_hash
 from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options
 from ..sampling.rules import unmask, UnmaskingRule
@@ -66,12 +65,11 @@ def _decode(view, words, n, rule, bs, progress):
     "n tokens from bits; None if these bits cannot have come from these probabilities"
     coder = stream.queue.RangeDecoder(words)
     ids = torch.full((n,), view.mask_id)
-    blocks = [ids[:0]]
     try:
-        for x in chunk_batches(ids, view.seq_len, bs):
-            blocks.append(unmask(view, x, rule, _reader(coder), progress=progress).flatten())
+        for x in chunk_batches(ids, view.seq_len, bs):                     # views of ids, which are written into
+            x.copy_(unmask(view, x, rule, _reader(coder), progress=progress))
     except AssertionError: return None                                       # raised by the coder
-    return torch.cat(blocks)
+    return ids
 
 # %% ../../nbs/likelihood/62_codec.ipynb #1f30923c
 _MAGIC,_VERSION = b'bijdiff\x00',2
@@ -131,12 +129,13 @@ def _to_text(data, name):
 def _to_ids(tokenizer, data):
     "Ids of a file, if they stand for exactly its bytes"
     check(tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer, as bijdiff_train saves it')
-    if _is_bytes(tokenizer): return torch.tensor(list(data), dtype=torch.long)
+    if _is_bytes(tokenizer): return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
     name = getattr(tokenizer, 'kind', type(tokenizer).__name__)
     return torch.tensor(exact_ids(tokenizer, _to_text(data, name)), dtype=torch.long)
 
 def _to_bytes(tokenizer, ids):
-    return bytes(ids.tolist()) if _is_bytes(tokenizer) else tokenizer.decode(ids.tolist()).encode('utf-8')
+    if _is_bytes(tokenizer): return ids.numpy().astype(np.uint8).tobytes()
+    return tokenizer.decode(ids.tolist()).encode('utf-8')
 
 # %% ../../nbs/likelihood/62_codec.ipynb #3bb83c51
 def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
@@ -220,59 +219,37 @@ def decompress(
     return data
 
 # %% ../../nbs/likelihood/62_codec.ipynb #da9ab40b
-def _publish(part, out, force):
-    "Give a complete file its name; without force only if no file has it by now"
-    if force: return os.replace(part, out)
-    try: os.link(part, out)
-    except FileExistsError:
-        raise FileExistsError(f'{out} exists by now; choose another name, or use --force') from None
-    except OSError:                                                            # a file system without links
-        if out.exists(): raise
-        os.replace(part, out)
-
-def _check_paths(source, out, force):
-    "Check a file to be read and a file to be written"
-    check_regular_file(source)
-    if not out.parent.is_dir(): raise FileNotFoundError(f'the folder {out.parent} does not exist')
-    if not out.exists(): return
-    if not out.is_file(): raise ValueError(f'{out} is not a file; choose another name')
-    if out.samefile(source): raise ValueError(f'{out} is the file that is read; choose another name')
-    if not force: raise FileExistsError(f'{out} exists; choose another name, or overwrite it with --force')
-
 def _convert(f, source, out, force):
-    "Write f of the bytes of a file, completely or not at all"
-    source,out = Path(source).expanduser(),Path(os.path.realpath(Path(out).expanduser()))
-    _check_paths(source, out, force)
+    "Write f of the bytes of a file, completely or not at all, with the permissions of the file"
+    source = check_source(source)
+    check_target(out, [source], force)
     before = source.read_bytes()
     try: content = f(before)
     except LatticeError: raise
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
-    with tempfile.TemporaryDirectory(prefix='.writing-', dir=out.parent) as tmp:
-        part = Path(tmp)/'part'
-        write_synced(part, content)
-        _publish(part, out, force)
+    write_target(out, content, force, source.stat().st_mode)
     return len(before), len(content)
 
 # %% ../../nbs/likelihood/62_codec.ipynb #ab03bf36
 def compress_file(
     model:Denoiser, # The denoiser, of masking noise, with its tokenizer
     source, # File to be compressed
-    out=None, # Compressed file; the name of the file with .bij at its end if None
+    out=None, # Compressed file, - for standard output; the name of the file with .bij if None
     force:bool=False, # True to replace an existing file
     **kwargs # Keywords of compress
 )->tuple[int,int]: # Bytes before and after
     "Compress a file"
     _coding_rule(model, **{k:v for k,v in kwargs.items() if k!='progress'}) # errors without the file's name
-    return _convert(lambda b: compress(model, b, **kwargs), source, out or f'{source}.bij', force)
+    out = f'{source}.bij' if out is None else out
+    return _convert(lambda b: compress(model, b, **kwargs), source, out, force)
 
 def decompress_file(
     model:Denoiser, # Denoiser that the file was compressed with
     source, # Compressed file
-    out=None, # File for the content; the name of the compressed one without .bij if None
+    out=None, # File for the content, - for standard output; the compressed one without .bij if None
     force:bool=False, # True to replace an existing file
     **kwargs # Keywords of decompress
 )->tuple[int,int]: # Bytes before and after
     "Bring a compressed file back"
-    if out is None and not str(source).endswith('.bij'):
-        raise ValueError(f'{source} does not end in .bij; give a name for the content with out')
-    return _convert(lambda b: decompress(model, b, **kwargs), source, out or str(source)[:-4], force)
+    out = content_path(source) if out is None else out
+    return _convert(lambda b: decompress(model, b, **kwargs), source, out, force)

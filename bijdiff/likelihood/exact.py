@@ -144,8 +144,10 @@ def document_nll(
     rule,batches = get_rule(rule, steps, seed, **kwargs),chunk_batches(ids, model.seq_len, bs)
     for x in (batches[0], batches[-1]):
         rule.order_keys(torch.tensor(x.shape[1:]), x.shape[1]) # rejects unfit positions before any work
-    nll = [token_nll(model, x, rule, bs=bs, progress=progress).flatten() for x in batches]
-    return torch.cat(nll)
+    nats = torch.empty(len(ids), dtype=torch.float64)
+    for x,place in zip(batches, chunk_batches(nats, model.seq_len, bs)):
+        place.copy_(token_nll(model, x, rule, bs=bs, progress=progress))
+    return nats
 
 # %% ../../nbs/likelihood/61_exact.ipynb #f6c83885
 def _is_part(tokenizer, ids, text):

@@ -15,7 +15,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn, Tensor
 from ..checks import check, check_keys, naming, parse_json
 from ..data.tokens import tokenizer_from_dict
-from .files import read_header, read_tensors
+from .headers import read_header, read_tensors
 
 # %% ../../nbs/model/41_saving.ipynb #a7a24c8a
 def _remove_old(folder):

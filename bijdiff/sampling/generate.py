@@ -169,6 +169,14 @@ def prompt_template(
     (ids,),room = _encode(model, [prompt], 'prompt', length)
     return ids + [model.mask_id]*room
 
+def _check_known(tokenizer, text):
+    "Check that a tokenizer knows all characters outside of the blanks of a text"
+    if not hasattr(tokenizer, 'unknown'): return
+    unknown = tokenizer.unknown(_BLANK.sub('', text))
+    blanks = {i for blank in _BLANK.finditer(text) for i in range(*blank.span())}
+    at = next((i for i,c in enumerate(text) if c in unknown and i not in blanks), None)
+    if at is not None: raise ValueError(f'character {text[at]!r} at position {at} is not in the vocabulary')
+
 def infill_template(
     model:Denoiser, # Denoiser with a tokenizer
     text:str, # Text with blanks of three or more underscores
@@ -176,6 +184,7 @@ def infill_template(
     length:int|None=None, # Number of tokens, at most seq_len of the model; seq_len if None
 )->list[int]: # Ids with masks
     "Return the ids of a text with masks in its blanks, of equal numbers"
+    _check_known(model.tokenizer, text)
     known,room = _encode(model, _BLANK.split(text), 'text', length)
     n_blanks = len(known)-1
     check(n_blanks>0, 'text', text, 'a blank, ____, where something is missing')
