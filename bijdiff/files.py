@@ -7,7 +7,7 @@ __all__ = ['STDOUT', 'check_source', 'check_folder', 'check_target', 'write_targ
            'check_model_folder']
 
 # %% ../nbs/28_files.ipynb #822ac589
-import json, os, struct, sys, tempfile
+import json, os, stat, struct, sys, tempfile
 from pathlib import Path
 
 # %% ../nbs/28_files.ipynb #be99db37
@@ -17,7 +17,9 @@ def _kind(path):
     "Return what is at a path, in words; None if nothing is"
     if not os.path.exists(path): return None
     if os.path.isdir(path): return 'a folder'
-    return 'a file' if os.path.isfile(path) else 'a device or a pipe'
+    if os.path.isfile(path): return 'a file'
+    mode = os.stat(path).st_mode
+    return 'a pipe' if stat.S_ISFIFO(mode) else 'a socket' if stat.S_ISSOCK(mode) else 'a device'
 
 def check_source(
     path, # File that is to be read

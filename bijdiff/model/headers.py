@@ -7,7 +7,6 @@ __all__ = ['Header', 'read_header', 'read_tensors']
 
 # %% ../../nbs/model/39_headers.ipynb #066f3cbe
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 from safetensors import safe_open, SafetensorError
 from ..checks import check, check_whole, most_brackets, naming
@@ -21,7 +20,6 @@ class Header(NamedTuple):
 
 def _check_length(path, most):
     "Check the length of the header of a safetensors file, and the number of brackets in it"
-    check_source(path)
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         fits = n<=path.stat().st_size-8
@@ -45,7 +43,7 @@ def read_header(
     most:int=2**23, # Largest length of the header, in bytes
 )->Header:
     "Read what a safetensors file says of its tensors, and nothing of their numbers"
-    path = Path(path)
+    path = check_source(path)
     with naming(f'{path} is damaged or not a safetensors file'): _check_length(path, most)
     with _opened(path) as f:
         slices = {k:f.get_slice(k) for k in f.keys()}
