@@ -6,9 +6,10 @@
 __all__ = ['ChunkDataset', 'TokenIds', 'interleave', 'ChunkDL', 'text_dls', 'noisy_pairs']
 
 # %% ../../nbs/data/32_loaders.ipynb #98d52854
-import warnings
+import random, warnings
 import torch
 from fastai.basics import DataLoaders, default_device, num_distrib, TensorBase, TfmdDL
+from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 from ..checks import check_seed, check_whole
@@ -61,6 +62,12 @@ def interleave(
 
 class ChunkDL(TfmdDL):
     "Batches of chunks; if the data set is shiftable, its cuts move every epoch"
+    def one_batch(self):
+        "Return a batch; global random numbers stay as they are"
+        states = get_random_states()
+        try: return super().one_batch()
+        finally: set_random_states(**states)
+
     def before_iter(self):
         super().before_iter()
         if self.dataset.shiftable: self.dataset.shift = self.rng.randrange(self.dataset.seq_len)
@@ -114,8 +121,10 @@ def text_dls(
     for name,part in parts.items(): _warn_unknown(part, tok, name)
     train_ds = ChunkDataset(ids['training'], seq_len, True, tok)
     valid_ds = ChunkDataset(ids['held-out'], seq_len, False, tok)
+    state = random.getstate()                              # a loader draws its own seed from Python's numbers
     train_dl = ChunkDL(train_ds, bs=bs, shuffle=True, drop_last=len(train_ds)>=bs, num_workers=0, n_inp=1)
     valid_dl = ChunkDL(valid_ds, bs=bs, num_workers=0, n_inp=1)
+    random.setstate(state)
     dls = DataLoaders(train_dl, valid_dl, device=device or default_device())
     dls.tokenizer = tok
     dls.seq_len = seq_len

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from fastai.basics import *
 from torch import Tensor
+from ..records import check_float, dict_of, list_of
 from .noising import base_model, CorruptionCallback
 
 # %% ../../nbs/training/75_terms.ipynb #d8bc7216
@@ -40,7 +41,7 @@ class ObjectiveCallback(Callback):
     "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and record the terms"
     order = CorruptionCallback.order+1                                         # while autocast is still on
     run_valid = False
-    saved_attrs = ('parts',)
+    saved_attrs = dict(parts=list_of(dict_of(check_float)))
     def __init__(self,
         lambda_likelihood:float=0., # Weight of the latent density of the states
         lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
