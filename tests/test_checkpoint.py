@@ -294,6 +294,30 @@ def test_a_kill_between_two_fits(tmp_path):
     with pytest.raises(KeyboardInterrupt): three_fits(tmp_path/'broken', wait=wait)
     assert same_weights(three_fits(tmp_path/'broken', resume=True), three_fits(tmp_path/'whole'))
 
+class StopAfterSaving(StopInFit):
+    "Interrupt a fit when SaveModelCallback has written its file, before there is a checkpoint"
+    order = SaveModelCallback.order+1
+    def before_batch(self): pass
+    def after_epoch(self):
+        if self.learn.corruption.n_fits==self.n: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('damage', [False, True])
+def test_the_end_of_a_fit_needs_no_file_that_a_later_one_overwrites(damage, tmp_path):
+    "The best model of the first fit is in its last checkpoint"
+    whole = three_fits(tmp_path/'whole')
+    with pytest.raises(KeyboardInterrupt): three_fits(tmp_path/'broken', StopAfterSaving(1))
+    if damage: (tmp_path/'broken'/'models'/'best.pth').write_bytes(b'cut off')
+    assert read_checkpoint(tmp_path/'broken')[1]['complete']
+    assert same_weights(three_fits(tmp_path/'broken', resume=True), whole)
+
+def test_a_fit_that_is_complete_is_not_ended_twice(tmp_path):
+    "Averaged weights are not exchanged again"
+    make = lambda **kwargs: fit(CheckpointCallback(tmp_path, **kwargs), EMACallback(.9), epochs=3)
+    whole,again = make(),make(resume=True)
+    assert same_weights(whole, again) and whole.oscillation.losses==again.oscillation.losses
+    assert all(torch.equal(a, b) for a,b in zip(whole.ema.average, again.ema.average))
+    assert again.bound.bits==whole.bound.bits and again.recorder.hps==whole.recorder.hps
+
 @pytest.mark.filterwarnings('ignore:fit .* was complete')
 def test_a_complete_fit_that_was_another_one_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt): three_fits(tmp_path, StopInFit(1, 2, 2))

@@ -62,6 +62,11 @@ def interleave(
 
 class ChunkDL(TfmdDL):
     "Batches of chunks; if the data set is shiftable, its cuts move every epoch"
+    def __init__(self, *args, **kwargs):
+        state = random.getstate()                          # a loader draws its own seed from Python's numbers
+        super().__init__(*args, **kwargs)
+        random.setstate(state)
+
     def one_batch(self):
         "Return a batch; global random numbers stay as they are"
         states = get_random_states()
@@ -121,10 +126,8 @@ def text_dls(
     for name,part in parts.items(): _warn_unknown(part, tok, name)
     train_ds = ChunkDataset(ids['training'], seq_len, True, tok)
     valid_ds = ChunkDataset(ids['held-out'], seq_len, False, tok)
-    state = random.getstate()                              # a loader draws its own seed from Python's numbers
     train_dl = ChunkDL(train_ds, bs=bs, shuffle=True, drop_last=len(train_ds)>=bs, num_workers=0, n_inp=1)
     valid_dl = ChunkDL(valid_ds, bs=bs, num_workers=0, n_inp=1)
-    random.setstate(state)
     dls = DataLoaders(train_dl, valid_dl, device=device or default_device())
     dls.tokenizer = tok
     dls.seq_len = seq_len

@@ -16,13 +16,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from ..checks import check, check_number, check_type, check_whole, optional
 from ..locks import FolderLock
-from ..records import check_count, check_float, check_names, check_tensors, dict_of, list_of, record_of
+from ..records import check_count, check_flag, check_float, check_names, check_tensors, dict_of, list_of, record_of
 from ..records import environment, environment_changes, pack_lists, unpack_lists, with_prefix
 from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_optimizer
 from ..model.files import naming, parse_json, read_header, read_tensors
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
-from .callbacks import declared_attrs, FitCallback, numbered, saved_attrs, undeclared_attrs
+from .callbacks import declared_attrs, EMACallback, FitCallback, numbered, saved_attrs, undeclared_attrs
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
@@ -43,7 +43,7 @@ _common = dict(
     opt=record_of(state=list_of(dict_of(_plain_value)),
                   hypers=list_of(dict_of(lambda name,value: check_number(name, value, least=0)))))
 _check_meta = record_of(
-    **_common, fits=list_of(optional(_a_dict)), records=_a_dict, environment=_a_dict,
+    **_common, fits=list_of(optional(_a_dict)), complete=check_flag, records=_a_dict, environment=_a_dict,
     zero_gradients=_names, unsaved=_names)
 _check_meta_2 = record_of(**_common, n_epoch=check_count, records=dict_of(_a_dict))
 
@@ -55,7 +55,7 @@ def _upgrade(meta):
     check_whole('the number of complete fits', n_fits, 0, 1000)
     fits = [None]*n_fits+[dict(epochs=meta.pop('n_epoch'))]
     records = {name:record for name,record in records.items() if record}
-    new = dict(fits=fits, records=dict(plain=records), environment={}, zero_gradients=[], unsaved=[])
+    new = dict(fits=fits, complete=False, records=dict(plain=records), environment={}, zero_gradients=[], unsaved=[])
     return meta|new
 
 # %% ../../nbs/training/76_checkpoint.ipynb #99e66119
@@ -148,7 +148,7 @@ class CheckpointCallback(FitCallback):
     "Write a checkpoint after every epoch; continue from it with `resume=True`"
     order = SaveModelCallback.order+10
     threads = None # Number of threads to go back to
-    has_lock = has_warned = False
+    has_lock = has_warned = is_skipping = False
     def __init__(self,
         folder, # Folder of the checkpoint
         options:dict|None=None, # Settings, plain values, that must be the same when resuming
@@ -167,6 +167,7 @@ class CheckpointCallback(FitCallback):
             kind = type(self.opt).__name__
             raise ValueError(f'the optimiser is a {kind}; expected an Optimizer of fastai, to save it')
         self._take_lock()
+        self.is_skipping = False
         n = self.learn.corruption.n_fits
         self.fits = (self.fits+[None]*n)[:n] + [_fit_options(self.learn)]
         self.network_and_text = _network_and_text(self.learn)
@@ -177,8 +178,9 @@ class CheckpointCallback(FitCallback):
         if self.epoch==self.learn.first_epoch:
             later = undeclared_attrs([cb for cb in self.learn.cbs if cb.order>self.order])
             self.undeclared |= later
-    def after_epoch(self):
-        if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content()})
+    def after_epoch(self): self._write(False)
+    def after_fit(self):
+        if self._done()==self.n_epoch and not self.is_skipping: self._write(True)
 
 # %% ../../nbs/training/76_checkpoint.ipynb #3e7fad8a
 @patch
@@ -202,7 +204,17 @@ def _all_options(self:CheckpointCallback):
     return _plain({**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None})
 
 @patch
-def _content(self:CheckpointCallback):
+def _done(self:CheckpointCallback):
+    "Return the number of epochs that are done in this fit"
+    return self.fits[-1]['first_epoch']+len(self.recorder.values)
+
+@patch
+def _write(self:CheckpointCallback, is_complete):
+    "Write a checkpoint, after an epoch or at the end of a fit"
+    if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content(is_complete)})
+
+@patch
+def _content(self:CheckpointCallback, is_complete):
     "Return the checkpoint as bytes"
     opt,plain = pack_optimizer(self.opt)
     model = base_model(self.model)
@@ -214,7 +226,7 @@ def _content(self:CheckpointCallback):
     tensors |= {f'list.{k}':v for k,v in lists.items()}
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     smooth = self.recorder.smooth_loss
-    meta = dict(options=self._all_options(), fits=self.fits, done=self.epoch+1, opt=plain,
+    meta = dict(options=self._all_options(), fits=self.fits, complete=is_complete, done=self._done(), opt=plain,
                 smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
                 records=records, environment=environment(self.dls.device), zero_gradients=zero,
                 unsaved=self._unsaved())
@@ -259,13 +271,21 @@ def _resume(self:CheckpointCallback):
     check_tensors('weights', weights, base_model(self.model).state_dict())
     if len(self.fits)<len(meta['fits']): return self._skip(weights, len(meta['fits']))
     self._restore(tensors, meta)
+    if meta['complete']: self._pause_ends()
     self.resume = False                                                                 # once
+
+@patch
+def _pause_ends(self:CheckpointCallback):
+    "Let callbacks that change the weights at the end of a fit do nothing: the end is over"
+    for cb in self.learn.cbs:
+        if isinstance(cb, (EMACallback, SaveModelCallback)): cb.run = False
 
 @patch
 def _skip(self:CheckpointCallback, weights, n):
     "Skip a fit that was complete; until the interrupted one, the weights are those of the checkpoint"
     base_model(self.model).load_state_dict(weights)
-    if hasattr(self.learn, 'ema'): self.learn.ema.before_fit()
+    self._pause_ends()
+    self.is_skipping = True
     self.learn.first_epoch = self.n_epoch
     then = f'until fit {n} the weights are those of the checkpoint'
     warnings.warn(f'fit {len(self.fits)} was complete and is not repeated; {then}')

@@ -9,7 +9,6 @@ __all__ = ['contributions', 'contribution_fractions', 'linear_cka', 'leaders', '
 # %% ../../nbs/training/78_experts.ipynb #585c71da
 import math
 from itertools import combinations
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.torch_core import tensor
@@ -19,6 +18,7 @@ from ..checks import check_seed, check_whole
 from ..records import check_count, check_float, dict_of, list_of, record_of
 from ..layers.coupled_experts import expert_streams
 from ..layers.moe import BijectiveMoE, route_fractions
+from ..pictures import closed_subplots
 from .noising import base_model
 from .callbacks import FitCallback
 
@@ -227,7 +227,7 @@ def gradient_ratio(self:ExpertCallback)->float: # Smallest ratio over all steps 
 def plot(self:ExpertCallback):
     "Plot gradients, contributions, similarity and mutual information over training"
     if not self.records: raise ValueError('ExpertCallback has seen no step yet; fit the learner first')
-    fig,axs = plt.subplots(2, 2, figsize=(9, 5.6))
+    fig,axs = closed_subplots(2, 2, figsize=(9, 5.6))
     (gradients,fractions),(similarity,information) = axs
     for i,g in enumerate(tensor(self.grad_norms).T): gradients.plot(g, lw=.8, label=f'expert {i}')
     gradients.set(title='Gradient norm', yscale='log')

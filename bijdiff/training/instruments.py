@@ -20,6 +20,7 @@ from ..layers.lattice import lattice_limit
 from ..layers.block import layer_by_layer
 from ..diffusion.packing import NoisyBatch
 from ..model.denoiser import eval_mode
+from ..pictures import closed_subplots
 from .noising import base_model
 from .callbacks import FitCallback, ValidBatchCallback
 from .precision import LossScaleCallback
@@ -134,7 +135,7 @@ def plot(self:BlockNormCallback):
     if not self.rows:
         raise ValueError('BlockNormCallback has seen no step yet; fit the learner first, '
                          f'for at least every={self.every} steps')
-    fig,axs = plt.subplots(1, 2, figsize=(9, 3))
+    fig,axs = closed_subplots(1, 2, figsize=(9, 3))
     steps,blocks = [r['step'] for r in self.rows],list(self.rows[0]['gradient'])
     for ax,key,title in zip(axs, ('gradient','update'), ('gradient', 'step, relative to the weights')):
         for i,b in enumerate(blocks):
