@@ -6,7 +6,8 @@
 __all__ = ['pick_device', 'pick_bf16', 'BarCallback', 'check_unfinished', 'train']
 
 # %% ../nbs/89_runs.ipynb #5a0c3e04
-import sys, warnings
+import signal, sys, threading, warnings
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 import torch
@@ -82,7 +83,10 @@ def check_unfinished(
     "Check that a run is resumed where one was interrupted, and only there"
     path = out/CHECKPOINT
     if bool(resume)==path.exists(): return
-    if resume: raise FileNotFoundError(f'{path} does not exist: there is no interrupted run to resume')
+    if resume:
+        is_finished = (out/'model.safetensors').exists()
+        reason = 'the run in it is finished' if is_finished else 'there is no interrupted run to resume'
+        raise FileNotFoundError(f'{path} does not exist: {reason}')
     ways = f'continue it with --resume, delete {path}, or choose another --out'
     raise ValueError(f'{out} holds an interrupted run; {ways}')
 
@@ -91,6 +95,34 @@ def _check_options(options):
     for name in ('seq_len', 'bs', 'epochs'): check_whole(name, options[name])
     check_seed(options['seed'])
     check_number('lr', options['lr'], above=0)
+
+# %% ../nbs/89_runs.ipynb #ba9030e9
+def _raise_interrupt(signum, frame): raise KeyboardInterrupt
+
+@contextmanager
+def _saying_how_to_resume(out):
+    "Let SIGTERM be like Ctrl-C; say of a run that is interrupted, or finds a full disk, how to go on with it"
+    is_main = threading.current_thread() is threading.main_thread()
+    replaces = is_main and signal.getsignal(signal.SIGTERM)==signal.SIG_DFL
+    if replaces: signal.signal(signal.SIGTERM, _raise_interrupt)
+    try: yield
+    except (KeyboardInterrupt, OSError):
+        advice = 'holds this run up to its last complete epoch: continue it with --resume'
+        if (out/CHECKPOINT).exists(): print(f'\n{out} {advice}', flush=True)
+        raise
+    finally:
+        if replaces: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+@contextmanager
+def _warnings_as_notes():
+    "Print warnings of this package as notes"
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        def print_note(message, category, filename, *rest):
+            if Path(__file__).parent not in Path(filename).parents: show(message, category, filename, *rest)
+            else: print(f'note: {message}')
+        warnings.showwarning = print_note
+        yield
 
 # %% ../nbs/89_runs.ipynb #5a0c1e25
 def _make_dls(options, device):
@@ -163,7 +195,6 @@ def _save_pictures(learn, out, frames):
     valid = [(i*steps, values[1]) for i,values in enumerate(learn.recorder.values, 1)]
     pictures = {'film_strip.png': png_bytes(plot_film_strip(frames, learn.model.tokenizer))}
     if learn.oscillation.trend: pictures['training.png'] = png_bytes(learn.oscillation.plot(valid=valid))
-    else: (out/'training.png').unlink(missing_ok=True)         # an earlier run may have left one
     write_atomically(out, pictures)
     _print_heading('saved')
     for path in (out, *(out/name for name in sorted(pictures))): print(visible(str(path)))
@@ -189,6 +220,16 @@ def _print_start(options, learn, device, bf16):
     print(f'{n_parameters:,} parameters, {model.backbone.extra_repr()}, {place}')
     print('bound in bits per character; log-det in nats per token\n')
 
+def _fit(learn, checkpoints, options):
+    "Train, save the model, report; the checkpoint goes last"
+    out = checkpoints.folder
+    with learn.no_bar(), _warnings_as_notes(): learn.fit_one_cycle(options['epochs'], options['lr'])
+    learn.model.save_pretrained(out)
+    for name in ('film_strip.png', 'training.png'):
+        (out/name).unlink(missing_ok=True)                     # of an earlier model
+    _report(learn, out, options['seed'])
+    (out/CHECKPOINT).unlink()
+
 def train(
     out:Path, # Folder for the model and the pictures
     resume:bool, # Continue the interrupted run in that folder
@@ -199,16 +240,14 @@ def train(
     "Train a bijective denoiser, save it and report"
     _check_options(options)
     device = pick_device(device)
-    check_unfinished(out, resume)
     bf16 = pick_bf16(dtype, device)
-    dls = _make_dls(options, device)
     same_when_resumed = {k:v for k,v in options.items() if k!='epochs'} | dict(bf16=bf16)
     checkpoints = CheckpointCallback(out, same_when_resumed, resume)
-    learn = _make_learner(options, dls, [TableCallback(), BarCallback(), checkpoints])
-    learn.model.to(device)
-    if bf16: learn.to_bf16()
-    _print_start(options, learn, device, bf16)
-    with learn.no_bar(): learn.fit_one_cycle(options['epochs'], options['lr'])
-    learn.model.save_pretrained(out)
-    (out/CHECKPOINT).unlink()
-    _report(learn, out, options['seed'])
+    with checkpoints.lock:
+        check_unfinished(out, resume)
+        dls = _make_dls(options, device)
+        learn = _make_learner(options, dls, [TableCallback(), BarCallback(), checkpoints])
+        learn.model.to(device)
+        if bf16: learn.to_bf16()
+        _print_start(options, learn, device, bf16)
+        with _saying_how_to_resume(out): _fit(learn, checkpoints, options)

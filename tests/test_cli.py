@@ -388,7 +388,8 @@ def test_full_disk_keeps_the_old_model(trained, train, tmp_path):
     out = tmp_path/'model'
     BijectiveDenoiser.from_pretrained(trained[0]).save_pretrained(out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    status,_,err = train(out, run=run, preexec_fn=limit_file_size)
+    env = {**os.environ, 'PYTHONDONTWRITEBYTECODE':'1'}              # which would be cut off too
+    status,_,err = train(out, run=run, preexec_fn=limit_file_size, env=env)
     assert status==2 and err.strip().splitlines()[-1].startswith('bijdiff_train: error: '), err
     assert {p.name: p.read_bytes() for p in out.iterdir()}==before
 

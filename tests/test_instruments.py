@@ -200,7 +200,7 @@ def test_callbacks_go_on_after_a_resume(name, tmp_path):
     assert same_weights(resumed, whole)
 
 def test_a_record_that_is_lost_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(LatticeUsageCallback, 'saved_attrs', ())
+    monkeypatch.setattr(LatticeUsageCallback, 'saved_attrs', {})
     with pytest.raises(KeyboardInterrupt): watched(tmp_path, StopAt(1, 0))
     learn = watched(tmp_path, resume=True)
     assert len(learn.lattice_usage.values)==1 and len(learn.objective.parts)==8

@@ -6,12 +6,13 @@
 __all__ = ['ChunkDataset', 'TokenIds', 'interleave', 'ChunkDL', 'text_dls', 'noisy_pairs']
 
 # %% ../../nbs/data/32_loaders.ipynb #98d52854
-import warnings
+import random, warnings
 import torch
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='.torch.jit.script')      # of torch 2.14, in a part of fastai
     import fastai.layers
 from fastai.basics import DataLoaders, default_device, num_distrib, TensorBase, TfmdDL
+from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 from ..checks import check_seed, check_whole
@@ -64,6 +65,17 @@ def interleave(
 
 class ChunkDL(TfmdDL):
     "Batches of chunks; if the data set is shiftable, its cuts move every epoch"
+    def __init__(self, *args, **kwargs):
+        state = random.getstate()                          # a loader draws its own seed from Python's numbers
+        super().__init__(*args, **kwargs)
+        random.setstate(state)
+
+    def one_batch(self):
+        "Return a batch; global random numbers stay as they are"
+        states = get_random_states()
+        try: return super().one_batch()
+        finally: set_random_states(**states)
+
     def before_iter(self):
         super().before_iter()
         if self.dataset.shiftable: self.dataset.shift = self.rng.randrange(self.dataset.seq_len)

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['MonitorCallback', 'FitCallback', 'BoundCallback', 'ValidBatchCallback', 'LogDetCallback', 'InvertibilityCallback',
-           'ThroughputCallback', 'OscillationCallback', 'EMACallback', 'TableCallback']
+           'ThroughputCallback', 'OscillationCallback', 'EMACallback', 'TableCallback', 'declared_attrs', 'saved_attrs',
+           'numbered', 'undeclared_attrs']
 
 # %% ../../nbs/training/72_callbacks.ipynb #dc67ced2
 import math, time
+from collections import Counter
 import numpy as np
 import torch
 from fastai.basics import *
 from fastai.callback.all import *
-from ..checks import check
+from ..checks import check, check_type
+from ..records import check_count, check_flag, check_float, dict_of, frozen_attrs, list_of
 from ..layers.block import layer_by_layer
 from ..likelihood.bounds import prior_nats, reconstruction_nats
 from .dynamics import fit_trend, plot_trend
@@ -34,6 +37,7 @@ class FitCallback(MonitorCallback):
 class BoundCallback(MonitorCallback):
     "Bound on the held-out text in bits per character, end terms included, and its standard error over draws"
     run_train = False
+    saved_attrs = dict(bits=check_float, se=check_float)
     bits = se = float('nan')
     def __init__(self,
         tokens_per_char:float=1., # Tokens per character, to turn nats per token into bits per character
@@ -74,6 +78,7 @@ class ValidBatchCallback(MonitorCallback):
     "Base of callbacks that measure the backbone on the first held-out batch"
     order = CorruptionCallback.order+1                                         # while autocast is still on
     run_train = False
+    saved_attrs = dict(value=check_float)
     value = float('nan')
     def after_pred(self):
         if self.iter>0: return
@@ -82,6 +87,7 @@ class ValidBatchCallback(MonitorCallback):
 
 class LogDetCallback(ValidBatchCallback):
     "Log-determinant of the backbone and of each of its layers, nats per token"
+    saved_attrs = dict(per_layer=list_of(check_float))
     def measure(self, model, h):
         layers = layer_by_layer(model.backbone, h, **model.context(h))
         self.per_layer = [ld.mean().item()/h.shape[1] for _,ld in layers]
@@ -98,6 +104,7 @@ class InvertibilityCallback(ValidBatchCallback):
 class ThroughputCallback(MonitorCallback):
     "Tokens per second in training"
     run_valid = False
+    saved_attrs = dict(value=check_float)
     value = float('nan')
     def before_train(self):
         self.tokens = 0
@@ -109,7 +116,7 @@ class ThroughputCallback(MonitorCallback):
 class OscillationCallback(FitCallback):
     "Keep the loss of every step, and its exponential trend after training"
     run_valid = False
-    saved_attrs = ('losses',)
+    saved_attrs = dict(losses=list_of(check_float))
     def before_fit(self):
         super().before_fit()
         if not self.run: return
@@ -127,7 +134,7 @@ class OscillationCallback(FitCallback):
 class EMACallback(FitCallback):
     "Validate, save and end with an exponential moving average of the weights"
     order = TrackerCallback.order-5
-    saved_attrs = ('swapped',)
+    saved_attrs = dict(swapped=check_flag)
     swapped = False
     def __init__(self,
         decay:float=0.999, # Fraction of the average kept at each step, in (0, 1); less in the first steps
@@ -195,3 +202,56 @@ class TableCallback(FitCallback):
     def _print(self, cells):
         widths = [max(len(name), 7) for name in _columns.values()]
         print('  '.join(o.rjust(w) for o,w in zip(cells, widths)), flush=True)
+
+# %% ../../nbs/training/72_callbacks.ipynb #8d067305
+_numbers = list_of(check_float)
+_tracker = dict(best=check_float)
+_patience = dict(_tracker, wait=check_count)
+_known = { # Callbacks of fastai
+    Recorder: dict(lrs=_numbers, iters=list_of(check_count), losses=_numbers, values=list_of(_numbers)),
+    ParamScheduler: dict(hps=dict_of(_numbers)), GradientAccumulation: dict(count=check_count),
+    TrackerCallback: _tracker, SaveModelCallback: _tracker, EarlyStoppingCallback: _patience,
+    ReduceLROnPlateau: _patience} | dict.fromkeys([
+    TrainEvalCallback, CastToTensor, ProgressCallback, GradientClip, BnFreeze, CSVLogger, ShortEpochCallback,
+    TerminateOnNaNCallback], {})
+
+def _is_known(cb): return type(cb) in _known or type(cb).__module__.split('.')[0]=='bijdiff'
+
+# %% ../../nbs/training/72_callbacks.ipynb #716d61a7
+def declared_attrs(
+    cb:Callback, # A callback
+)->dict: # Check of each attribute by its name, None for one that is not saved
+    "Return the attributes that a callback and its base classes declare, with their checks"
+    table = {}
+    for cls in reversed(type(cb).__mro__):
+        attrs = vars(cls).get('saved_attrs', {})
+        check_type(f'saved_attrs of {cls.__name__}', attrs, dict)
+        table |= _known.get(cls, {}) | attrs
+    return table
+
+def saved_attrs(
+    cb:Callback, # A callback
+)->dict: # Check of each attribute by its name
+    "Return the attributes that a callback has and that are saved"
+    return {k:f for k,f in declared_attrs(cb).items() if f is not None and hasattr(cb, k)}
+
+def numbered(
+    cbs, # Callbacks
+): # Pairs of a name, such as probe 2, and a callback
+    "Yield callbacks with their names, numbered where several have the same name"
+    seen = Counter()
+    for cb in cbs:
+        seen[cb.name] += 1
+        yield f'{cb.name} {seen[cb.name]}',cb
+
+# %% ../../nbs/training/72_callbacks.ipynb #93dcdaba
+def undeclared_attrs(
+    cbs, # Callbacks
+)->dict: # Contents in a form that can be compared, by class and name, such as Meter.total
+    "Return the attributes that callbacks have not declared"
+    found = {}
+    for cb in cbs:
+        if _is_known(cb): continue
+        attrs = {k:v for k,v in frozen_attrs(cb).items() if k not in declared_attrs(cb)}
+        found |= {f'{type(cb).__name__}.{k}':v for k,v in attrs.items() if k!='run'}
+    return found

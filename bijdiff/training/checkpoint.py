@@ -6,42 +6,60 @@
 __all__ = ['CHECKPOINT', 'read_checkpoint', 'check_options', 'CheckpointCallback']
 
 # %% ../../nbs/training/76_checkpoint.ipynb #ba0733be
-import json
-from collections import Counter
+import json, warnings
 from pathlib import Path
+import numpy as np
 from fastai.basics import *
 from fastai.callback.all import *
 from dataclasses import asdict # after the star, which has another
-from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from ..checks import check, check_number, check_type, check_whole, naming, optional
+from ..checks import parse_json
+from ..locks import FolderLock
+from ..records import check_count, check_flag, check_float, check_names, check_tensors, dict_of, list_of, record_of
+from ..records import environment, environment_changes, pack_lists, unpack_lists, with_prefix
+from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_optimizer
+from ..model.headers import read_header, read_tensors
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
-from .callbacks import FitCallback
-
-# %% ../../nbs/training/76_checkpoint.ipynb #010ed423
-def _pack_opt(opt):
-    "Return the state of an optimiser as tensors and plain values"
-    tensors,plain = {},[]
-    d = opt.state_dict()
-    for i,s in enumerate(d['state']):
-        tensors.update({f'opt.{i}.{k}':v for k,v in s.items() if isinstance(v, Tensor)})
-        plain.append({k:v for k,v in s.items() if not isinstance(v, Tensor)})
-    return tensors,dict(state=plain, hypers=[dict(h) for h in d['hypers']])
-
-def _with_prefix(tensors, prefix):
-    "Return the tensors whose name begins with a prefix, without it"
-    return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
-
-def _unpack_opt(opt, tensors, plain):
-    "Load the state of an optimiser from tensors and plain values"
-    state = [s | _with_prefix(tensors, f'{i}.') for i,s in enumerate(plain['state'])]
-    opt.load_state_dict(dict(state=state, hypers=plain['hypers']))
+from .callbacks import declared_attrs, EMACallback, FitCallback, numbered, saved_attrs, undeclared_attrs
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
-_VERSION = 2 # Of the format; kept from here on
+_VERSION = 3 # Of the format; version 2 is read too
 
+_a_dict,_a_list = (lambda name,value,kind=kind: check_type(name, value, kind) for kind in (dict,list))
+_names = list_of(lambda name,value: check_type(name, value, str))
+_plain_value = lambda name,value: check_type(name, value, bool|int|float)
+
+def _check_smooth(name, value):
+    "Check a smoothed loss and the number of losses in it"
+    _a_list(name, value)
+    check(len(value)==2 and isinstance(value[0], float), name, value, 'a number and a count')
+    check_count(name, value[1])
+
+_common = dict(
+    options=_a_dict, done=check_count, smooth=_check_smooth, network_and_text=_a_dict,
+    opt=record_of(state=list_of(dict_of(_plain_value)),
+                  hypers=list_of(dict_of(lambda name,value: check_number(name, value, least=0)))))
+_check_meta = record_of(
+    **_common, fits=list_of(optional(_a_dict)), complete=check_flag, records=_a_dict, environment=_a_dict,
+    zero_gradients=_names, unsaved=_names)
+_check_meta_2 = record_of(**_common, n_epoch=check_count, records=dict_of(_a_dict))
+
+def _upgrade(meta):
+    "Return the records of a checkpoint of version 2 in the present form"
+    _check_meta_2('the records', meta)
+    records = meta['records']
+    n_fits = records.get('corruption 1', {}).pop('n_fits', 0)
+    check_whole('the number of complete fits', n_fits, 0, 1000)
+    fits = [None]*n_fits+[dict(epochs=meta.pop('n_epoch'))]
+    records = {name:record for name,record in records.items() if record}
+    new = dict(fits=fits, complete=False, records=dict(plain=records), environment={}, zero_gradients=[], unsaved=[])
+    return meta|new
+
+# %% ../../nbs/training/76_checkpoint.ipynb #99e66119
 def _checkpoint_hash(tensors, rest): return tensors_hash(tensors, rest.encode())
 
 def read_checkpoint(
@@ -51,19 +69,20 @@ def read_checkpoint(
     path = Path(folder)/CHECKPOINT
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist: there is no interrupted run to resume')
-    try:
-        with safe_open(path, 'pt') as f:
-            tensors = {k:f.get_tensor(k) for k in f.keys()}
-            meta = f.metadata() or {}
-    except SafetensorError as e:
-        raise ValueError(f'{path} is damaged or not a safetensors file ({e})') from None
+    meta = read_header(path, most=100_000_000).strings
     rest,version = meta.get('bijdiff_checkpoint'),meta.get('version', '1')
     if rest is None: raise ValueError(f'{path} was not written by bijdiff')
-    if version!=str(_VERSION):
-        raise ValueError(f'{path} has format version {version}; this bijdiff reads version {_VERSION}')
+    if version not in ('2', str(_VERSION)):
+        expected = f'this bijdiff reads versions 2 and {_VERSION}'
+        raise ValueError(f'{path} has format version {version:.20}; {expected}')
+    tensors = read_tensors(path)
     if meta.get('hash')!=_checkpoint_hash(tensors, rest):
         raise ValueError(f'{path} is damaged: its hash does not match its contents')
-    return tensors,json.loads(rest)
+    with naming(path):
+        meta = parse_json(rest, 'the records')
+        if version=='2': return tensors,_upgrade(meta)|dict(version=2)
+        _check_meta('the records', meta)
+    return tensors,meta|dict(version=_VERSION)
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f189
 def check_options(
@@ -72,13 +91,65 @@ def check_options(
 ):
     "Check that a run is resumed with the same options"
     names = [k for k in {**saved, **now} if saved.get(k)!=now.get(k)]
-    changes = '; '.join(f'{k} was {saved.get(k)!r} and is {now.get(k)!r}' for k in names)
+    changes = '; '.join(f'{k} was {saved.get(k)!r:.200} and is {now.get(k)!r:.200}' for k in names)
     if names: raise ValueError(f'cannot resume with a different configuration: {changes}')
+
+# %% ../../nbs/training/76_checkpoint.ipynb #611942c1
+def _plain(o):
+    "Return an object as it comes back from JSON"
+    return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
+
+def _records(cbs):
+    "Return what callbacks have declared, as plain values"
+    named = ((name,{k:getattr(cb, k) for k in saved_attrs(cb)}) for name,cb in numbered(cbs))
+    return _plain({name:record for name,record in named if record})
+
+def _restorable(cbs, records, version):
+    "Check records; return triples of a callback, the name of an attribute and its value"
+    found = dict(numbered(cbs))
+    check_names('the callbacks', records.keys()-found.keys(), [])
+    for name,cb in found.items():
+        checks = {k:f for k,f in declared_attrs(cb).items() if f is not None}
+        # Version 2 had fewer records, of accumulated gradients too few
+        needed = saved_attrs(cb).keys() if version>2 else checks.keys()&{'count'}
+        record_of(checks.keys()-needed, **checks)(f'the record of {name}', records.get(name, {}))
+    return [(found[name],k,v) for name,record in records.items() for k,v in record.items()]
+
+_advice = ('declare each in saved_attrs of its class, with a check as in bijdiff.records, '
+           'or with None if it is made anew')
+
+# %% ../../nbs/training/76_checkpoint.ipynb #87a453d5
+def _schedule(cb):
+    "Return a few values of each hyper-parameter in the course of a fit"
+    return {k:[np.asarray(f(x)).tolist() for x in (0., .2, .4, .6, .8)] for k,f in cb.scheds.items()}
+
+def _fit_options(learn):
+    "Return what defines a fit"
+    hypers = [{k:h[k] for k in ('lr','wd') if k in h} for h in learn.opt.hypers]
+    schedules = [_schedule(cb) for cb in learn.cbs if isinstance(cb, ParamScheduler)]
+    epochs = dict(epochs=learn.n_epoch, first_epoch=learn.first_epoch)
+    return _plain(epochs|dict(hypers=hypers, schedules=schedules))
+
+def _text_hash(tokenizer, ids):
+    "Return the number of tokens of a text, and a hash of them and of the vocabulary"
+    vocab = json.dumps(tokenizer.to_dict(), sort_keys=True).encode()
+    return f'{len(ids):,} tokens, sha256 {tensors_hash(dict(ids=ids), vocab)[:12]}'
+
+def _network_and_text(learn):
+    "Return the configuration of the network, the data, the seed and the precision"
+    dls = learn.dls
+    text,held_out = (_text_hash(dls.tokenizer, dl.dataset.ids) for dl in (dls.train, dls.valid))
+    precision = str(learn.autocast.dtype) if hasattr(learn, 'autocast') else None
+    run = dict(seed=learn.corruption.seed, batches=len(dls.train), processes=max(num_distrib(), 1))
+    return _plain(asdict(base_model(learn.model).config)|run|dict(
+        text=text, held_out=held_out, autocast=precision))
 
 # %% ../../nbs/training/76_checkpoint.ipynb #0e347e64
 class CheckpointCallback(FitCallback):
     "Write a checkpoint after every epoch; continue from it with `resume=True`"
     order = SaveModelCallback.order+10
+    threads = None # Number of threads to go back to
+    has_lock = has_warned = is_skipping = False
     def __init__(self,
         folder, # Folder of the checkpoint
         options:dict|None=None, # Settings, plain values, that must be the same when resuming
@@ -87,84 +158,177 @@ class CheckpointCallback(FitCallback):
         self.folder = Path(folder)
         self.options = options or {}
         self.resume = resume
+        self.fits = []
+        self.lock = FolderLock(folder)
 
     def before_fit(self):
         super().before_fit()
-        if self.run and type(self.opt) is not Optimizer:
+        if not self.run: return
+        if type(self.opt) is not Optimizer:
             kind = type(self.opt).__name__
             raise ValueError(f'the optimiser is a {kind}; expected an Optimizer of fastai, to save it')
-        self.network_and_text = _plain(_network_and_text(self.learn))
-        if not self.run: return
-        if self.resume: self._restore(*read_checkpoint(self.folder))
-        self.resume = False                                                             # once
+        self._take_lock()
+        self.is_skipping = False
+        n = self.learn.corruption.n_fits
+        self.fits = (self.fits+[None]*n)[:n] + [_fit_options(self.learn)]
+        self.network_and_text = _network_and_text(self.learn)
+        if self.resume: self._resume()
+        self.undeclared = undeclared_attrs(self.learn.cbs)
 
-    def after_epoch(self):
-        if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content()})
+    def before_epoch(self):                                # later callbacks have begun their fit only now
+        if self.epoch==self.learn.first_epoch:
+            later = undeclared_attrs([cb for cb in self.learn.cbs if cb.order>self.order])
+            self.undeclared |= later
+    def after_epoch(self): self._write(False)
+    def after_fit(self):
+        if self._done()==self.n_epoch and not self.is_skipping: self._write(True)
 
-# %% ../../nbs/training/76_checkpoint.ipynb #bf847fdb
-def _saved_attrs(cb):
-    "Return the names of the attributes of a callback that a checkpoint holds"
-    if isinstance(cb, Recorder): return 'lrs','iters','losses','values'
-    if isinstance(cb, TrackerCallback): return 'best','wait'
-    return getattr(type(cb), 'saved_attrs', ())
+# %% ../../nbs/training/76_checkpoint.ipynb #3e7fad8a
+@patch
+def _take_lock(self:CheckpointCallback):
+    "Lock the folder, in the process that writes"
+    if rank_distrib(): return
+    self.lock.__enter__()
+    self.has_lock = True
 
-def _numbered(cbs):
-    "Yield callbacks with their names, numbered where several have the same name"
-    seen = Counter()
-    for cb in cbs:
-        seen[cb.name] += 1
-        yield f'{cb.name} {seen[cb.name]}',cb
-
-def _network_and_text(learn):
-    "Return the configuration of the network, and a hash of the text it is trained on"
-    ids = learn.dls.train.dataset.ids
-    vocab = json.dumps(learn.dls.tokenizer.to_dict(), sort_keys=True).encode()
-    text = f'{len(ids):,} tokens, sha256 {tensors_hash(dict(ids=ids), vocab)[:12]}'
-    return asdict(base_model(learn.model).config) | dict(text=text)
-
-def _plain(o):
-    "Return an object as it comes back from JSON"
-    return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
+@patch
+def close(self:CheckpointCallback):
+    "Unlock the folder, and compute with as many threads as before the fit"
+    if self.has_lock: self.lock.__exit__()
+    if self.threads: torch.set_num_threads(self.threads)
+    self.has_lock,self.threads = False,None
 
 # %% ../../nbs/training/76_checkpoint.ipynb #bf847fdc
 @patch
 def _all_options(self:CheckpointCallback):
     "Return the options of the run, the decay of the average among them"
-    return {**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None}
+    return _plain({**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None})
 
 @patch
-def _content(self:CheckpointCallback):
+def _done(self:CheckpointCallback):
+    "Return the number of epochs that are done in this fit"
+    return self.fits[-1]['first_epoch']+len(self.recorder.values)
+
+@patch
+def _write(self:CheckpointCallback, is_complete):
+    "Write a checkpoint, after an epoch or at the end of a fit"
+    if rank_distrib()==0: write_atomically(self.folder, {CHECKPOINT: self._content(is_complete)})
+
+@patch
+def _content(self:CheckpointCallback, is_complete):
     "Return the checkpoint as bytes"
-    opt,plain = _pack_opt(self.opt)
-    tensors = {f'model.{k}':v for k,v in base_model(self.model).state_dict().items()} | opt
+    opt,plain = pack_optimizer(self.opt)
+    model = base_model(self.model)
+    grads,zero = pack_gradients(model)
+    tensors = {f'model.{k}':v for k,v in model.state_dict().items()} | opt | grads
     if hasattr(self.learn, 'ema'): tensors |= {f'ema.{i}':a for i,a in enumerate(self.learn.ema.average)}
+    lists = {}
+    records = pack_lists(_records(self.learn.cbs), lists)
+    tensors |= {f'list.{k}':v for k,v in lists.items()}
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     smooth = self.recorder.smooth_loss
-    records = {name:{k:getattr(cb, k) for k in _saved_attrs(cb) if hasattr(cb, k)}
-               for name,cb in _numbered(self.learn.cbs)}
-    meta = dict(options=self._all_options(), n_epoch=self.n_epoch, done=self.epoch+1, opt=plain,
+    meta = dict(options=self._all_options(), fits=self.fits, complete=is_complete, done=self._done(), opt=plain,
                 smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
-                records=records)
+                records=records, environment=environment(self.dls.device), zero_gradients=zero,
+                unsaved=self._unsaved())
     rest = json.dumps(_plain(meta))
     header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=_checkpoint_hash(tensors, rest))
     return to_safetensors(tensors, header)
 
+@patch
+def _unsaved(self:CheckpointCallback):
+    "Return the attributes that have changed in this fit and are not saved; warn of them once"
+    names = sorted(k for k,v in undeclared_attrs(self.learn.cbs).items() if v!=self.undeclared.get(k))
+    if names and not self.has_warned:
+        lost = f"the checkpoint lacks {', '.join(names)}, and cannot be resumed"
+        warnings.warn(f'{lost}: {_advice}')
+        self.has_warned = True
+    return names
+
 # %% ../../nbs/training/76_checkpoint.ipynb #bf847fdd
 @patch
+def _check_same(self:CheckpointCallback, meta):
+    "Check that a checkpoint is one of this training"
+    i,fits = len(self.fits)-1,meta['fits']
+    expected = f'fit {len(fits)} of this learner, which the checkpoint belongs to, or one before'
+    check(i<len(fits), 'this fit', i+1, expected)
+    then,now = fits[i] or {},self.fits[i]
+    if then: now = {k:v for k,v in now.items() if k in then}
+    else: now = {}
+    check_options(meta['options']|then, self._all_options()|now)
+    known = meta['network_and_text']
+    check_options(known, {k:v for k,v in self.network_and_text.items() if k in known or meta['version']>2})
+    declared = {f'{type(cb).__name__}.{k}' for cb in self.learn.cbs for k in declared_attrs(cb)}
+    lost = [o for o in meta['unsaved'] if o not in declared]
+    check(not lost, 'what the checkpoint lacks', lost, f'nothing: {_advice}')
+
+@patch
+def _resume(self:CheckpointCallback):
+    "Go on from the checkpoint, or skip this fit if it was complete"
+    tensors,meta = read_checkpoint(self.folder)
+    self._check_same(meta)
+    self._same_machine(meta['environment'])
+    weights = with_prefix(tensors, 'model.')
+    check_tensors('weights', weights, base_model(self.model).state_dict())
+    if len(self.fits)<len(meta['fits']): return self._skip(weights, len(meta['fits']))
+    self._restore(tensors, meta)
+    if meta['complete']: self._pause_ends()
+    self.resume = False                                                                 # once
+
+@patch
+def _pause_ends(self:CheckpointCallback):
+    "Let callbacks that change the weights at the end of a fit do nothing: the end is over"
+    for cb in self.learn.cbs:
+        if isinstance(cb, (EMACallback, SaveModelCallback)): cb.run = False
+
+@patch
+def _skip(self:CheckpointCallback, weights, n):
+    "Skip a fit that was complete; until the interrupted one, the weights are those of the checkpoint"
+    base_model(self.model).load_state_dict(weights)
+    self._pause_ends()
+    self.is_skipping = True
+    self.learn.first_epoch = self.n_epoch
+    then = f'until fit {n} the weights are those of the checkpoint'
+    warnings.warn(f'fit {len(self.fits)} was complete and is not repeated; {then}')
+
+# %% ../../nbs/training/76_checkpoint.ipynb #66c17025
+@patch
 def _restore(self:CheckpointCallback, tensors, meta):
-    "Restore the network, the optimiser, the average and all records"
-    saved = meta['options'] | dict(epochs=meta['n_epoch'])
-    check_options(saved, self._all_options() | dict(epochs=self.n_epoch))
-    check_options(meta['network_and_text'], self.network_and_text)
-    base_model(self.model).load_state_dict(_with_prefix(tensors, 'model.'))
-    opt = {k:v.to(self.dls.device) for k,v in _with_prefix(tensors, 'opt.').items()}
-    _unpack_opt(self.opt, opt, meta['opt'])
-    average = _with_prefix(tensors, 'ema.')
-    for i in sorted(average, key=int): self.learn.ema.average[int(i)].copy_(average[i])
-    val,count = meta['smooth']
-    smooth = self.recorder.smooth_loss
+    "Restore the network, the optimiser, gradients, the average and all records"
+    check_whole('the number of epochs done', meta['done'], self.learn.first_epoch+1, self.n_epoch)
+    records = unpack_lists(meta['records'], with_prefix(tensors, 'list.'))
+    values = _restorable(self.learn.cbs, records, meta['version'])
+    rows,n = len(records.get('recorder 1', {}).get('values', ())),meta['done']-self.learn.first_epoch
+    check(rows==n, 'the number of recorded epochs', rows, str(n))
+    average = self.learn.ema.average if hasattr(self.learn, 'ema') else []
+    averages = with_prefix(tensors, 'ema.')
+    check_tensors('averages', averages, {str(i):a for i,a in enumerate(average)})
+    model = base_model(self.model)
+    unpack_gradients(model, with_prefix(tensors, 'grad.'), meta['zero_gradients'])
+    unpack_optimizer(self.opt, with_prefix(tensors, 'opt.'), meta['opt'])
+    model.load_state_dict(with_prefix(tensors, 'model.'))
+    for i,a in enumerate(average): a.copy_(averages[str(i)])
+    self._set_counts(*meta['smooth'], meta['done'])
+    for cb,k,v in values: setattr(cb, k, v)
+
+@patch
+def _set_counts(self:CheckpointCallback, val, count, done):
+    "Set the smoothed loss and the number of steps"
+    smooth,learn = self.recorder.smooth_loss,self.learn
     smooth.val = tensor(val)
     smooth.count = count
-    for name,cb in _numbered(self.learn.cbs):
-        for k,v in meta['records'].get(name, {}).items(): setattr(cb, k, v)
-    self.learn.first_epoch = meta['done']
+    learn.train_iter = (done-learn.first_epoch)*len(learn.dls.train)
+    learn.first_epoch = done
+
+# %% ../../nbs/training/76_checkpoint.ipynb #e54d3bdc
+@patch
+def _same_machine(self:CheckpointCallback, before):
+    "Compute with as many threads as before the interruption, and warn of other differences"
+    now = environment(self.dls.device)
+    if (n := before.get('threads', now['threads']))!=now['threads']:
+        check_whole('threads', n, 1, 1024)
+        self.threads = now['threads']
+        torch.set_num_threads(n)
+        warnings.warn(f'the interrupted run had {n} threads and so has this one, for the same bits')
+    for change in environment_changes(before, environment(self.dls.device)):
+        warnings.warn(f'the last bits of the result may differ: {change}')

@@ -8,11 +8,11 @@ __all__ = ['Trend', 'fit_trend', 'plot_trend', 'Oscillation', 'oscillation', 'os
 
 # %% ../../nbs/training/70_dynamics.ipynb #7060ada6
 from typing import NamedTuple
-import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.basics import patch
 from scipy import fft, linalg, optimize, signal, stats
 from ..checks import check
+from ..pictures import closed_subplots
 
 # %% ../../nbs/training/70_dynamics.ipynb #47a638a7
 def _series(x, least, name='losses'):
@@ -98,7 +98,7 @@ def plot_trend(
     n = np.arange(len(losses))
     k = max(len(n)//50, 1)
     middle = n[k-1:]-(k-1)/2
-    fig,(above,below) = plt.subplots(2, 1, figsize=(7,5), sharex=True, height_ratios=(2,1))
+    fig,(above,below) = closed_subplots(2, 1, figsize=(7,5), sharex=True, height_ratios=(2,1))
     above.plot(n, losses, c='#cccccc', lw=.6, label='each step')
     above.plot(middle, _smooth(losses, k), c='#1f77b4', label=f'mean of {k} steps')
     above.plot(n, t(n), 'k--', lw=1, label=f'{t.a:.2f} + {t.b:.2f} exp(-n/{t.tau:.0f})')
@@ -245,7 +245,7 @@ def plot_spectrum(
     "Plot the power of the residual by period, with that of noise of the same colour"
     t = fit_trend(_series(losses, 16*min_cycles))
     o,s,ratios = _test_period(t, 0, len(losses), 1., n_null, seed, min_cycles)
-    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
+    ax = ax or closed_subplots(figsize=(7, 3.5))[1]
     period,noise = 1/s.f,s.null[0]
     ax.loglog(period, s.power[0], c='#1f77b4', lw=.8, label='residual')
     ax.loglog(period, noise, 'k-', lw=1, label=f'AR(1) noise, phi {s.phi[0]:.2f}')
@@ -286,7 +286,7 @@ def plot_runs(
     ax=None, # Axes to draw in; a new figure if None
 ):
     "Plot smoothed loss curves in one figure"
-    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
+    ax = ax or closed_subplots(figsize=(7, 3.5))[1]
     for name,y in runs.items():
         k = max(len(y)//50, 1)
         ax.plot(np.arange(k-1, len(y))-(k-1)/2, _smooth(y, k), lw=1, label=name)

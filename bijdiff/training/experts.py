@@ -9,15 +9,16 @@ __all__ = ['contributions', 'contribution_fractions', 'linear_cka', 'leaders', '
 # %% ../../nbs/training/78_experts.ipynb #585c71da
 import math
 from itertools import combinations
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.torch_core import tensor
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 from ..checks import check_seed, check_whole
+from ..records import check_count, check_float, dict_of, list_of, record_of
 from ..layers.coupled_experts import expert_streams
 from ..layers.moe import BijectiveMoE, route_fractions
+from ..pictures import closed_subplots
 from .noising import base_model
 from .callbacks import FitCallback
 
@@ -95,10 +96,17 @@ def token_kinds(
     return np.array([_kind(tokenizer.decode(torch.tensor([i]))) for i in range(tokenizer.vocab_size)])
 
 # %% ../../nbs/training/78_experts.ipynb #63acb9e4
+def _check_record(name, value):
+    "Check the measurements at one step"
+    numbers = list_of(check_float)
+    measured = dict(share=numbers, cka=numbers, mutual_information=dict_of(check_float), routed=numbers)
+    record_of(('routed',), step=check_count, **measured)(name, value)
+
 class ExpertCallback(FitCallback):
     "Record gradients, contributions and similarity of the experts of a mixture in training"
     run_valid = False
-    saved_attrs = ('step','records','grad_norms')
+    saved_attrs = dict(step=check_count, records=list_of(_check_record),
+                       grad_norms=list_of(list_of(check_float)))
     def __init__(self,
         every:int=25, # Steps between two records of the contributions
         n_texts:int=8, # Texts of the training batch that are measured
@@ -219,7 +227,7 @@ def gradient_ratio(self:ExpertCallback)->float: # Smallest ratio over all steps 
 def plot(self:ExpertCallback):
     "Plot gradients, contributions, similarity and mutual information over training"
     if not self.records: raise ValueError('ExpertCallback has seen no step yet; fit the learner first')
-    fig,axs = plt.subplots(2, 2, figsize=(9, 5.6))
+    fig,axs = closed_subplots(2, 2, figsize=(9, 5.6))
     (gradients,fractions),(similarity,information) = axs
     for i,g in enumerate(tensor(self.grad_norms).T): gradients.plot(g, lw=.8, label=f'expert {i}')
     gradients.set(title='Gradient norm', yscale='log')

@@ -15,10 +15,12 @@ import torch
 from fastai.basics import *
 from torch import nn, Tensor
 from ..checks import check_seed, check_whole
+from ..records import check_count, check_float, dict_of, list_of, record_of
 from ..layers.lattice import lattice_limit
 from ..layers.block import layer_by_layer
 from ..diffusion.packing import NoisyBatch
 from ..model.denoiser import eval_mode
+from ..pictures import closed_subplots
 from .noising import base_model
 from .callbacks import FitCallback, ValidBatchCallback
 from .precision import LossScaleCallback
@@ -31,7 +33,7 @@ def _step(cb):
 class ProbeCallback(FitCallback):
     "Measure the loss of one held-out batch with fixed noise every few steps, nats per token"
     run_valid = False
-    saved_attrs = ('steps','losses')
+    saved_attrs = dict(steps=list_of(check_count), losses=list_of(check_float))
     def __init__(self,
         every:int=10, # Steps between two measurements
         n_texts:int=8, # Texts of the batch
@@ -95,11 +97,16 @@ def _relative_change(params, old):
     return _norm([p.detach()-o for p,o in zip(params, old)])/(_norm(old) or math.nan)
 
 # %% ../../nbs/training/79_instruments.ipynb #6920fb50
+def _check_row(name, value):
+    "Check the norms of a step, without those of its update where the step was skipped"
+    norms = dict_of(check_float)
+    record_of(('update',), step=check_count, gradient=norms, update=norms)(name, value)
+
 class BlockNormCallback(FitCallback):
     "Record the gradient norm of each block before clipping, and of its step relative to its weights"
     order = LossScaleCallback.order+.5                                         # before clipping
     run_valid = False
-    saved_attrs = ('rows',)
+    saved_attrs = dict(rows=list_of(_check_row))
     def __init__(self,
         every:int=20, # Steps between two measurements
     ):
@@ -128,7 +135,7 @@ def plot(self:BlockNormCallback):
     if not self.rows:
         raise ValueError('BlockNormCallback has seen no step yet; fit the learner first, '
                          f'for at least every={self.every} steps')
-    fig,axs = plt.subplots(1, 2, figsize=(9, 3))
+    fig,axs = closed_subplots(1, 2, figsize=(9, 3))
     steps,blocks = [r['step'] for r in self.rows],list(self.rows[0]['gradient'])
     for ax,key,title in zip(axs, ('gradient','update'), ('gradient', 'step, relative to the weights')):
         for i,b in enumerate(blocks):
@@ -142,7 +149,7 @@ def plot(self:BlockNormCallback):
 # %% ../../nbs/training/79_instruments.ipynb #04da08b4
 class LatticeUsageCallback(ValidBatchCallback):
     "Largest number of the state after each layer, as a fraction of the largest one on the lattice"
-    saved_attrs = ('values',)
+    saved_attrs = dict(values=list_of(list_of(check_float)))
     def before_fit(self):
         super().before_fit()
         if self.learn.fitting: self.values = []

@@ -143,8 +143,7 @@ def diffusion_learner(
     _check_arguments(config, corruption, fields)
     corruption = _noise(dls, config, corruption, schedule, T)
     config = _config(dls, config, corruption, objective, lambda_likelihood, fields)
-    set_seed(seed)
-    model = BijectiveDenoiser(config)
+    with no_random(seed, reproducible=False): model = BijectiveDenoiser(config)
     model.tokenizer = dls.tokenizer
     cbs = _callbacks(dls, corruption, seed, n_valid_draws) + L(cbs)
     if lambda_likelihood or lambda_invert: cbs += L(ObjectiveCallback(lambda_likelihood, lambda_invert))

@@ -9,7 +9,9 @@ __all__ = ['DiffusionLearner']
 import torch
 from fastai.basics import *
 from fastai.callback.all import * # fit_one_cycle and lr_find among them
+from fastai.torch_core import get_random_states, set_random_states
 from torch import Tensor
+from ..checks import check
 from ..layers.lattice import LatticeError
 from ..display import show_pairs
 from ..model.denoiser import eval_mode
@@ -22,10 +24,14 @@ class DiffusionLearner(Learner):
     "A `Learner` for denoisers"
     first_epoch = 0
     fitting = False
-    def fit(self, *args, **kwargs):
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         self.fitting = True
-        try: return super().fit(*args, **kwargs)
+        self.first_epoch = start_epoch or self.first_epoch
+        if any(isinstance(cb, LRFinder) for cb in L(cbs)): self._pause_fit_callbacks()
+        states = get_random_states()
+        try: return super().fit(n_epoch, lr, wd, cbs, reset_opt)
         finally:
+            set_random_states(**states)
             self.fitting = False
             self.first_epoch = 0
             for cb in self.cbs: cb.run = True       # as fastai does in after_fit, which an interruption skips
@@ -60,6 +66,80 @@ def _do_one_batch(self:DiffusionLearner):
         if hasattr(self, 'lr_finder'): raise CancelFitException from None
         advice = 'in training the cause is most often a learning rate that is too high'
         raise LatticeError(f'{e}; {advice}') from None
+
+# %% ../../nbs/training/74_loop.ipynb #73288c78
+_fit_callbacks = TrackerCallback, CSVLogger
+_record = 'lrs','iters','losses','values'
+
+@patch
+def _pause_fit_callbacks(self:DiffusionLearner):
+    "Let callbacks that belong to a fit do nothing until the next `after_fit`"
+    for cb in self.cbs:
+        if isinstance(cb, _fit_callbacks): cb.run = False
+
+@patch
+def __enter__(self:DiffusionLearner):
+    "Begin a validation outside of a fit"
+    smooth = self.recorder.smooth_loss
+    record = {k:getattr(self.recorder, k) for k in _record if hasattr(self.recorder, k)}
+    counts = {k:getattr(smooth, k) for k in ('val','count') if hasattr(smooth, k)}
+    self._before_validation = get_random_states(),record,counts
+    self._pause_fit_callbacks()
+    return super(DiffusionLearner, self).__enter__()
+
+@patch
+def __exit__(self:DiffusionLearner, *error):
+    "End a validation; put back random numbers and the record of the training"
+    try: super(DiffusionLearner, self).__exit__(*error)
+    finally:
+        states,record,counts = self._before_validation
+        set_random_states(**states)
+        for k,v in record.items(): setattr(self.recorder, k, v)
+        for k,v in counts.items(): setattr(self.recorder.smooth_loss, k, v)
+
+# %% ../../nbs/training/74_loop.ipynb #f515eacd
+@patch
+def _call_one(self:DiffusionLearner, event_name):
+    "Send an event to all callbacks, and keep the row of the record complete"
+    if event_name=='after_epoch': self._complete_row(False)
+    super(DiffusionLearner, self)._call_one(event_name)
+    if event_name=='after_train': self._complete_row(True)
+
+@patch
+def _complete_row(self:DiffusionLearner, is_train):
+    "Put NaN into the columns that training, or training and validation, have left out"
+    if not self.fitting: return
+    names = self.recorder.metric_names[:-1 if self.recorder.add_time else None]
+    n = sum(o=='epoch' or o.startswith('train_') for o in names) if is_train else len(names)
+    self.recorder.log += [float('nan')]*(n-len(self.recorder.log))
+
+# %% ../../nbs/training/74_loop.ipynb #6f1ebe81
+_most_growth = 1e4 # Of the norm of the gradients over that of the steps before
+_most_at_first = 1e8
+
+@torch.no_grad()
+def _gradient_norms(opt):
+    "Return the norm of the gradients, that of the steps before by Adam's average, and the number of steps"
+    now,squares,n = [],[],0
+    for p,_,state,hyper in opt.all_params(with_grad=True):
+        now.append(p.grad.norm())
+        n = max(n, int(state.get('step', 0)))
+        if (square := state.get('sqr_avg')) is None: continue
+        squares.append(square.sum()/(1-hyper.get('sqr_mom', 0)**max(state.get('step', 1), 1)))
+    norm = lambda o: torch.stack(o).float().norm().item() if o else 0.
+    return norm(now), norm([o.sqrt() for o in squares]), n
+
+@patch
+def _step(self:DiffusionLearner):
+    "Take a step of the optimiser; raise an error if it would make its averages useless"
+    if hasattr(self, 'lr_finder'): return super(DiffusionLearner, self)._step()
+    now,before,n = _gradient_norms(self.opt)
+    most = _most_growth*before if before and n>=10 else _most_at_first
+    place = f'in step {self.iter+1} of epoch {self.epoch}, with a loss of {self.loss:.4g},'
+    expected = f'at most {most:.4g} after those of the steps before'
+    advice = 'a lower learning rate or GradientClip can help'
+    check(now<=most, f'the norm of the gradients {place}', now, f'{expected}; {advice}')
+    super(DiffusionLearner, self)._step()
 
 # %% ../../nbs/training/74_loop.ipynb #8663c3c2
 @patch

@@ -62,7 +62,6 @@ def noise_seed(
 class CorruptionCallback(Callback):
     "Turn a batch of clean ids into noisy ids, and clean ids, noisy ids and times"
     order = -5
-    saved_attrs = ('n_fits',)
     n_fits = 0 # Completed fits
     def __init__(self,
         corruption:Corruption, # The noise

@@ -9,6 +9,8 @@ __all__ = ['AutocastCallback', 'LossScaleCallback']
 import torch
 from fastai.basics import *
 from fastai.callback.all import *
+from ..checks import check_number, check_type
+from ..records import check_count, record_of
 from .noising import CorruptionCallback
 
 # %% ../../nbs/training/73_precision.ipynb #8809654d
@@ -30,10 +32,18 @@ class AutocastCallback(Callback):
         self.region = None
 
 # %% ../../nbs/training/73_precision.ipynb #50c1a0b5
+def _check_scaling(name, value):
+    "Check the state of a GradScaler, which is empty where scaling is off"
+    positive = partial(check_number, above=0)
+    known = record_of(scale=positive, growth_factor=positive, backoff_factor=positive,
+                      growth_interval=check_count, _growth_tracker=check_count)
+    check_type(name, value, dict)
+    if value: known(name, value)
+
 class LossScaleCallback(Callback):
     "Scale the loss so that small gradients do not vanish in float16; skip steps whose gradients overflow"
     order = MixedPrecision.order
-    saved_attrs = ('scaling',)
+    saved_attrs = dict(scaling=_check_scaling)
     def __init__(self, **kwargs): self.kwargs = kwargs
     def before_fit(self):
         self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type, **self.kwargs)

@@ -6,11 +6,12 @@
 __all__ = ['inversion_nats', 'ObjectiveCallback']
 
 # %% ../../nbs/training/75_terms.ipynb #a3d2c238
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.basics import *
 from torch import Tensor
+from ..records import check_float, dict_of, list_of
+from ..pictures import closed_subplots
 from .noising import base_model, CorruptionCallback
 
 # %% ../../nbs/training/75_terms.ipynb #d8bc7216
@@ -40,7 +41,7 @@ class ObjectiveCallback(Callback):
     "Add `lambda_likelihood * L_likelihood + lambda_invert * L_invert` to the loss, and record the terms"
     order = CorruptionCallback.order+1                                         # while autocast is still on
     run_valid = False
-    saved_attrs = ('parts',)
+    saved_attrs = dict(parts=list_of(dict_of(check_float)))
     def __init__(self,
         lambda_likelihood:float=0., # Weight of the latent density of the states
         lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
@@ -101,7 +102,7 @@ def fractions(self:ObjectiveCallback)->dict: # Fraction of each term; they add u
 def plot(self:ObjectiveCallback):
     "Plot each term over the steps, unweighted"
     terms = list(self.parts[0])
-    fig,axs = plt.subplots(1, len(terms), figsize=(4*len(terms), 2.8), squeeze=False)
+    fig,axs = closed_subplots(1, len(terms), figsize=(4*len(terms), 2.8), squeeze=False)
     for ax,k in zip(axs[0], terms):
         ax.plot([p[k] for p in self.parts], lw=.8)
         ax.set(title=f'{k}, weight {self.weights[k]:g}', xlabel='step', ylabel='nats per token')

@@ -1,0 +1,112 @@
+"""Trainings that are killed, told to stop, or out of disk, as a user meets them: other processes, real files."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+import pytest
+from bijdiff.model.denoiser import BijectiveDenoiser
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = 'checkpoint.safetensors'
+QUICK = ('--seq_len 16 --bs 16 --d_model 8 --n_heads 2 --n_layers 2 --epochs 3 --device cpu --dtype float32 '
+         '--store_activations').split()
+
+def test_each_kind_of_interruption_ends_with_the_same_bits(tmp_path):
+    "One trial of each kind, for several fits; the campaign has more of them"
+    out = tmp_path/'result.json'
+    script = ROOT/'benchmarks'/'interruptions.py'
+    done = subprocess.run([sys.executable, script, '--n', '1', '--jobs', 'several_fits', '--out', out],
+                          capture_output=True, text=True, timeout=500)
+    assert done.returncode==0, done.stdout+done.stderr
+    found = json.loads(out.read_text())['summary']
+    assert found['trainings']==4 and found['other_bits']==0 and found['interruptions']>=2
+
+def test_the_kept_campaign_has_enough_trials_of_each_kind():
+    kept = json.loads((ROOT/'benchmarks'/'results'/'interruptions.json').read_text())
+    assert kept['summary']['other_bits']==0 and kept['summary']['trainings']>=60
+    assert min(kept['summary']['by_kind'].values())>=15
+    assert {'training', 'report'}<=set(kept['summary']['by_phase'])
+
+# In the report
+
+command = """
+import errno, os, signal
+import bijdiff.runs
+def stop(*args, **kwargs): {}
+bijdiff.runs.{} = stop
+from bijdiff.cli import bijdiff_train
+bijdiff_train()
+"""
+STOPS = { # what happens, in place of which function, exit status
+    'killed':    ('os.kill(os.getpid(), signal.SIGKILL)', 'sample', -signal.SIGKILL),
+    'told':      ('os.kill(os.getpid(), signal.SIGTERM)', 'score_ids', 130),
+    'full disk': ("raise OSError(errno.ENOSPC, 'No space left on device')", 'write_atomically', 2),
+}
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    "A file of 4,000 characters"
+    from bijdiff.data.corpora import pydoc_corpus
+    path = tmp_path_factory.mktemp('corpus')/'text.txt'
+    path.write_text(pydoc_corpus()[:4000], encoding='utf-8')
+    return path
+
+def run(script, corpus, out, *args):
+    "Run a training; return status, stdout and stderr"
+    words = [sys.executable, script, '--corpus', corpus, '--out', out, *QUICK, *args]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout, done.stderr
+
+COMMAND = Path(sys.executable).parent/'bijdiff_train'
+
+@pytest.mark.parametrize('name', STOPS)
+def test_a_run_that_stops_in_its_report_has_a_whole_model_and_goes_on(name, corpus, tmp_path):
+    body,function,expected = STOPS[name]
+    out = tmp_path/'m'
+    out.mkdir()
+    for picture in ('training.png', 'film_strip.png'): (out/picture).write_bytes(b'of another model')
+    script = tmp_path/'bijdiff_train.py'                       # its name makes it the command
+    script.write_text(command.format(body, function))
+    status,printed,err = run(script, corpus, out)
+    assert status==expected and err.count('\n')==(status!=-signal.SIGKILL), err
+    assert status==-signal.SIGKILL or '--resume' in printed
+    weights = BijectiveDenoiser.from_pretrained(out).state_dict()
+    assert not list(out.glob('*.png')) and (out/CHECKPOINT).exists()
+
+    status,printed,err = run(COMMAND, corpus, out, '--resume')
+    assert status==0, err
+    assert 'three texts' in printed and '\n      0 ' not in printed             # the report, and no epoch
+    assert (out/'film_strip.png').read_bytes()[:4]==b'\x89PNG'
+    again = BijectiveDenoiser.from_pretrained(out).state_dict()
+    assert all((again[k]==v).all() for k,v in weights.items())
+    assert not (out/CHECKPOINT).exists()
+    status,_,err = run(COMMAND, corpus, out, '--resume')
+    assert status==2 and 'finished' in err
+
+# Two at once, and SIGTERM
+
+def wait_for(path, process):
+    "Wait until a file is there or a process has ended"
+    for _ in range(3000):
+        if path.exists() or process.poll() is not None: return
+        time.sleep(.05)
+
+def test_a_folder_belongs_to_one_training_until_it_ends(corpus, tmp_path):
+    "The second one is refused; SIGTERM ends the first like Ctrl-C; a third goes on with it"
+    out = tmp_path/'m'
+    words = [sys.executable, COMMAND, '--corpus', corpus, '--out', out, *QUICK, '--epochs', 300]
+    first = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(out/CHECKPOINT, first)
+    for args in ([], ['--resume']):
+        status,_,err = run(COMMAND, corpus, out, '--epochs', 300, *args)
+        assert status==2 and err.count('\n')==1 and 'in use by another training' in err
+    first.send_signal(signal.SIGTERM)
+    printed,err = first.communicate(timeout=100)
+    assert (first.returncode, err)==(130, 'bijdiff_train: interrupted\n')
+    assert '--resume' in printed.splitlines()[-1]
+    assert os.listdir(out)==[CHECKPOINT]
+    status,_,err = run(COMMAND, corpus, out)
+    assert status==2 and 'holds an interrupted run' in err
