@@ -94,7 +94,7 @@ def test_places_that_are_refused_before_any_work(writer, folder, no_work):
     (folder/'link').symlink_to('pipe')
     (folder/'link to old').symlink_to('old')
     before = contents(folder)
-    refused = {'old':'exists', 'pipe':'pipe', 'link':'device', 'model':'folder', 'none/new':'not exist'}
+    refused = {'old':'exists', 'pipe':'pipe', 'link':'pipe', 'model':'folder', 'none/new':'not exist'}
     for name,word in refused.items():
         assert_refused(write(writer, folder, folder/name), name.partition('/')[0], word)
     for name in ('pipe', 'link', 'model', 'play.txt.bij' if writer=='decompress' else 'play.txt',
