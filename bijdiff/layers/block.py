@@ -14,8 +14,9 @@ from torch import nn, Tensor
 from ..checks import check, check_one_of, check_shape, check_whole, is_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
-from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .coupling import AdditiveCoupling, alias, call_unchanged, check_mask, ChunkedUpdate
+from .coupling import CouplingNet, zero_padding
+from .reversible import couple_all, uncouple_all
 from .attention import gather_rows, BidirectionalAttention, head_dim, rotary_angles
 
 # %% ../../nbs/layers/10_block.ipynb #dd224d21
@@ -137,11 +138,11 @@ def update(self:BijectiveTransformerBlock,
     rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
 )->Tensor: # (B, L, d_model)
     "Compute the update of the active stream"
-    x2 = x2.view_as(x2)
-    if cond is not None: cond = cond.view_as(cond)
+    x2,cond = alias(x2),alias(cond)
     read = None if self.attention==self.ffn else _stream(self.ffn, x1, x2)
     h = _stream(self.attention, x1, x2).contiguous()
-    return zero_padding(self.f(h, mask=mask, cond=cond, rotary=rotary, read=read), mask)
+    update = call_unchanged(self.f, h, mask=mask, cond=cond, rotary=rotary, read=read)
+    return zero_padding(update, mask)
 
 @patch
 def forward(self:BijectiveTransformerBlock, x:Tensor, **context)->tuple[Tensor,Tensor]:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['lattice_limit', 'LatticeError', 'check_lattice_range', 'to_lattice', 'require_float32', 'lattice_step',
-           'lattice_undo', 'lattice_add', 'require_lattice']
+           'lattice_undo', 'lattice_add', 'require_lattice', 'with_lattice']
 
 # %% ../../nbs/layers/02_lattice.ipynb #1af371ee
+from copy import copy
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 # %% ../../nbs/layers/02_lattice.ipynb #ad3aba09
 def _mantissa_bits(dtype): return 52 if dtype==torch.float64 else 23
@@ -47,13 +48,18 @@ def check_lattice_range(
 
 # %% ../../nbs/layers/02_lattice.ipynb #c165432e
 class _Round(torch.autograd.Function):
-    "Round to the grid, with the gradient of the identity"
+    "Round to the grid, with the derivative of the identity"
+    generate_vmap_rule = True
     @staticmethod
-    def forward(ctx, t, bits):
+    def forward(t, bits):
         M = 1.5 * 2.**(_mantissa_bits(t.dtype)-bits)
         return (t+M)-M
     @staticmethod
+    def setup_context(ctx, inputs, output): pass
+    @staticmethod
     def backward(ctx, g): return g,None
+    @staticmethod
+    def jvp(ctx, tangent, bits): return tangent.view_as(tangent)
 
 def _at_least_float32(t): return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
@@ -122,3 +128,14 @@ def require_lattice(
     if torch.equal(scaled, scaled.round()): return
     raise LatticeError('the state lies between the points of the lattice, so its inverse could not be exact; '
                        f'put it there with to_lattice(x, {bits})')
+
+# %% ../../nbs/layers/02_lattice.ipynb #ebc55c6a
+def with_lattice(
+    module:nn.Module, # Bijection, or a module that contains some
+    bits:int|None, # Grid of the copy, the multiples of 2^-bits; None for no lattice
+)->nn.Module: # Copy with the same tensors; hooks are shared too
+    "Return a module on another lattice, or off it; the module itself is not changed"
+    new = copy(module)
+    new._modules = {k:m if m is None else with_lattice(m, bits) for k,m in module._modules.items()}
+    if 'lattice_bits' in vars(new): new.lattice_bits = bits
+    return new

@@ -6,14 +6,13 @@
 __all__ = ['PairRotation', 'shear_factors', 'ShearedLinear', 'Permutation', 'LinearCoupling', 'BijectiveLinear']
 
 # %% ../../nbs/layers/04_linear.ipynb #bb901319
-from copy import deepcopy
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from ..checks import check, check_one_of, check_whole
 from .bijection import Bijection, BijectiveSequential, sum_log_determinants
-from .lattice import lattice_add, require_lattice
+from .lattice import lattice_add, require_lattice, with_lattice
 from .coupling import restore_padding, zero_padding, bounded, check_mask
 
 # %% ../../nbs/layers/04_linear.ipynb #9b17315a
@@ -276,7 +275,4 @@ def _matrix(self:BijectiveLinear):
 @torch.no_grad()
 def matrix(self:BijectiveLinear)->Tensor: # (dim, dim), so that the layer without its bias is x @ matrix.T
     "Return the matrix, with nothing rounded to the lattice"
-    off_lattice = deepcopy(self)
-    for m in off_lattice.modules():
-        if hasattr(m, 'lattice_bits'): m.lattice_bits = None
-    return off_lattice._matrix()
+    return with_lattice(self, None)._matrix()

@@ -13,8 +13,8 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from ..checks import check, check_one_of, check_type, check_whole, optional
 from .bijection import BijectiveSequential, sum_log_determinants
-from .coupling import AdditiveCoupling, AffineCoupling
-from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .coupling import AdditiveCoupling, AffineCoupling, ChunkedUpdate
+from .reversible import couple_all, uncouple_all
 from .block import BijectiveTransformerBlock, CouplingStack
 from .multiscale import GlobalUpdate, LocalUpdate, SegmentUpdate
 from .coupled_experts import check_experts, coupler_update, join_updates

@@ -16,8 +16,9 @@ from torch import nn, Tensor
 from ..checks import check, check_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
-from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .coupling import AdditiveCoupling, check_mask, ChunkedUpdate, CouplingNet
+from .coupling import zero_padding
+from .reversible import couple_all, uncouple_all
 from .block import AdaptiveNorm, BijectiveTransformer, LocalMixing
 
 # %% ../../nbs/layers/11_multiscale.ipynb #cec1a289

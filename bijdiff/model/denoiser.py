@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from ..checks import check, check_ids, check_one_of, check_times
-from ..layers.lattice import to_lattice
+from ..layers.lattice import to_lattice, with_lattice
+from ..layers.reversible import training_flags
 from ..layers.block import BijectiveTransformer
 from ..layers.multiscale import MultiscaleTransformer
 from ..layers.coupled_experts import ExpertEntry
@@ -159,8 +160,10 @@ class BijectiveDenoiser(Pretrained, nn.Module):
         self.norm = nn.LayerNorm(c.d_model)
         self.output_head = _zero_linear(c.d_model, c.vocab_size)
         self.latent = LatentDensity(self.backbone.state_dim) if c.latent_density else None
+        self.latent_nll = None # Nats per token of the last call in training mode, (B, L), for the loss
         self.gap_output = _zero_linear(c.d_model, 1) if c.gap_head else None
 
+    def __getstate__(self): return super().__getstate__() | dict(latent_nll=None) # copies take no graph along
     @property
     def n_ids(self)->int: return self.config.vocab_size+1
     @property
@@ -263,13 +266,12 @@ def eval_mode(
 ):
     "Switch a network to evaluation mode, and afterwards every part back to the mode it was in"
     net = model.model if isinstance(model, _RenumberedDenoiser) else model
-    training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
-    for m in training:
-        m.training = False
-    try: yield model
-    finally:
-        for m in training:
-            m.training = True
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    with training_flags(dict.fromkeys(modules, False)):
+        yield model
+        if not any(m.training for m in modules): return
+    raise RuntimeError('the network was switched to training mode while it was evaluated; expected that '
+                       'nothing trains it meanwhile: copy.deepcopy makes a network of its own')
 
 # %% ../../nbs/model/42_denoiser.ipynb #2ee8468a
 class LatentDensity(nn.Module):
@@ -314,13 +316,9 @@ def inverse_errors(
     "Return inverse errors of the backbone in float32 and bfloat16, on and off the lattice"
     bits,errors = model.config.lattice_bits,{}
     grids = dict(float=None) if bits is None else dict(lattice=bits, float=None)
-    with eval_mode(model):
-        h = model.state(xt.to(model.device))
-        try:
-            for name,b in grids.items():
-                model.backbone.set_lattice(b)
-                for dtype in (torch.float32, torch.bfloat16):
-                    key = f'{name} {str(dtype)[6:]}'
-                    errors[key] = _roundtrip(model.backbone, h, dtype, model.context(h))
-        finally: model.backbone.set_lattice(bits)
+    with eval_mode(model): h = model.state(xt.to(model.device))
+    for name,b in grids.items():
+        backbone = with_lattice(model.backbone, b).eval()
+        for dtype in (torch.float32, torch.bfloat16):
+            errors[f'{name} {str(dtype)[6:]}'] = _roundtrip(backbone, h, dtype, model.context(h))
     return errors

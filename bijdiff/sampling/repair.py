@@ -47,12 +47,12 @@ def self_correct(
     x = to_canonical(view, x.long().clone().cpu())
     check_ids(x, view.mask_id-1, 'x')
     t = torch.full((len(x),), time_of_errors(view.noise, error_rate))
-    for _ in range(steps):
-        with eval_mode(model):
+    with eval_mode(model):
+        for _ in range(steps):
             new,gain = _log_gain(clean_posterior(view, x, t).cpu(), x)
-        if fixed is not None: gain = gain.masked_fill(fixed.cpu(), 0.)
-        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        change = (gain>0) & (rank<per_step)
-        if not change.any(): break
-        x = torch.where(change, new, x)
+            if fixed is not None: gain = gain.masked_fill(fixed.cpu(), 0.)
+            rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            change = (gain>0) & (rank<per_step)
+            if not change.any(): break
+            x = torch.where(change, new, x)
     return from_canonical(view, x)
