@@ -138,6 +138,14 @@ def check_bijection(
     return report
 
 # %% ../../nbs/layers/01_bijection.ipynb #2bf63d0c
+def _fold(v, batch):
+    "Fold the batch axes of a tensor of the context into one; it may have the last ones only"
+    if not isinstance(v, Tensor): return v
+    for n in range(len(batch)):
+        own = batch[n:]
+        if v.shape[:len(own)]==own: return v.expand(*batch, *v.shape[len(own):]).flatten(0, len(batch)-1)
+    return v
+
 class BijectionTransform(Transform):
     "A `Bijection` with the interface of `torch.distributions`"
     bijective = True
@@ -159,8 +167,10 @@ class BijectionTransform(Transform):
 
     def _call_on_batch(self, direction, x):
         "Call one direction of the bijection with the leading axes of `x` folded into one batch axis"
-        y,logdet = direction(x.reshape(-1, *x.shape[-self.n_axes:]), **self.context)
-        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(x.shape[:-self.n_axes])
+        batch,event = x.shape[:-self.n_axes],x.shape[-self.n_axes:]
+        context = {k:_fold(v, batch) for k,v in self.context.items()}
+        y,logdet = direction(x.reshape(batch.numel(), *event), **context)
+        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(batch)
     def _call(self, x): return self._call_on_batch(self.f, x)[0]
     def _inverse(self, y): return self._call_on_batch(self.f.inverse, y)[0]
     def log_abs_det_jacobian(self, x, y): return self._call_on_batch(self.f, x)[1]
@@ -169,7 +179,7 @@ class BijectionTransform(Transform):
 def as_transform(
     f:Bijection, # Any bijection
     event_dim:int=1, # Axes of one example: 1 for (D,), 2 for (L, D)
-    **context, # Keywords of both directions
+    **context, # Keywords of both directions; tensors of one value per example have the batch axes first
 )->BijectionTransform: # Transform for TransformedDistribution
     "Return a bijection as a transform of `torch.distributions`"
     return BijectionTransform(f, event_dim, context)
