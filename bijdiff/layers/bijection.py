@@ -7,12 +7,13 @@ __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequen
            'check_bijection', 'BijectionTransform', 'as_transform']
 
 # %% ../../nbs/layers/01_bijection.ipynb #f84f947f
+import math
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
-from ..checks import check, check_whole
+from ..checks import check, check_number, check_type, check_whole
 
 # %% ../../nbs/layers/01_bijection.ipynb #8d138907
 class Bijection(nn.Module):
@@ -67,6 +68,7 @@ class BijectiveSequential(Bijection):
         *layers, # Bijections, in the order of the forward direction
     ):
         super().__init__()
+        for layer in layers: check_type('layers', layer, nn.Module)
         self.layers = nn.ModuleList(layers)
     @property
     def is_bijective(self)->bool: return all(l.is_bijective for l in self.layers)
@@ -96,6 +98,8 @@ def dense_logdet(
     **context, # Keywords of the map; of tensors (B, ...) each example gets its row
 )->Tensor: # (B,), nats
     "Return log |det| of the dense Jacobian of each example, by automatic differentiation"
+    check(callable(f), 'f', f, 'a function from a state to (state, logdet)')
+    check_type('x', x, Tensor)
     def logdet_of(xi, context):
         J = torch.autograd.functional.jacobian(lambda o: f(o[None], **context)[0][0], xi)
         return torch.linalg.slogdet(J.reshape(xi.numel(), xi.numel()))[1]
@@ -132,6 +136,9 @@ def check_bijection(
     **context, # Keywords of both directions
 )->BijectionReport: # The errors; AssertionError where one is larger than atol
     "Compare a bijection with its own inverse and its log-determinant with the dense Jacobian"
+    check(callable(f) and hasattr(f, 'inverse'), 'f', f, 'a bijection')
+    check_type('x', x, Tensor)
+    if atol!=math.inf: check_number('atol', atol, least=0)
     report = _errors(f, x, context)
     bad = [f'{k} is {v:.3g}' for k,v in report._asdict().items() if not v<=atol]
     if bad: raise AssertionError(f"{type(f).__name__}: {', '.join(bad)}; expected at most {atol:g}")
@@ -156,9 +163,8 @@ class BijectionTransform(Transform):
         cache_size:int=0, # 1 to keep the last pair of states, 0 to keep none
     ):
         check(getattr(f, 'is_bijective', False), 'f', type(f).__name__, 'a bijection')
-        check_whole('event_dim', event_dim)
         super().__init__(cache_size)
-        self.f,self.n_axes,self.context = f,event_dim,context or {}
+        self.f,self.n_axes,self.context = f,check_whole('event_dim', event_dim),context or {}
 
     @property
     def domain(self): return constraints.independent(constraints.real, self.n_axes)

@@ -15,9 +15,9 @@ from types import CellType, ModuleType
 import torch
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_number, check_whole
+from ..checks import check, check_fraction, check_number, check_type, check_whole, optional
 from .bijection import Bijection, sum_log_determinants
-from .lattice import lattice_add, lattice_step, require_lattice
+from .lattice import check_lattice_bits, lattice_add, lattice_step, require_lattice
 
 # %% ../../nbs/layers/03_coupling.ipynb #9293a432
 class CouplingNet(nn.Sequential):
@@ -29,9 +29,12 @@ class CouplingNet(nn.Sequential):
         dropout:float=0., # Probability of dropping a hidden feature in training
         dim_out:int|None=None, # Features out; dim if None
     ):
+        check_whole('dim', dim)
         check_whole('coupling_depth', coupling_depth)
+        check_fraction('dropout', dropout)
+        optional(check_whole)('coupling_hidden_dim', coupling_hidden_dim)
+        optional(check_whole)('dim_out', dim_out)
         hidden = 4*dim if coupling_hidden_dim is None else coupling_hidden_dim
-        check(hidden>=1, 'coupling_hidden_dim', hidden, 'at least 1')
         sizes = [dim] + [hidden]*(coupling_depth-1) + [dim if dim_out is None else dim_out]
         layers = []
         for n_in,n_out in zip(sizes[:-2], sizes[1:-1]):
@@ -51,6 +54,8 @@ def split_halves(
     x:Tensor, # State, (..., 2*d)
 )->tuple[Tensor,Tensor]: # Halves, (..., d) each
     "Cut a state in two on the feature axis"
+    check_type('x', x, Tensor)
+    check(x.ndim>=1, 'x', x, 'a state, (..., 2*d)')
     check(x.shape[-1]%2==0, 'the number of features of x', x.shape[-1], 'an even number')
     return x.chunk(2, -1)
 
@@ -90,15 +95,18 @@ class AdditiveCoupling(Bijection):
         lattice_bits:int|None=None, # States must then be multiples of 2^-lattice_bits
     ):
         super().__init__()
+        check_type('f', f, nn.Module)
+        check_lattice_bits(lattice_bits)
         store_attr()
 
-    def _call_on_halves(self, direction, x, context):
+    def _call_on_halves(self, direction, name, x, context):
         "Check a state and its context, and call `couple` or `uncouple` on the halves"
+        check_type(name, x, Tensor)
         require_lattice(x, self.lattice_bits)
         check_mask(context.get('mask'), x)
         return torch.cat(direction(*split_halves(x), **context), -1), sum_log_determinants([], x)
-    def forward(self, x:Tensor, **context): return self._call_on_halves(self.couple, x, context)
-    def inverse(self, y:Tensor, **context): return self._call_on_halves(self.uncouple, y, context)
+    def forward(self, x:Tensor, **context): return self._call_on_halves(self.couple, 'x', x, context)
+    def inverse(self, y:Tensor, **context): return self._call_on_halves(self.uncouple, 'y', y, context)
 
 # %% ../../nbs/layers/03_coupling.ipynb #6cfccb68
 def _copy_if_unwatched(v):
@@ -174,6 +182,8 @@ class ChunkedUpdate(nn.Module):
         pointwise:nn.Module, # From (n, d) to (n, d), every row by itself
     ):
         super().__init__()
+        check_type('mixer', mixer, nn.Module)
+        check_type('pointwise', pointwise, nn.Module)
         store_attr()
     def chunks(self, u:Tensor)->tuple: # Chunks of positions, (n, d) each
         "Cut a tensor `(B, L, d)` into chunks of positions"
@@ -280,6 +290,7 @@ class AffineCoupling(Bijection):
         max_log_scale:float=2., # Bound of the log-scales, above 0
     ):
         super().__init__()
+        check_type('f', f, nn.Module)
         check_number('max_log_scale', max_log_scale, above=0)
         store_attr()
 
@@ -305,6 +316,7 @@ def forward(self:AffineCoupling, x:Tensor, **context)->tuple[Tensor,Tensor]:
 @patch
 def inverse(self:AffineCoupling, y:Tensor, **context)->tuple[Tensor,Tensor]:
     "Undo `forward`"
+    check_type('y', y, Tensor)
     y1,y2 = split_halves(y)
     s,t = self._scale_shift(y1, **context)
     return torch.cat([(y2-t)*(-s).exp(), y1], -1), sum_log_determinants([-s], y)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_one_of, check_whole
+from ..checks import check, check_one_of, check_seed, check_type, check_whole
 from .bijection import Bijection, BijectiveSequential, sum_log_determinants
-from .lattice import lattice_add, require_lattice, with_lattice
+from .lattice import check_lattice_bits, lattice_add, require_lattice, with_lattice
 from .coupling import restore_padding, zero_padding, bounded, check_mask
 
 # %% ../../nbs/layers/04_linear.ipynb #9b17315a
@@ -208,13 +208,15 @@ class BijectiveLinear(Bijection):
         check_whole('n_couplings', n_couplings)
         check_one_of('coupling', coupling, ('additive','affine'))
         check_one_of('mixing', mixing, ('permutation','rotation','none'))
+        check_type('bias', bias, bool)
+        check_lattice_bits(lattice_bits)
         store_attr('dim,lattice_bits')
         flips = [i%2==1 for i in range(n_couplings)]
         affine = coupling=='affine'
         couplings = [LinearCoupling(dim, flip, affine, lattice_bits=lattice_bits) for flip in flips]
         self.couplings = nn.ModuleList(couplings)
         n_mixings = 0 if mixing=='none' else (n_couplings-1)//2
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator().manual_seed(check_seed(seed))
         self.mixings = nn.ModuleList(_random_mixing(mixing, dim, lattice_bits, g) for _ in range(n_mixings))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
@@ -238,6 +240,7 @@ def forward(self:BijectiveLinear,
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant (B,), nats
     "Multiply a state by the matrix, and add the bias"
+    check_type('x', x, Tensor)
     y = x
     logdets = []
     for f,_ in self._maps():
@@ -253,6 +256,7 @@ def inverse(self:BijectiveLinear,
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant of the inverse (B,), nats
     "Undo `forward`"
+    check_type('y', y, Tensor)
     require_lattice(y, self.lattice_bits)
     x = y
     logdets = []
