@@ -9,9 +9,9 @@ __all__ = ['by_task']
 from .layers.bijection import as_transform, Bijection, BijectiveSequential, check_bijection
 from .layers.bijection import dense_logdet
 from .layers.lattice import LatticeError, to_lattice
-from .layers.coupling import AdditiveCoupling, AffineCoupling, CouplingNet, split_halves
+from .layers.coupling import AdditiveCoupling, AffineCoupling, ChunkedUpdate, CouplingNet
+from .layers.coupling import split_halves
 from .layers.linear import BijectiveLinear
-from .layers.reversible import ChunkedUpdate
 from .layers.norm import ActNorm, InvertibleLayerNorm
 from .layers.attention_inverse import BijectiveMultiHeadAttention
 from .layers.block import BijectiveTransformer, BijectiveTransformerBlock, layer_by_layer

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['most_brackets', 'check', 'is_whole', 'check_whole', 'check_number', 'check_fraction', 'check_seed', 'check_T',
-           'check_one_of', 'check_type', 'check_keys', 'optional', 'check_fields', 'check_shape', 'check_ids',
-           'check_lengths', 'check_times', 'naming', 'parse_json']
+           'check_one_of', 'check_type', 'check_keys', 'optional', 'check_fields', 'as_tensor', 'check_shape',
+           'check_floats', 'check_bools', 'check_ids', 'check_lengths', 'check_times', 'naming', 'parse_json']
 
 # %% ../nbs/00_checks.ipynb #b70b462e
 import json, math
@@ -44,12 +44,13 @@ def check_whole(
     least:int=1, # Smallest value allowed
     most:int|None=None, # Largest value allowed; any if None
     odd:bool=False, # Only odd values are allowed
-):
+)->int: # The value, of Python's own type
     "Check that a value is a whole number between two others"
     ok = is_whole(value) and least<=value and (most is None or value<=most) and (value%2==1 or not odd)
     kind = 'an odd number' if odd else 'a whole number'
     interval = f'of at least {least}' if most is None else f'from {least} to {most}'
     check(ok, name, value, f'{kind} {interval}')
+    return int(value)
 
 # %% ../nbs/00_checks.ipynb #c0a1d005
 def _interval(least, most, above, below):
@@ -88,8 +89,7 @@ def check_seed(
     seed, # Value of the argument
 )->int: # The seed, of Python's own type
     "Check that `seed` is a whole number in [0, 2**64)"
-    check_whole('seed', seed, 0, 2**64-1)
-    return int(seed)
+    return check_whole('seed', seed, 0, 2**64-1)
 
 def check_T(
     T:int|None, # Number of steps of the noise; None for continuous time
@@ -147,29 +147,70 @@ def check_fields(
         f(name, getattr(record, name))
 
 # %% ../nbs/00_checks.ipynb #c0a1d014
+def as_tensor(
+    name:str, # Name of the argument
+    value, # Tensor, array, or nested lists of numbers
+)->Tensor: # A tensor itself; a copy of anything else, on the CPU
+    "Return a value as a tensor, and raise a `ValueError` for a value that is not one"
+    if isinstance(value, Tensor): return value
+    try: return torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError): pass # of four kinds, and without the name
+    check(False, name, value, 'a tensor, an array, or nested lists of numbers, all of one length')
+
 def check_shape(
     name:str, # Name of the argument
-    x:Tensor, # Value of the argument
+    x, # Value of the argument: tensor, array or nested lists
     *shape, # Size of each axis, or a letter for any size
-):
+)->Tensor:
     "Check the shape of a tensor"
+    x = as_tensor(name, x)
     fits = x.ndim==len(shape) and all(isinstance(e, str) or n==e for n,e in zip(x.shape, shape))
     expected = ', '.join(map(str, shape)) + ','*(len(shape)==1)
     if not fits: raise ValueError(f'{name} has shape {tuple(x.shape)}; expected ({expected})')
+    return x
+
+def _check_dtype(name, x, fits, expected):
+    "Check the type of the numbers in a tensor; without numbers any is right"
+    if x.numel() and not fits: raise ValueError(f'{name} is {x.dtype}; expected {expected}')
+
+def check_floats(
+    name:str, # Name of the argument
+    x, # Numbers: tensor, array or nested lists
+    *shape, # Size of each axis, or a letter for any size; any shape if empty
+)->Tensor: # In floating point
+    "Check the shape and the type of real numbers"
+    x = check_shape(name, x, *shape) if shape else as_tensor(name, x)
+    _check_dtype(name, x, x.dtype!=torch.bool and not x.is_complex(), 'real numbers')
+    return x if x.is_floating_point() else x.float()
+
+def check_bools(
+    name:str, # Name of the argument
+    x, # Truth values: tensor, array or nested lists
+    *shape, # Size of each axis, or a letter for any size
+)->Tensor:
+    "Check the shape and the type of truth values"
+    x = check_shape(name, x, *shape)
+    _check_dtype(name, x, x.dtype==torch.bool, 'True or False')
+    return x
 
 # %% ../nbs/00_checks.ipynb #36750e77
+def _is_whole_dtype(x): return x.dtype!=torch.bool and not x.is_floating_point() and not x.is_complex()
+
 def check_ids(
-    x:Tensor, # Ids, (B, L)
+    x, # Ids, (B, L): tensor, array or nested lists
     highest:int, # Largest id allowed
     name:str='x0', # Name of the argument
-):
+    shape:tuple=('B', 'L'), # Size of each axis, or a letter for any size
+)->Tensor: # int64, on the device where they are
     "Check the shape, the type and the range of ids"
-    check_shape(name, x, 'B', 'L')
-    if not x.numel(): return
-    if x.is_floating_point(): raise ValueError(f'{name} is {x.dtype}; expected whole numbers')
+    x = check_shape(name, x, *shape)
+    _check_dtype(name, x, _is_whole_dtype(x), 'whole numbers')
+    x = x.long()
+    if not x.numel(): return x
     least,most = x.min(),x.max()
     if not 0<=least<=most<=highest:
         raise ValueError(f'{name} has ids from {least} to {most}; expected 0 to {highest}')
+    return x
 
 # %% ../nbs/00_checks.ipynb #5f678fd7
 def check_lengths(
@@ -178,22 +219,22 @@ def check_lengths(
 )->Tensor: # (B,), on the CPU
     "Check that lengths are whole numbers in [0, L], one a sequence"
     B,L = x.shape
-    lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths, device='cpu')
-    whole = lengths.dtype!=torch.bool and not lengths.is_floating_point() or not B
-    ok = whole and lengths.shape==(B,) and not ((lengths<0)|(lengths>L)).any()
+    lengths = torch.full((B,), L) if lengths is None else as_tensor('lengths', lengths).cpu()
+    whole = _is_whole_dtype(lengths) or not B
+    ok = whole and lengths.shape==(B,) and not ((lengths.long()<0)|(lengths.long()>L)).any()
     check(ok, 'lengths', lengths.tolist(), f'{B} whole numbers from 0 to {L}')
     return lengths.long()
 
 # %% ../nbs/00_checks.ipynb #987827db
 def check_times(
-    t:Tensor, # Times, (B,)
+    t, # Times, (B,): tensor, array or list
     n:int|None=None, # Batch size B; any if None
+    name:str='t', # Name of the argument
 )->Tensor: # Times in float64 on the CPU, (B,)
     "Check that times are in [0, 1], one a sequence"
-    check_shape('t', t, 'B' if n is None else n)
-    t = t.detach().cpu().double()
+    t = check_floats(name, t, 'B' if n is None else n).detach().cpu().double()
     if not ((t>=0)&(t<=1)).all():
-        raise ValueError(f't has values from {t.min():g} to {t.max():g}; expected 0 to 1')
+        raise ValueError(f'{name} has values from {t.min():g} to {t.max():g}; expected 0 to 1')
     return t
 
 # %% ../nbs/00_checks.ipynb #884dc40b

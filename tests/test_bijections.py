@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from bijdiff.layers.bijection import as_transform, BijectiveSequential
@@ -17,6 +18,7 @@ from bijdiff.layers.linear import BijectiveLinear, LinearCoupling, PairRotation,
 from bijdiff.layers.norm import ActNorm, InvertibleLayerNorm
 from bijdiff.layers.attention_inverse import BijectiveMultiHeadAttention
 from bijdiff.layers.block import BijectiveTransformer, BijectiveTransformerBlock
+from bijdiff.layers.moe import BijectiveMoE
 from bijdiff.layers.multiscale import MultiscaleTransformer
 from helpers import assert_close, random_context, seeded_weights
 
@@ -224,6 +226,67 @@ def test_density(name):
 def test_bijection(judge, name):
     f,x,context = made(CASES[name])
     judge(f, x, **context)
+
+WITH_CONTEXT = [name for name,case in CASES.items() if {'mask', 't'}&set(case.inputs.split())]
+
+@torch.no_grad()
+@pytest.mark.parametrize('shape', [(), (5,), (2, 3)])
+@pytest.mark.parametrize('name', WITH_CONTEXT)
+def test_a_transform_repeats_its_context_for_every_sample(name, shape):
+    "Compared with the map itself, called once for each sample of the batch"
+    f,x,context = made(CASES[name])
+    base = Independent(Normal(torch.zeros_like(x), 1.), 2)
+    flow = TransformedDistribution(base, as_transform(f, event_dim=2, **context))
+    torch.manual_seed(0)
+    samples = flow.sample(shape)
+    torch.manual_seed(0)
+    batches = base.sample(shape).reshape(-1, *x.shape)
+    mapped = [f(z, **context) for z in batches]
+    assert_close(samples.reshape(-1, *x.shape), torch.stack([y for y,_ in mapped]), 1e-12, 'samples')
+    by_hand = torch.stack([base.log_prob(z)-logdet for z,(_,logdet) in zip(batches, mapped)])
+    assert_close(flow.log_prob(samples), by_hand.reshape(*shape, 2), 1e-8, 'densities')
+
+@pytest.mark.parametrize('transform', [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+def test_transforms_of_functions_say_that_they_need_stored_activations(transform):
+    reversible,_,context = made(CASES['transformer-reversible'])
+    def f(x): return reversible(x.view(1, 3, 8), t=torch.tensor([.5]))[0].sum()
+    with pytest.raises(RuntimeError, match='reversible=False'): transform(f)(torch.randn(1, 3, 8).double())
+
+def test_derivatives_in_forward_mode_say_that_they_need_stored_activations():
+    reversible,x,context = made(CASES['transformer-reversible'])
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match='reversible=False'):
+        reversible(forward_ad.make_dual(x, x), **context)
+
+STACKS = dict(
+    transformer=lambda **kw: BijectiveTransformer(2, 4, 2, **kw),
+    multiscale=lambda **kw: MultiscaleTransformer(1, 4, 2, **kw),
+    sparse=lambda **kw: BijectiveMoE(2, 2, 1, k_active=1, balance=.1, z_loss=.1, **kw))
+
+@pytest.mark.parametrize('bits', [None, 12])
+@pytest.mark.parametrize('name', STACKS)
+def test_with_stored_activations_transforms_give_the_gradients(name, bits):
+    "Also on the lattice and with the terms of routers, which have derivatives of their own"
+    m = seeded_weights(STACKS[name](reversible=False, lattice_bits=bits)).train()
+    x = to_lattice(torch.randn(2, 5, 8), 12)
+    def loss(x, params): return torch.func.functional_call(m, params, (x,))[0].sin().sum()
+    params = dict(m.named_parameters())
+    found_x,found = torch.func.grad(loss, argnums=(0, 1))(x, params)
+    leaf = x.clone().requires_grad_()
+    want_x,*want = torch.autograd.grad(loss(leaf, params), [leaf, *params.values()])
+    assert torch.equal(found_x, want_x)
+    assert all(torch.equal(a, b) for a,b in zip(found.values(), want, strict=True))
+
+def test_a_reversible_stack_takes_the_parameters_of_a_functional_call():
+    reversible,x,context = made(CASES['transformer-reversible'])
+    scaled = {k:(2*p).detach().requires_grad_() for k,p in reversible.named_parameters()}
+    y,_ = torch.func.functional_call(reversible, scaled, (x,), context)
+    y.sum().backward()
+    assert all(p.grad is None for p in reversible.parameters())
+    with torch.no_grad():
+        for p in reversible.parameters(): p.mul_(2)
+    reversible(x, **context)[0].sum().backward()
+    grads = [(scaled[k].grad, p.grad) for k,p in reversible.named_parameters()]
+    assert all(a is b is None or torch.equal(a, b) for a,b in grads)
 
 def flow_on_the_line():
     "Two normalisations of one feature"

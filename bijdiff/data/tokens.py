@@ -10,7 +10,7 @@ __all__ = ['MASK_CHAR', 'tokenizer_kinds', 'Tokenizer', 'CharTokenizer', 'ByteTo
 from collections import Counter
 import tokenizers
 from fastcore.basics import store_attr
-from ..checks import check, check_keys, check_one_of, check_type, parse_json
+from ..checks import check, check_ids, check_keys, check_one_of, check_type, parse_json
 
 # %% ../../nbs/data/30_tokens.ipynb #f99bb33a
 MASK_CHAR = '░'
@@ -33,9 +33,7 @@ class Tokenizer:
     )->str: # Text, masks as ░
         "Turn ids into text"
         mask_id = self.vocab_size
-        ids = [int(i) for i in ids]
-        wrong = next((i for i in ids if not 0<=i<=mask_id), None)
-        check(wrong is None, 'token id', wrong, f'0 to {mask_id} (the mask)')
+        ids = check_ids(ids, mask_id, 'ids', ('N',)).tolist()
         return ''.join(MASK_CHAR if r is None else self._decode(r) for r in _split_at_masks(ids, mask_id))
 
     def unknown(self,

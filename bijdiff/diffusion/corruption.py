@@ -220,7 +220,7 @@ def corrupt(self:Corruption,
     lengths:Tensor|None=None, # Lengths of the sequences, (B,); positions after the end are ignored; L if None
 )->NoisyBatch:
     "Draw noisy sequences at given times, with alignment and gap counts"
-    check_ids(x0, self.vocab_size-1)
+    x0 = check_ids(x0, self.vocab_size-1)
     V,device = self.vocab_size,x0.device
     positions = torch.arange(x0.shape[1], device=device)
     clean = positions < check_lengths(lengths, x0).to(device)[:,None]

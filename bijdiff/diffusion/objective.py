@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check, check_ids, check_one_of, check_T, check_times
-from .schedules import get_schedule, Schedule
+from ..checks import check, check_bools, check_floats, check_ids, check_one_of, check_T
+from ..checks import check_times, check_type
+from .schedules import get_schedule, Schedule, schedules
 from .packing import NoisyBatch
 from .corruption import Corruption, DeletingCorruption, MaskingCorruption
 from .transitions import log_marginals, marginal_probs
@@ -43,14 +44,11 @@ def time_weight(
     return torch.where(a<1, rate/masked, 0.)                            # nothing is masked where alpha is 1
 
 # %% ../../nbs/diffusion/24_objective.ipynb #284e5f9d
-def _check(logits, **ids):
-    "Check that logits (B, L, V) and ids (B, L) fit together"
-    V = logits.shape[-1]
-    for name,x in ids.items():
-        if logits.ndim!=3 or logits.shape[:2]!=x.shape:
-            shapes = f'{tuple(logits.shape)} and {name} {tuple(x.shape)}'
-            raise ValueError(f'logits have shape {shapes}; expected (B, L, V) and (B, L)')
-        check_ids(x, V-1 if name=='x0' else V, name)
+def _check(logits, logits_name='logits', **ids):
+    "Return logits (B, L, V) and ids (B, L), checked that they fit together"
+    logits = check_floats(logits_name, logits, 'B', 'L', 'V')
+    B,L,V = logits.shape
+    return logits, *(check_ids(x, V-1 if name=='x0' else V, name, (B, L)) for name,x in ids.items())
 
 # %% ../../nbs/diffusion/24_objective.ipynb #e93d764d
 def masked_nelbo(
@@ -62,7 +60,7 @@ def masked_nelbo(
     T:int|None=None, # Number of steps; continuous time if None
 )->Tensor: # Integrand of the bound per token, nats, (B, L); 0 where nothing is masked
     "Return the integrand of the masked diffusion bound at one time, without its end terms"
-    _check(logits, x0=x0, xt=xt)
+    logits,x0,xt = _check(logits, x0=x0, xt=xt)
     masked = xt==logits.shape[-1]
     wrong = (xt!=x0) & ~masked
     if wrong.any():
@@ -76,8 +74,11 @@ def masked_nelbo(
 def as_corruption(
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
     vocab_size:int, # V, the logits per token of the network
+    name:str='noise', # Name of the argument
 )->Corruption:
     "Return the noise itself, or masking under a schedule"
+    check_type(name, noise, str|Schedule|Corruption)
+    if isinstance(noise, str): check_one_of(name, noise, schedules)
     if not isinstance(noise, Corruption): return Corruption(vocab_size, schedule=get_schedule(noise))
     expected = f'{vocab_size}, the logits per token of the network'
     check(noise.vocab_size==vocab_size, 'the vocab_size of the corruption', noise.vocab_size, expected)
@@ -101,7 +102,7 @@ def reconstruction_term(
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
 )->Tensor: # Nats per token, (B, L)
     "Return the code length of the clean tokens given the noise that is there at time 0"
-    _check(logits, x0=x0, x_at_0=x_at_0)
+    logits,x0,x_at_0 = _check(logits, x0=x0, x_at_0=x_at_0)
     zero = torch.zeros(len(x0), dtype=torch.float64)
     state_probs = as_corruption(noise, logits.shape[-1]).state_probs(zero)
     log_q,log_qhat,_ = _divergence(logits, x0, state_probs)
@@ -115,7 +116,7 @@ def prior_term(
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
 )->Tensor: # Nats per token, (B, L)
     "Return the code length of the jump from alpha(1) to 0 with which sampling starts from pure noise"
-    _check(logits, x0=x0)
+    logits,x0 = _check(logits, x0=x0)
     one = torch.ones(len(x0), dtype=torch.float64)
     state_probs = as_corruption(noise, logits.shape[-1]).state_probs(one)
     return _divergence(logits, x0, state_probs)[2] / state_probs.surviving.to(logits)[:,None]
@@ -150,8 +151,8 @@ def hybrid_nelbo(
     corruption:Corruption, # The noise; with T steps if it has a T, which noise with deletion may not have
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
     "Return the integrand of the bound for masking and substitution at one time, without its end terms"
-    _check(logits, x0=x0, xt=xt)
-    t,corruption = check_times(t, len(xt)),as_corruption(corruption, logits.shape[-1])
+    logits,x0,xt = _check(logits, x0=x0, xt=xt)
+    t,corruption = check_times(t, len(xt)),as_corruption(corruption, logits.shape[-1], 'corruption')
     _check_deletion_time(corruption)
     if corruption.T: return _step_nelbo(logits, x0, xt, t, corruption, corruption.T)
     state_probs = corruption.state_probs(t)
@@ -173,6 +174,7 @@ def uniform_nelbo(
     schedule:str|Schedule, # alpha(t), or its name
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
     "Return the integrand of the bound for substitution alone at one time, without its end terms"
+    logits,x0,xt = _check(logits, x0=x0, xt=xt)
     check_ids(xt, logits.shape[-1]-1, 'xt')
     return hybrid_nelbo(logits, x0, xt, t, Corruption(logits.shape[-1], 0., 1., schedule=schedule))
 
@@ -202,7 +204,7 @@ def score_entropy(
 )->Tensor: # Integrand of the bound per token, nats, (B, L)
     "Return the denoising score entropy at one time, its constant included"
     check_one_of('noise', noise, ('absorb','uniform'))
-    _check(log_score, x0=x0, xt=xt)
+    log_score,x0,xt = _check(log_score, 'log_score', x0=x0, xt=xt)
     t,V,schedule = check_times(t, len(xt)),log_score.shape[-1],get_schedule(schedule)
     log_score = _at_least_float32(log_score)
     # an infinite rate at t=1 counts as the end of time
@@ -222,8 +224,9 @@ def log_scores(
     corruption:Corruption, # The noise
 )->Tensor: # Log-ratios to each token and the mask, (B, L, V+1); 0 at xt
     "Return the log-scores that belong to a distribution of the clean token"
-    _check(logits, xt=xt)
-    state_probs = as_corruption(corruption, logits.shape[-1]).state_probs(check_times(t, len(xt)))
+    logits,xt = _check(logits, xt=xt)
+    corruption = as_corruption(corruption, logits.shape[-1], 'corruption')
+    state_probs = corruption.state_probs(check_times(t, len(xt)))
     log_q = log_marginals(_at_least_float32(logits).log_softmax(-1), state_probs)
     return log_q - log_q.gather(-1, xt[...,None])
 
@@ -234,6 +237,8 @@ def expected_gaps(
     corruption:Corruption, # The noise: masking together with deletion
 )->Tensor: # Logarithm of the expected number missing in each gap, (B, L+1)
     "Return expected gaps; gap logits of 0 stand for the mean of all gaps, deleted per surviving token"
+    check_type('corruption', corruption, Corruption)
+    gap_logits = check_floats('gap_logits', gap_logits, 'B', 'L+1')
     both = corruption.deletes and corruption.weights['mask']>0
     check(both, 'the noise', corruption.weights, 'masking together with deletion, which gaps belong to')
     p = corruption.state_probs(check_times(t, len(gap_logits)))
@@ -249,7 +254,8 @@ def insertion_nelbo(
 )->Tensor: # Integrand of the bound per gap, nats, (B, L+1)
     "Return the integrand of the bound for insertions at one time, in the tight form"
     log_g = expected_gaps(gap_logits, t, corruption)
-    t = check_times(t, len(gaps))
+    t,gaps = check_times(t, len(log_g)),check_ids(gaps, 2**62, 'gaps', log_g.shape)
+    gap_mask = check_bools('gap_mask', gap_mask, *log_g.shape)
     kappa = corruption.state_prob_rates(t).delete/corruption.state_probs(t).delete.clamp(min=1e-30)
     return torch.where(gap_mask, kappa.to(log_g)[:,None]*(log_g.exp()-gaps-gaps*log_g), 0.)
 

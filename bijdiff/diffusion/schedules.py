@@ -11,7 +11,7 @@ import inspect, math
 import torch
 from fastcore.basics import store_attr
 from torch import Tensor
-from ..checks import check, check_keys, check_number, check_T, check_type
+from ..checks import check, check_keys, check_number, check_T, check_type, check_whole
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3c9b7410
 def short_repr(
@@ -151,7 +151,9 @@ def low_discrepancy_times(
     generator:torch.Generator|None=None, # Source of the random offset; PyTorch's default generator if None
 )->Tensor: # Times, (n,), float64, each uniform on [0, 1), or on {1/T, ..., 1}
     "Return evenly spread times with one random offset"
+    check_whole('n', n, 0)
     check_T(T)
+    check_type('generator', generator, torch.Generator|None)
     device = generator.device if generator else 'cpu'
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=device)
     t = (offset + torch.arange(n, dtype=torch.float64, device=device)/n) % 1

@@ -117,7 +117,7 @@ def reverse_posterior(self:Corruption,
 )->Tensor: # (B, L, V+1): tokens and mask; 0 for symbols that the noise cannot give
     "Return the distribution of the symbols at an earlier time"
     V = self.vocab_size
-    s,t = check_times(s, len(zt)),check_times(t, len(zt))
+    s,t = check_times(s, len(zt), 's'),check_times(t, len(zt))
     p = StepProbs(*(o.to(probs)[:,None,None] for o in self.step(s, t)))
     masked = (zt==V)[...,None]
     same = F.one_hot(zt, V+1)[...,:V].to(probs)

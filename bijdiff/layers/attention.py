@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..checks import check, is_whole
+from ..checks import check, check_fraction, check_whole, is_whole
 from .coupling import zero_padding
 
 # %% ../../nbs/layers/07_attention.ipynb #be97278f
@@ -67,6 +67,7 @@ def head_dim(
     n_heads:int, # Number of heads
 )->int: # Features of one head
     "Check that heads have equal and even numbers of features, and return this number"
+    check_whole('d_model', d_model)
     divides = is_whole(n_heads) and n_heads>=1 and d_model%n_heads==0
     check(divides, 'n_heads', n_heads, f'a divisor of d_model={d_model}')
     d_head = d_model//n_heads
@@ -83,6 +84,7 @@ class BidirectionalAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.d_head = head_dim(d_model, n_heads)
+        check_fraction('dropout', dropout)
         self.qkv = nn.Linear(d_model, 3*d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..checks import check, check_one_of, check_shape
+from ..checks import check, check_one_of, check_shape, check_type, check_whole
 from .bijection import Bijection, sum_log_determinants
 from .coupling import AdditiveCoupling, restore_padding, bounded, check_mask, split_halves
 from .linear import BijectiveLinear
@@ -209,6 +209,7 @@ class BijectiveMultiHeadAttention(Bijection):
     ):
         super().__init__()
         check_one_of('kind', kind, self.kinds)
+        check_whole('d_model', d_model)
         self.kind = kind
         self.layer = self.kinds[kind](d_model, n_heads, **kwargs)
 
@@ -221,9 +222,10 @@ class BijectiveMultiHeadAttention(Bijection):
 
 # %% ../../nbs/layers/09_attention_inverse.ipynb #9a1e0906
 @patch
-def _context(self:BijectiveMultiHeadAttention, x, mask):
+def _context(self:BijectiveMultiHeadAttention, name, x, mask):
     "Check the state and the mask"
-    check_shape(f'the state for kind={self.kind!r}', x, 'B', 'L', self.state_dim)
+    check_type(name, x, Tensor)
+    check_shape(f'{name} for kind={self.kind!r}', x, 'B', 'L', self.state_dim)
     check_mask(mask, x)
     return dict(mask=mask)
 
@@ -234,7 +236,7 @@ def forward(self:BijectiveMultiHeadAttention,
     mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
     **context, # Ignored
 )->tuple[Tensor,Tensor]: # State, and log-determinant (B,)
-    return self.layer(x, **self._context(x, mask))
+    return self.layer(x, **self._context('x', x, mask))
 
 @patch
 def inverse(self:BijectiveMultiHeadAttention,
@@ -242,4 +244,4 @@ def inverse(self:BijectiveMultiHeadAttention,
     mask:Tensor|None=None, # Mask of the forward call, (B, L)
     **kwargs, # Attention weights, as weights, for kind 'cached'
 )->tuple[Tensor,Tensor]: # State and log-determinant (B,); a Reconstruction for 'cached' and 'fixed_point'
-    return self.layer.inverse(y, **self._context(y, mask), **kwargs)
+    return self.layer.inverse(y, **self._context('y', y, mask), **kwargs)

@@ -7,12 +7,13 @@ __all__ = ['Bijection', 'logdet_dtype', 'sum_log_determinants', 'BijectiveSequen
            'check_bijection', 'BijectionTransform', 'as_transform']
 
 # %% ../../nbs/layers/01_bijection.ipynb #f84f947f
+import math
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
-from ..checks import check, check_whole
+from ..checks import check, check_number, check_type, check_whole
 
 # %% ../../nbs/layers/01_bijection.ipynb #8d138907
 class Bijection(nn.Module):
@@ -67,6 +68,7 @@ class BijectiveSequential(Bijection):
         *layers, # Bijections, in the order of the forward direction
     ):
         super().__init__()
+        for layer in layers: check_type('layers', layer, nn.Module)
         self.layers = nn.ModuleList(layers)
     @property
     def is_bijective(self)->bool: return all(l.is_bijective for l in self.layers)
@@ -96,6 +98,8 @@ def dense_logdet(
     **context, # Keywords of the map; of tensors (B, ...) each example gets its row
 )->Tensor: # (B,), nats
     "Return log |det| of the dense Jacobian of each example, by automatic differentiation"
+    check(callable(f), 'f', f, 'a function from a state to (state, logdet)')
+    check_type('x', x, Tensor)
     def logdet_of(xi, context):
         J = torch.autograd.functional.jacobian(lambda o: f(o[None], **context)[0][0], xi)
         return torch.linalg.slogdet(J.reshape(xi.numel(), xi.numel()))[1]
@@ -132,12 +136,23 @@ def check_bijection(
     **context, # Keywords of both directions
 )->BijectionReport: # The errors; AssertionError where one is larger than atol
     "Compare a bijection with its own inverse and its log-determinant with the dense Jacobian"
+    check(callable(f) and hasattr(f, 'inverse'), 'f', f, 'a bijection')
+    check_type('x', x, Tensor)
+    if atol!=math.inf: check_number('atol', atol, least=0)
     report = _errors(f, x, context)
     bad = [f'{k} is {v:.3g}' for k,v in report._asdict().items() if not v<=atol]
     if bad: raise AssertionError(f"{type(f).__name__}: {', '.join(bad)}; expected at most {atol:g}")
     return report
 
 # %% ../../nbs/layers/01_bijection.ipynb #2bf63d0c
+def _fold(v, batch):
+    "Fold the batch axes of a tensor of the context into one; it may have the last ones only"
+    if not isinstance(v, Tensor): return v
+    for n in range(len(batch)):
+        own = batch[n:]
+        if v.shape[:len(own)]==own: return v.expand(*batch, *v.shape[len(own):]).flatten(0, len(batch)-1)
+    return v
+
 class BijectionTransform(Transform):
     "A `Bijection` with the interface of `torch.distributions`"
     bijective = True
@@ -148,9 +163,8 @@ class BijectionTransform(Transform):
         cache_size:int=0, # 1 to keep the last pair of states, 0 to keep none
     ):
         check(getattr(f, 'is_bijective', False), 'f', type(f).__name__, 'a bijection')
-        check_whole('event_dim', event_dim)
         super().__init__(cache_size)
-        self.f,self.n_axes,self.context = f,event_dim,context or {}
+        self.f,self.n_axes,self.context = f,check_whole('event_dim', event_dim),context or {}
 
     @property
     def domain(self): return constraints.independent(constraints.real, self.n_axes)
@@ -159,8 +173,10 @@ class BijectionTransform(Transform):
 
     def _call_on_batch(self, direction, x):
         "Call one direction of the bijection with the leading axes of `x` folded into one batch axis"
-        y,logdet = direction(x.reshape(-1, *x.shape[-self.n_axes:]), **self.context)
-        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(x.shape[:-self.n_axes])
+        batch,event = x.shape[:-self.n_axes],x.shape[-self.n_axes:]
+        context = {k:_fold(v, batch) for k,v in self.context.items()}
+        y,logdet = direction(x.reshape(batch.numel(), *event), **context)
+        return y.reshape(x.shape), sum_log_determinants([logdet], y).reshape(batch)
     def _call(self, x): return self._call_on_batch(self.f, x)[0]
     def _inverse(self, y): return self._call_on_batch(self.f.inverse, y)[0]
     def log_abs_det_jacobian(self, x, y): return self._call_on_batch(self.f, x)[1]
@@ -169,7 +185,7 @@ class BijectionTransform(Transform):
 def as_transform(
     f:Bijection, # Any bijection
     event_dim:int=1, # Axes of one example: 1 for (D,), 2 for (L, D)
-    **context, # Keywords of both directions
+    **context, # Keywords of both directions; tensors of one value per example have the batch axes first
 )->BijectionTransform: # Transform for TransformedDistribution
     "Return a bijection as a transform of `torch.distributions`"
     return BijectionTransform(f, event_dim, context)

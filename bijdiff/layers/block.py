@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_one_of, check_shape, check_whole, is_whole
+from ..checks import check, check_floats, check_fraction, check_one_of, check_type, check_whole
+from ..checks import is_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
-from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .coupling import AdditiveCoupling, alias, call_unchanged, check_mask, ChunkedUpdate
+from .coupling import CouplingNet, zero_padding
+from .reversible import couple_all, uncouple_all
 from .attention import gather_rows, BidirectionalAttention, head_dim, rotary_angles
 
 # %% ../../nbs/layers/10_block.ipynb #dd224d21
@@ -46,9 +48,9 @@ class AdaptiveNorm(nn.Module):
     ):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.to_scale_shift = None if cond_dim is None else nn.Linear(cond_dim, 2*d_model)
-        if cond_dim is not None:
-            for p in self.to_scale_shift.parameters(): nn.init.zeros_(p)
+        linear = None if cond_dim is None else nn.Linear(check_whole('cond_dim', cond_dim), 2*d_model)
+        for p in linear.parameters() if linear else (): nn.init.zeros_(p)
+        self.to_scale_shift = linear
 
     def forward(self,
         x:Tensor, # (B, L, d_model)
@@ -72,7 +74,8 @@ class BlockMixer(nn.Module):
         cond_dim:int|None=None, # Features of the conditioning vector; unconditional if None
     ):
         super().__init__()
-        ok = local_window==0 or (local_window>0 and local_window%2==1)
+        head_dim(d_model, n_heads)
+        ok = local_window==0 or (is_whole(local_window) and local_window>0 and local_window%2==1)
         check(ok, 'local_window', local_window, 'an odd number of positions, or 0 for no local mixing')
         self.local_norm = AdaptiveNorm(d_model, cond_dim) if local_window else None
         self.local = LocalMixing(d_model, local_window) if local_window else None
@@ -118,7 +121,6 @@ class BijectiveTransformerBlock(AdditiveCoupling):
         mlp = CouplingNet(d_model, coupling_hidden_dim, coupling_depth, dropout)
         super().__init__(ChunkedUpdate(mixer, mlp), lattice_bits)
         store_attr('attention,ffn')
-
     @property
     def is_bijective(self)->bool: return self.attention==self.ffn=='bijective'
 
@@ -137,11 +139,10 @@ def update(self:BijectiveTransformerBlock,
     rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
 )->Tensor: # (B, L, d_model)
     "Compute the update of the active stream"
-    x2 = x2.view_as(x2)
-    if cond is not None: cond = cond.view_as(cond)
+    x2,cond = alias(x2),alias(cond)
     read = None if self.attention==self.ffn else _stream(self.ffn, x1, x2)
     h = _stream(self.attention, x1, x2).contiguous()
-    return zero_padding(self.f(h, mask=mask, cond=cond, rotary=rotary, read=read), mask)
+    return zero_padding(call_unchanged(self.f, h, mask=mask, cond=cond, rotary=rotary, read=read), mask)
 
 @patch
 def forward(self:BijectiveTransformerBlock, x:Tensor, **context)->tuple[Tensor,Tensor]:
@@ -166,7 +167,7 @@ def count_bijective(
 )->int: # Bijective blocks
     "Return how many of `n_layers` blocks are bijective"
     check_whole('n_layers', n_layers)
-    check(0<=bijective_ratio<=1, 'bijective_ratio', bijective_ratio, 'a number from 0 to 1')
+    check_fraction('bijective_ratio', bijective_ratio)
     n = n_bijective_layers
     if n is None: return round(bijective_ratio*n_layers)
     check(is_whole(n) and 0<=n<=n_layers, 'n_bijective_layers', n, f'a whole number from 0 to {n_layers=}')
@@ -210,7 +211,8 @@ class CouplingStack(Bijection):
         time_conditioning:bool=False, # Condition all couplings on the time
     ):
         super().__init__()
-        check_whole('d_model', d_model)
+        check_type('reversible', reversible, bool)
+        check_type('time_conditioning', time_conditioning, bool)
         store_attr('d_model,lattice_bits,reversible')
         self.d_head = head_dim(d_model, n_heads)
         self.time_dim = max(8, d_model//4) if time_conditioning else None # Few features for a scalar
@@ -219,12 +221,10 @@ class CouplingStack(Bijection):
     def couplings(self): raise NotImplementedError(f'{type(self).__name__} defines no couplings')
     def _all_couplings(self): return self.couplings() # Those of standard layers included
     def _check_invertible(self): "Raise an error for a stack that cannot be inverted"
-
     @property
     def is_bijective(self)->bool: return all(c.is_bijective for c in self._all_couplings())
     @property
     def state_dim(self)->int: return 2*self.d_model
-
     def _couple(self, x, context):
         return couple_all(self.couplings(), x, self.reversible, **context), sum_log_determinants([], x)
     def _uncouple(self, y, context):
@@ -232,16 +232,16 @@ class CouplingStack(Bijection):
 
 # %% ../../nbs/layers/10_block.ipynb #9a1e1005
 @patch
-def _context(self:CouplingStack, x, mask=None, t=None):
+def _context(self:CouplingStack, x, mask=None, t=None, name='x'):
     "Check state, mask (B, L) and times (B,), and return the keywords of every coupling"
     D,d = self.state_dim,self.d_model
-    check(x.ndim==3 and x.shape[-1]==D, 'the state', x, f'(B, L, {D}), {D//d} streams of d_model={d}')
+    expected = f'(B, L, {D}), {D//d} streams of d_model={d}'
+    check(isinstance(x, Tensor) and x.ndim==3 and x.shape[-1]==D, name, x, expected)
     require_lattice(x, self.lattice_bits)
     check_mask(mask, x)
-    if t is not None: check_shape('t', t, len(x))
     if self.time is None: check(t is None, 't', t, 'None for a stack without time_conditioning')
     else: check(t is not None, 't', t, 'times of shape (B,) for a stack with time_conditioning')
-    cond = None if t is None else self.time(t)
+    cond = None if t is None else self.time(check_floats('t', t, len(x)))
     return dict(mask=mask, cond=cond, rotary=rotary_angles(x.shape[1], self.d_head, x.device))
 
 @patch
@@ -260,7 +260,7 @@ def inverse(self:CouplingStack,
 )->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,)
     "Undo all couplings; exact on the lattice for the batch of the forward call, computed in the same way"
     self._check_invertible()
-    return self._uncouple(y, self._context(y, mask, t))
+    return self._uncouple(y, self._context(y, mask, t, name='y'))
 
 # %% ../../nbs/layers/10_block.ipynb #4af3e76c
 @patch
@@ -324,6 +324,7 @@ def layer_by_layer(
     **context, # Keywords of its forward
 ): # Yields state (B, L, state_dim) and log-determinant (B,), nats
     "Yield the state after each bijective layer of a stack, and the log-determinant of that layer"
+    check_type('stack', stack, CouplingStack)
     context = stack._context(x, **context)
     for c in stack.couplings():
         x,logdet = c(x, **context)

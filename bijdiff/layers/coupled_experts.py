@@ -11,8 +11,7 @@ import torch
 from torch import nn, Tensor
 from ..checks import check, is_whole
 from .lattice import to_lattice
-from .coupling import CouplingNet
-from .reversible import ChunkedUpdate
+from .coupling import ChunkedUpdate, CouplingNet
 from .block import AdaptiveNorm
 
 # %% ../../nbs/layers/12_coupled_experts.ipynb #39534282

@@ -6,14 +6,13 @@
 __all__ = ['PairRotation', 'shear_factors', 'ShearedLinear', 'Permutation', 'LinearCoupling', 'BijectiveLinear']
 
 # %% ../../nbs/layers/04_linear.ipynb #bb901319
-from copy import deepcopy
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_one_of, check_whole
+from ..checks import check, check_one_of, check_seed, check_type, check_whole
 from .bijection import Bijection, BijectiveSequential, sum_log_determinants
-from .lattice import lattice_add, require_lattice
+from .lattice import check_lattice_bits, lattice_add, require_lattice, with_lattice
 from .coupling import restore_padding, zero_padding, bounded, check_mask
 
 # %% ../../nbs/layers/04_linear.ipynb #9b17315a
@@ -209,13 +208,15 @@ class BijectiveLinear(Bijection):
         check_whole('n_couplings', n_couplings)
         check_one_of('coupling', coupling, ('additive','affine'))
         check_one_of('mixing', mixing, ('permutation','rotation','none'))
+        check_type('bias', bias, bool)
+        check_lattice_bits(lattice_bits)
         store_attr('dim,lattice_bits')
         flips = [i%2==1 for i in range(n_couplings)]
         affine = coupling=='affine'
         couplings = [LinearCoupling(dim, flip, affine, lattice_bits=lattice_bits) for flip in flips]
         self.couplings = nn.ModuleList(couplings)
         n_mixings = 0 if mixing=='none' else (n_couplings-1)//2
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator().manual_seed(check_seed(seed))
         self.mixings = nn.ModuleList(_random_mixing(mixing, dim, lattice_bits, g) for _ in range(n_mixings))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
@@ -239,6 +240,7 @@ def forward(self:BijectiveLinear,
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant (B,), nats
     "Multiply a state by the matrix, and add the bias"
+    check_type('x', x, Tensor)
     y = x
     logdets = []
     for f,_ in self._maps():
@@ -254,6 +256,7 @@ def inverse(self:BijectiveLinear,
     **context, # Not used
 )->tuple[Tensor,Tensor]: # State (..., dim) and log-determinant of the inverse (B,), nats
     "Undo `forward`"
+    check_type('y', y, Tensor)
     require_lattice(y, self.lattice_bits)
     x = y
     logdets = []
@@ -276,7 +279,4 @@ def _matrix(self:BijectiveLinear):
 @torch.no_grad()
 def matrix(self:BijectiveLinear)->Tensor: # (dim, dim), so that the layer without its bias is x @ matrix.T
     "Return the matrix, with nothing rounded to the lattice"
-    off_lattice = deepcopy(self)
-    for m in off_lattice.modules():
-        if hasattr(m, 'lattice_bits'): m.lattice_bits = None
-    return off_lattice._matrix()
+    return with_lattice(self, None)._matrix()

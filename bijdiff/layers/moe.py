@@ -13,8 +13,8 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from ..checks import check, check_one_of, check_type, check_whole, optional
 from .bijection import BijectiveSequential, sum_log_determinants
-from .coupling import AdditiveCoupling, AffineCoupling
-from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .coupling import AdditiveCoupling, AffineCoupling, ChunkedUpdate
+from .reversible import couple_all, uncouple_all
 from .block import BijectiveTransformerBlock, CouplingStack
 from .multiscale import GlobalUpdate, LocalUpdate, SegmentUpdate
 from .coupled_experts import check_experts, coupler_update, join_updates
@@ -45,6 +45,8 @@ class BijectiveMoE(CouplingStack):
         super().__init__(d_model, n_heads, lattice_bits, reversible, time_conditioning)
         store_attr('n_experts,n_layers,couple,k_active,coupler,coupler_dim,balance,z_loss')
         self._check(block)
+        check_type('enable_multiscale', enable_multiscale, bool)
+        check_whole('segment_length', segment_length)
         self.layers = nn.ModuleList()
         self.roles = [] # 'scales', 'blocks' or 'coupler' for each of the layers
         for i in range(n_layers):
@@ -174,9 +176,10 @@ def _context(self:BijectiveMoE,
     mask:Tensor|None=None, # True at tokens and False at padding, (B, L)
     t:Tensor|None=None, # Times, (B,)
     routes:dict|None=None, # Choices of the routers, by number of the coupling
+    name:str='x', # Name of the state in messages
 )->dict: # Keywords of every coupling; of a sparse mixture with a copy of routes
     "Check state, mask, times and routes, and compute what all couplings share"
-    context = super(BijectiveMoE, self)._context(x, mask, t)
+    context = super(BijectiveMoE, self)._context(x, mask, t, name)
     if self.k_active is None:
         check(routes is None, 'routes', routes, 'None without k_active: all experts act')
         return context
@@ -205,7 +208,7 @@ def inverse(self:BijectiveMoE,
     routes:dict|None=None, # Choices of the forward call; missing ones are made again and added
 )->tuple[Tensor,Tensor]: # State (B, L, state_dim) and log-determinant (B,)
     "Undo all couplings; exact on the lattice for the batch of the forward call, computed in the same way"
-    context = self._context(y, mask, t, routes)
+    context = self._context(y, mask, t, routes, name='y')
     x,logdet = self._uncouple(y, context)
     if routes is not None: routes.update(context['routes'])
     return x,logdet

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from torch import nn, Tensor
-from ..checks import check, check_whole
+from ..checks import check, check_type, check_whole, optional
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
-from .coupling import AdditiveCoupling, zero_padding, check_mask, CouplingNet
-from .reversible import couple_all, ChunkedUpdate, uncouple_all
+from .coupling import AdditiveCoupling, check_mask, ChunkedUpdate, CouplingNet
+from .coupling import zero_padding
+from .reversible import couple_all, uncouple_all
 from .block import AdaptiveNorm, BijectiveTransformer, LocalMixing
 
 # %% ../../nbs/layers/11_multiscale.ipynb #cec1a289
@@ -218,8 +219,9 @@ def extra_repr(self:MultiscaleCoupling)->str:
     return f'window={self.window}, segment_length={self.segment_length}, lattice_bits={self.lattice_bits}'
 
 @patch
-def _check(self:MultiscaleCoupling, x, context):
+def _check(self:MultiscaleCoupling, name, x, context):
     "Check the state and the mask"
+    check_type(name, x, Tensor)
     require_lattice(x, self.lattice_bits)
     check_mask(context.get('mask'), x)
 
@@ -229,7 +231,7 @@ def forward(self:MultiscaleCoupling,
     x:Tensor, # State, (B, L, 2*d_model)
     **context, # Context: mask (B, L), False at padding, and cond (B, cond_dim)
 )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,), which is 0
-    self._check(x, context)
+    self._check('x', x, context)
     return couple_all(self.couplings, x, self.reversible, **context), sum_log_determinants([], x)
 
 @patch
@@ -237,7 +239,7 @@ def inverse(self:MultiscaleCoupling,
     y:Tensor, # State, (B, L, 2*d_model)
     **context, # Context of the forward call: mask and cond
 )->tuple[Tensor,Tensor]: # State (B, L, 2*d_model) and log-determinant (B,)
-    self._check(y, context)
+    self._check('y', y, context)
     return uncouple_all(self.couplings, y, **context), sum_log_determinants([], y)
 
 # %% ../../nbs/layers/11_multiscale.ipynb #13299af8
@@ -255,6 +257,7 @@ class MultiscaleTransformer(BijectiveTransformer):
         **kwargs, # Further keywords of BijectiveTransformer and its blocks
     ):
         super().__init__(n_layers, d_model, n_heads, dropout=dropout, **kwargs)
+        optional(check_whole)('multiscale_hidden_dim', multiscale_hidden_dim)
         options = dict(window=window, segment_length=segment_length, lattice_bits=self.lattice_bits,
                        coupling_hidden_dim=multiscale_hidden_dim, dropout=dropout, cond_dim=self.time_dim,
                        reversible=self.reversible)

@@ -11,14 +11,17 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_number, check_shape, check_whole
+from ..checks import check, check_number, check_shape, check_type, check_whole
 from .bijection import Bijection, logdet_dtype, sum_log_determinants
 
 # %% ../../nbs/layers/06_norm.ipynb #253c622c
-def _check_state(x, dim, mask):
+def _check_state(x, dim, mask, name='x'):
     "Check that `x` is `(B, ..., dim)` and that `mask` fits it"
-    check(x.ndim>=2 and x.shape[-1]==dim, 'the shape of x', tuple(x.shape), f'(B, ..., {dim})')
-    if mask is None or (mask.dtype==torch.bool and mask.shape==x.shape[:-1]): return
+    check_type(name, x, Tensor)
+    check(x.ndim>=2 and x.shape[-1]==dim, f'the shape of {name}', tuple(x.shape), f'(B, ..., {dim})')
+    if mask is None: return
+    check_type('mask', mask, Tensor|None)
+    if mask.dtype==torch.bool and mask.shape==x.shape[:-1]: return
     raise ValueError(f'mask is {mask.dtype} of shape {tuple(mask.shape)}; '
                      f'expected torch.bool of shape {tuple(x.shape[:-1])}, True at real tokens')
 
@@ -26,9 +29,9 @@ def _where_real(mask, a, other):
     "Select `a` at real tokens and `other` at padded ones; `mask` has the number of axes of `a`"
     return a if mask is None else torch.where(mask, a, other)
 
-def _prepare(x, dim, mask):
+def _prepare(x, dim, mask, name='x'):
     "Return the state in float32 or float64, with zeros at padding, and the mask as `(B, ..., 1)`"
-    _check_state(x, dim, mask)
+    _check_state(x, dim, mask, name)
     mask = None if mask is None else mask[...,None]
     return _where_real(mask, x.to(logdet_dtype(x)), 0.), mask
 
@@ -81,7 +84,7 @@ def initialise(self:ActNorm,
 # %% ../../nbs/layers/06_norm.ipynb #e3a54d14
 @patch
 def _scale_and_shift(self:ActNorm, x, mask, inverse):
-    t,m = _prepare(x, self.dim, mask)
+    t,m = _prepare(x, self.dim, mask, 'y' if inverse else 'x')
     b,s = self.bias.to(t.dtype),self.log_scale.to(t.dtype)
     t = t*s.neg().exp()-b if inverse else (t+b)*s.exp()
     logdet = _token_sum(s.sum().expand(x.shape[:-1]), x, mask)
@@ -116,6 +119,7 @@ class InvertibleLayerNorm(nn.Module):
     ):
         check_whole('dim', dim, 2)
         check_number('eps', eps, least=0)
+        check_type('affine', affine, bool)
         super().__init__()
         store_attr()
         for name in ('log_gain', 'bias'):
@@ -181,8 +185,8 @@ def inverse(self:InvertibleLayerNorm,
     mask:Tensor|None=None, # Mask of the forward call
 )->tuple[Tensor,Tensor]: # State (B, ..., d), and log-determinant of the inverse on the surface (B,) in nats
     "Undo `forward`"
-    t,m = _prepare(y, self.dim, mask)
-    check_shape('stats', stats, *y.shape[:-1], 2)
+    t,m = _prepare(y, self.dim, mask, 'y')
+    stats = check_shape('stats', stats, *y.shape[:-1], 2)
     mean,log_std = _where_real(m, stats.to(t.dtype), 0.).chunk(2, -1)
     g,b = self._gain_bias(t)
     z = (t-b)*(-g).exp()

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from ..checks import check_number, check_shape
-from .coupling import zero_padding, CouplingNet
-from .reversible import ChunkedUpdate
+from .coupling import ChunkedUpdate, CouplingNet, zero_padding
 from .coupled_experts import check_experts, CouplerMixer, ExpertMixer, ExpertNet
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #42f1e556
@@ -48,17 +47,16 @@ def z_term(
 class _AddGradient(torch.autograd.Function):
     "The identity on logits, whose backward adds the gradient of the router's terms"
     @staticmethod
-    def forward(ctx, z, chosen, balance, z_loss):
+    def forward(z, chosen, balance, z_loss): return z.view_as(z)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z,chosen,*ctx.weights = inputs
         ctx.save_for_backward(z, chosen)
-        ctx.weights = balance,z_loss
-        return z.view_as(z)
     @staticmethod
     def backward(ctx, g):
         z,chosen = ctx.saved_tensors
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            loss = sum(w*f(z, chosen) for w,f in zip(ctx.weights, (balance_term, z_term)) if w)
-            return g+torch.autograd.grad(loss, z)[0], None, None, None
+        def loss(z): return sum(w*f(z, chosen) for w,f in zip(ctx.weights, (balance_term, z_term)) if w)
+        return g+torch.func.grad(loss)(z), None, None, None
 
 # %% ../../nbs/layers/13_sparse_moe.ipynb #f8e61136
 class Router(nn.Module):

@@ -17,7 +17,7 @@ from ..diffusion.schedules import low_discrepancy_times, Schedule
 from ..diffusion.corruption import Corruption, DeletingCorruption, MaskingCorruption
 from ..diffusion.objective import as_corruption, binomial_log_prior, gap_mask, insertion_jump
 from ..diffusion.objective import length_term, prior_term, reconstruction_term
-from ..model.denoiser import canonical, Denoiser, eval_mode, to_canonical
+from ..model.denoiser import canonical, check_denoiser, Denoiser, eval_mode, to_canonical
 from ..model.predictions import any_schedule, call_denoiser, clean_logits, output_integrand
 from ..model.predictions import output_kind
 
@@ -125,9 +125,9 @@ def nelbo_draws(
 )->Tensor: # (n, B), nats per sequence
     "Return independent draws of the bound on the negative log-likelihood, end terms included"
     view = canonical(model)
-    check_ids(x, view.n_ids-1, 'x')
-    x = to_canonical(view, x.long().to(view.device))
+    x = to_canonical(view, check_ids(x, view.n_ids-1, 'x').to(view.device))
     check_ids(x, view.mask_id-1, 'x')
+    check_whole('n', n)
     noise = _scored_noise(view, schedule, T)
     g = torch.Generator().manual_seed(check_seed(seed))
     with eval_mode(model):
@@ -178,15 +178,18 @@ def chunk_batches(
     bs:int=32, # Chunks in a batch
 )->list[Tensor]: # Batches (b, seq_len), and one (1, rest) for what remains
     "Cut a document into batches of chunks, leaving nothing out"
-    check_whole('bs', bs)
-    n = len(ids)//seq_len
+    bs,n = check_whole('bs', bs),len(ids)//seq_len
     batches = list(ids[:n*seq_len].view(n, seq_len).split(bs)) if n else []
     rest = ids[None,n*seq_len:]
     return batches + ([rest] if rest.numel() else [])
 
-def check_document(ids)->Tensor:
-    "Check that a document has tokens, and return its ids as a tensor"
-    ids = torch.as_tensor(ids)
+def check_document(
+    model:Denoiser, # The denoiser
+    ids, # Ids of a document, (N,)
+)->Tensor:
+    "Check the ids of a document, of which there must be some"
+    check_denoiser(model)
+    ids = check_ids(ids, model.n_ids-1, 'ids', ('N',))
     check(len(ids)>0, 'the number of tokens of the document', len(ids), 'at least 1')
     return ids
 
@@ -202,7 +205,7 @@ def score_ids(
     progress=lambda o: o, # Wraps the batches, for a progress bar
 )->Score:
     "Estimate the bound per token of a document"
-    ids = check_document(ids)
+    ids = check_document(model, ids)
     check_whole('n', n, 2)
     batches,seed = chunk_batches(ids, model.seq_len, bs),check_seed(seed)*100003
     total = 0.

@@ -90,6 +90,7 @@ def fingerprint(
     model:Denoiser, # The denoiser
 )->str: # 32 hexadecimal digits
     "Return a hash of configuration, tokenizer, and weights, if the denoiser is a module"
+    canonical(model)
     described = ''.join(json.dumps(o, sort_keys=True) for o in _description(model))
     weights = plain_weights(model) if isinstance(model, nn.Module) else {}
     return tensors_hash(weights, described.encode())[:32]
@@ -167,7 +168,7 @@ def compress(
     view = canonical(model)
     rule = _coding_rule(view, rule, steps, seed, bs, **kwargs)
     ids,threads = _canonical_ids(view, data),torch.get_num_threads()
-    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=bs,
+    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=int(bs),
                   sum=_checksum(data).hex(), threads=threads, torch=torch.__version__,
                   device=model.device.type)
     with _same_arithmetic(model, threads): return _pack(header, _encode(view, ids, rule, bs, progress))
@@ -208,6 +209,7 @@ def decompress(
     progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
 )->bytes:
     "Bring compressed data back"
+    check_type('blob', blob, bytes|bytearray)
     header,words = _unpack(blob)
     _check_header(header)
     _check_model(header, model)

@@ -12,7 +12,8 @@ from itertools import combinations
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
-from ..checks import check, check_ids, check_lengths, check_seed, check_whole
+from ..checks import as_tensor, check, check_floats, check_ids, check_lengths, check_seed, check_type
+from ..checks import check_whole, is_whole
 from ..data.tokens import Tokenizer
 from ..model.denoiser import BijectiveDenoiser, canonical, Denoiser, eval_mode, to_canonical
 from ..sampling.rules import check_unmasking, conditional_probs, get_rule, reveal_counts
@@ -23,11 +24,10 @@ from .bounds import check_document, chunk_batches, Estimate, mean_and_error
 def _given(view, x, template, mask):
     "True at tokens that the template gives, (B, L)"
     B,L = x.shape
-    t = torch.as_tensor(template, device='cpu')
+    t = as_tensor('template', template).cpu()
     if t.shape not in ((L,), (B, L)):
         raise ValueError(f'template has shape {tuple(t.shape)}; expected ({L},) or ({B}, {L}), as x')
-    check_ids(t.expand(B, L), view.n_ids-1, 'template')
-    t = to_canonical(view, t)
+    t = to_canonical(view, check_ids(t.expand(B, L), view.n_ids-1, 'template'))
     given = (t!=view.mask_id).expand(B, L) & mask
     wrong = given & (x!=t)
     if wrong.any():
@@ -37,9 +37,8 @@ def _given(view, x, template, mask):
 
 def _sequences(view, x, template, lengths):
     "Canonical ids, positions to be scored, and lengths, all on the CPU"
-    check_ids(x, view.n_ids-1, 'x')
-    B,L = x.shape
-    x,lengths = to_canonical(view, x.long().cpu()),check_lengths(lengths, x)
+    x = to_canonical(view, check_ids(x, view.n_ids-1, 'x').cpu())
+    L,lengths = x.shape[1],check_lengths(lengths, x)
     check(L<=view.seq_len, 'the length of x', L, f'at most seq_len={view.seq_len} of the model')
     mask = torch.arange(L) < lengths[:,None]
     given = torch.zeros_like(mask) if template is None else _given(view, x, template, mask)
@@ -108,7 +107,7 @@ def token_nll(
     "Return the negative log-likelihood of each token at the step at which it is revealed"
     view = canonical(model)
     check_unmasking(view)
-    check_whole('bs', bs)
+    bs = check_whole('bs', bs)
     rule = get_rule(rule, steps, seed, **kwargs)
     x,free,lengths = _sequences(view, x, template, lengths)
     score = _follow if rule.adaptive else _all_steps
@@ -140,7 +139,7 @@ def document_nll(
     **kwargs
 )->Tensor: # (N,), nats
     "Return the negative log-likelihood of each token of a document"
-    ids = check_document(ids)
+    ids = check_document(model, ids)
     rule,batches = get_rule(rule, steps, seed, **kwargs),chunk_batches(ids, model.seq_len, bs)
     for x in (batches[0], batches[-1]):
         rule.order_keys(torch.tensor(x.shape[1:]), x.shape[1]) # rejects unfit positions before any work
@@ -161,6 +160,9 @@ def char_bits(
     nats:Tensor, # Negative log-likelihood of each id, nats, (N,)
 )->list: # Pairs of a character and its bits
     "Return the bits of each character"
+    check(hasattr(tokenizer, 'decode'), 'tokenizer', tokenizer, 'a tokenizer')
+    ids = check_ids(ids, 2**62, 'ids', ('N',)) # a tokenizer may have any number of ids
+    nats = check_floats('nats', nats, len(ids))
     chars,start = [],0
     for end in range(1, len(ids)+1):
         text = tokenizer.decode(ids[start:end])
@@ -185,7 +187,7 @@ def order_nats(
     view = canonical(model)
     check_unmasking(view)
     check_whole('n', n)
-    check_whole('bs', bs)
+    bs = check_whole('bs', bs)
     x,free,lengths = (o.repeat(n, *[1]*(o.ndim-1)) for o in _sequences(view, x, None, None))
     g = torch.Generator().manual_seed(check_seed(seed))
     keys = torch.rand(x.shape, generator=g, dtype=torch.float64).argsort(1)
@@ -199,8 +201,10 @@ def order_bound(
     k:int=1, # Orders averaged inside the logarithm, at most half of n
 )->Estimate: # Of an upper bound, nats per sequence
     "Estimate the bound on the negative log-likelihood under random orders, from k of them at a time"
+    nats = check_floats('nats', nats, 'n', 'B')
     half = len(nats)//2
-    check(1<=k<=half, 'k', k, f'1 to {half}, half of the {len(nats)} orders, for an error bar')
+    fits = is_whole(k) and 1<=k<=half
+    check(fits, 'k', k, f'1 to {half}, half of the {len(nats)} orders, for an error bar')
     groups = nats[:len(nats)//k*k].view(-1, k, nats.shape[1])
     return mean_and_error(math.log(k)-(-groups).logsumexp(1))
 
@@ -209,6 +213,7 @@ def order_estimate(
     nats:Tensor, # Nats in random orders, from order_nats, (n, B)
 )->Estimate: # Nats per sequence; standard errors by the delta method
     "Estimate the negative log-likelihood under random orders; for finite n a little too large, on average"
+    nats = check_floats('nats', nats, 'n', 'B')
     check(len(nats)>=2, 'the number of orders', len(nats), 'at least 2, for an error bar')
     lowest = nats.min(0).values
     w = (lowest-nats).exp()
@@ -266,12 +271,13 @@ def latent_nats(
     seed:int=0, # Seed of the noise
 )->Estimate: # Mean over the noise, nats per sequence; not a bound on any likelihood of the sequence
     "Estimate the negative log-density of noisy states, which is not a likelihood of the sequence"
+    check_type('model', model, BijectiveDenoiser)
     check(model.latent is not None, 'latent_density', False, 'True: a model that has a density of states')
     check_whole('n', n, 2)
-    check_ids(x, model.mask_id-1, 'x')
+    x = check_ids(x, model.mask_id-1, 'x')
     g = torch.Generator().manual_seed(check_seed(seed))
     with eval_mode(model):
-        h = model.state(x.long().to(model.device))
+        h = model.state(x)
         draws = torch.stack([_state_nats(model, h, g) for _ in range(n)])
     return mean_and_error(draws.cpu().double())
 

@@ -9,10 +9,10 @@ __all__ = ['SEDDAdapter', 'MDLMAdapter']
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..checks import check, check_type
+from ..checks import check, check_floats, check_ids, check_type
 from ..diffusion.schedules import Schedule
 from ..diffusion.corruption import StateProbs
-from .denoiser import BijectiveDenoiser
+from .denoiser import BijectiveDenoiser, check_denoiser
 from .predictions import output_kind
 
 # %% ../../nbs/model/44_adapters.ipynb #04d1430a
@@ -27,6 +27,7 @@ class _Adapter(nn.Module):
     "A denoiser that is called with the total noise"
     def __init__(self, model, schedule):
         super().__init__()
+        check_denoiser(model)
         noise = model.noise
         expected = 'masking alone or substitution alone'
         check(noise.is_single_kind, 'the noise of the model', noise.weights, expected)
@@ -35,10 +36,12 @@ class _Adapter(nn.Module):
         self.model,self.schedule = model,schedule
 
     def outputs(self, x, sigma):
-        "Outputs of the network, and the state probabilities"
-        sigma = sigma.reshape(-1).expand(len(x))
-        state_probs = _at_sigma(self.model.noise, sigma)
-        return self.model(x, self.schedule.t(state_probs.kept)), state_probs
+        "Ids, outputs of the network, and the state probabilities"
+        x = check_ids(x, self.model.n_ids-1, 'x')
+        sigma = check_floats('sigma', sigma).reshape(-1)
+        check(len(sigma) in (1, len(x)), 'sigma', sigma, f'total noise of one or all of {len(x)} sequences')
+        state_probs = _at_sigma(self.model.noise, sigma.expand(len(x)))
+        return x, self.model(x, self.schedule.t(state_probs.kept)), state_probs
 
 class SEDDAdapter(_Adapter):
     "Log-scores from ids and total noise"
@@ -46,7 +49,7 @@ class SEDDAdapter(_Adapter):
         x:Tensor, # Ids 0..V, (B, L)
         sigma:Tensor, # Total noise, (B,)
     )->Tensor: # (B, L, V+1) for absorbing, (B, L, V) for uniform noise
-        out,state_probs = self.outputs(x, sigma)
+        x,out,state_probs = self.outputs(x, sigma)
         kind = output_kind(self.model)
         if not self.model.noise.masks_only: return kind.scores(out, x, state_probs)[...,:-1]
         known = kind.log_probs(out.float())
@@ -64,7 +67,7 @@ class MDLMAdapter(_Adapter):
         x:Tensor, # Ids 0..V, (B, L)
         sigma:Tensor, # Total noise, (B,)
     )->Tensor: # (B, L, V+1)
-        return F.pad(self.outputs(x, sigma)[0], (0, 1), value=-1e6)
+        return F.pad(self.outputs(x, sigma)[1], (0, 1), value=-1e6)
 
 @patch
 def as_sedd(self:BijectiveDenoiser,

@@ -11,12 +11,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..checks import check, check_times
+from ..checks import check, check_bools, check_ids, check_shape, check_times, check_type
 from ..diffusion.packing import NoisyBatch
 from ..diffusion.corruption import Corruption, StateProbs
 from ..diffusion.transitions import log_marginals
 from ..diffusion.objective import score_entropy
-from .denoiser import Denoiser, DenoiserOutput
+from .denoiser import check_denoiser, Denoiser, DenoiserOutput
 
 # %% ../../nbs/model/43_predictions.ipynb #0b7864ed
 def is_time_conditioned(
@@ -42,6 +42,9 @@ def call_denoiser(
     mask:Tensor|None=None, # True at tokens, False at padding, (B, L); None for no padding
 )->DenoiserOutput: # Logits (B, L, V), and gap logits (B, L+1) from a network with a gap head
     "Return the outputs of a denoiser at all positions"
+    check_denoiser(model)
+    xt = check_shape('xt', xt, 'B', 'L')
+    check_times(t, len(xt))
     out = _as_output(model(xt, t if is_time_conditioned(model) else None, mask))
     return out._replace(logits=out.logits[...,:model.noise.vocab_size])
 
@@ -149,9 +152,13 @@ def clean_posterior(
     noise:Corruption|None=None, # The noise; the model's own if None
 )->Tensor: # Probabilities, (B, L, V), on the model's device
     "Return the posterior of each clean token given all symbols, its own included"
-    noise,xt = noise or model.noise,xt.to(model.device)
-    V,state_probs = noise.vocab_size,noise.state_probs(check_times(t, len(xt)))
-    mask = None if mask is None else mask.to(model.device)
+    check_denoiser(model)
+    check_type('noise', noise, Corruption|None)
+    noise = noise or model.noise
+    V = noise.vocab_size
+    xt = check_ids(xt, V, 'xt').to(model.device)
+    state_probs = noise.state_probs(check_times(t, len(xt)))
+    mask = None if mask is None else check_bools('mask', mask, *xt.shape).to(model.device)
     logits = clean_logits(model, call_denoiser(model, xt, t, mask).logits, xt, state_probs).float()
     kept,sub = (o.to(logits)[:,None,None] for o in (state_probs.kept, state_probs.substitute))
     evidence = kept*F.one_hot(xt, V+1)[...,:-1] + sub/V

@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check, check_ids, check_one_of, check_whole
+from ..checks import as_tensor, check, check_ids, check_one_of, check_type, check_whole, optional
 from ..diffusion.schedules import Schedule
 from ..diffusion.corruption import Corruption, DeletingCorruption, MaskingCorruption
-from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
+from ..model.denoiser import canonical, check_denoiser, Denoiser, eval_mode, from_canonical
+from ..model.denoiser import to_canonical
 from ..model.predictions import any_schedule, output_kind
 from .rules import check_tempered, get_rule, token_probs, UnmaskingRule
 from .samplers import ancestral, ancestral_masks, first_hitting, reverse_by_scores
@@ -31,13 +32,12 @@ def _start(view, n, template, length):
         check_whole('length', length)
         check(length<=L, 'length', length, f'at most seq_len={L} of the model')
     if template is None: return torch.full((n, length or L), view.mask_id)
-    x = torch.as_tensor(template, device='cpu')
+    x = as_tensor('template', template).cpu()
     x = x.expand(n, -1) if x.ndim==1 else x
     if x.ndim!=2 or len(x)!=n:
         raise ValueError(f'template has shape {tuple(x.shape)}; expected (L,) or (n, L) with n={n}')
     check(x.shape[1]<=L, 'the length of the template', x.shape[1], f'at most seq_len={L} of the model')
-    check_ids(x, view.n_ids-1, 'template')
-    return to_canonical(view, x.long().clone())
+    return to_canonical(view, check_ids(x, view.n_ids-1, 'template').clone())
 
 # %% ../../nbs/sampling/53_generate.ipynb #39cacccc
 _by_scores = {kind:partial(reverse_by_scores, kind=kind) for kind in ('tweedie','euler')}
@@ -65,6 +65,7 @@ def samplers_for(
     model:Denoiser, # The denoiser
 )->list[str]: # Names, the default first
     "Return the names of the samplers and unmasking rules that fit the noise and the heads of a model"
+    check_denoiser(model)
     return [*_samplers(model), *(UnmaskingRule.names if model.noise.masks_only else ())]
 
 # %% ../../nbs/sampling/53_generate.ipynb #74a6d129
@@ -152,6 +153,7 @@ _BLANK = re.compile('_{3,}')
 
 def _encode(model, texts, name, length):
     "Ids of some strings, and the number of tokens left for writing"
+    check_denoiser(model)
     if length is None: length = model.seq_len
     check_whole('length', length, most=model.seq_len)
     check(model.tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer')
@@ -166,6 +168,7 @@ def prompt_template(
     length:int|None=None, # Number of tokens, at most seq_len of the model; seq_len if None
 )->list[int]: # Ids with masks
     "Return the ids of a beginning, and masks up to the length"
+    check_type('prompt', prompt, str)
     (ids,),room = _encode(model, [prompt], 'prompt', length)
     return ids + [model.mask_id]*room
 
@@ -184,6 +187,8 @@ def infill_template(
     length:int|None=None, # Number of tokens, at most seq_len of the model; seq_len if None
 )->list[int]: # Ids with masks
     "Return the ids of a text with masks in its blanks, of equal numbers"
+    check_type('text', text, str)
+    optional(check_whole)('blank', blank)
     _check_known(model.tokenizer, text)
     known,room = _encode(model, _BLANK.split(text), 'text', length)
     n_blanks = len(known)-1

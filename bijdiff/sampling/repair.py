@@ -8,7 +8,7 @@ __all__ = ['time_of_errors', 'self_correct']
 # %% ../../nbs/sampling/54_repair.ipynb #48c6d431
 import torch
 from torch import Tensor
-from ..checks import check, check_ids, check_number
+from ..checks import check, check_bools, check_ids, check_number, check_whole
 from ..diffusion.corruption import Corruption
 from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from ..model.predictions import clean_posterior
@@ -44,15 +44,18 @@ def self_correct(
     "Replace tokens that have a low posterior, the clearest cases first"
     view = canonical(model)
     check(not view.noise.deletes, 'the noise of the model', view.noise.weights, 'masking and substitution')
-    x = to_canonical(view, x.long().clone().cpu())
+    x = to_canonical(view, check_ids(x, view.n_ids-1, 'x').clone().cpu())
     check_ids(x, view.mask_id-1, 'x')
+    check_whole('steps', steps, 0)
+    check_whole('per_step', per_step)
+    if fixed is not None: fixed = check_bools('fixed', fixed, *x.shape).cpu()
     t = torch.full((len(x),), time_of_errors(view.noise, error_rate))
-    for _ in range(steps):
-        with eval_mode(model):
+    with eval_mode(model):
+        for _ in range(steps):
             new,gain = _log_gain(clean_posterior(view, x, t).cpu(), x)
-        if fixed is not None: gain = gain.masked_fill(fixed.cpu(), 0.)
-        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        change = (gain>0) & (rank<per_step)
-        if not change.any(): break
-        x = torch.where(change, new, x)
+            if fixed is not None: gain = gain.masked_fill(fixed, 0.)
+            rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            change = (gain>0) & (rank<per_step)
+            if not change.any(): break
+            x = torch.where(change, new, x)
     return from_canonical(view, x)

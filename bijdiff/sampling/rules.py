@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check, check_keys, check_number, check_one_of, check_seed, check_type
-from ..checks import check_whole, is_whole
+from ..checks import check, check_floats, check_ids, check_keys, check_lengths, check_number
+from ..checks import check_one_of, check_seed, check_type, check_whole, is_whole
 from ..diffusion.schedules import get_schedule, Schedule, schedule_from_dict, schedule_to_dict
 from ..model.denoiser import canonical, Denoiser
 from ..model.predictions import predict_at
@@ -35,7 +35,7 @@ def token_probs(
 )->Tensor: # (..., V), float64
     "Return the distribution that tokens are drawn from"
     check_tempered(temperature, top_p)
-    p = (logits.double()/temperature).softmax(-1)
+    p = (check_floats('logits', logits).double()/temperature).softmax(-1)
     finite = 'finite probabilities; the weights are not finite, or the temperature is too close to 0'
     check(bool(p.isfinite().all()), 'temperature', temperature, finite)
     if top_p==1: return p
@@ -67,6 +67,7 @@ def reveal_counts(
     tokens:int=1, # Tokens a step, where the number of steps is not given
 )->list[int]: # One per step, each at least 1, n in all
     "Return how many masks are revealed in each step, from none to all"
+    check_whole('n', n, 0)
     check_whole('tokens', tokens)
     if steps is None: return [min(tokens, n-i) for i in range(0, n, tokens)]
     check_whole('steps', steps)
@@ -114,6 +115,7 @@ class UnmaskingRule:
 
 def _permutation(positions):
     "Positions in order, as a tuple of Python's numbers"
+    check(hasattr(positions, '__iter__'), 'rule', positions, 'the name of a rule, or positions')
     positions = tuple(i.item() if hasattr(i, 'item') else i for i in positions)
     n,whole = len(positions),all(map(is_whole, positions))
     complete = whole and sorted(positions)==list(range(n))
@@ -166,12 +168,14 @@ def public_order(
     seed:int=0, # Seed of the order
 )->list[int]: # Positions, first to last
     "Return one random order of the positions, the same on every machine"
+    L,seed = check_whole('L', L, 0),check_seed(seed)
     return sorted(range(L), key=lambda i: hashlib.sha256(f'{seed} {L} {i}'.encode()).digest())
 
 def spread_order(
     L:int, # Number of positions
 )->list[int]: # Positions, first to last
     "Sort positions by their number with its bits reversed, so that those that come together lie far apart"
+    L = check_whole('L', L, 0)
     bits = max(L-1, 1).bit_length()
     return sorted(range(L), key=lambda i: int(f'{i:0{bits}b}'[::-1], 2))
 
@@ -247,9 +251,11 @@ def unmask(
     progress=lambda o: o, # Wraps the steps, for a progress bar
 )->Tensor: # Ids without masks, (n, L)
     "Reveal all masks"
+    model,rule = canonical(model),get_rule(rule)
     check_unmasking(model)
-    model,rule,L = canonical(model),get_rule(rule),x.shape[1]
-    lengths = torch.full((len(x),), L) if lengths is None else lengths
+    check(callable(choose), 'choose', choose, 'a function of probabilities and positions')
+    x = check_ids(x, model.n_ids-1, 'x')
+    lengths,L = check_lengths(lengths, x),x.shape[1]
     keys = rule.order_keys(lengths, L)
     mask = torch.arange(L) < lengths[:,None]
     counts = _counts(((x==model.mask_id)&mask).sum(1), rule)

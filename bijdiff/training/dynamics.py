@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from scipy import fft, linalg, optimize, signal, stats
-from ..checks import check
+from ..checks import check, check_fraction, check_number, check_seed, check_whole
 from ..pictures import closed_subplots
 
 # %% ../../nbs/training/70_dynamics.ipynb #47a638a7
@@ -74,7 +74,7 @@ def interval(self:Trend,
     level:float=.95, # Fraction of intervals that hold the true value, in (0, 1)
 )->dict: # Lower and upper end for each of a, b and tau
     "Return confidence intervals that allow for correlated neighbours"
-    check(0<level<1, 'level', level, 'a number between 0 and 1, such as .95')
+    check_number('level', level, above=0, below=1)
     n = len(self.residual)
     v,dof = _long_run(self.residual, lost=2)
     r = np.linalg.qr(self.jacobian(np.arange(n)), mode='r')
@@ -192,14 +192,14 @@ class Oscillation(NamedTuple):
 
 def _test_period(trend, start, stop, level, n_null, seed, min_cycles):
     "Test a stretch of the residual: result, spectrum, and largest ratio of each series of simulated noise"
-    check(n_null>=19, 'n_null', n_null, 'at least 19, or no p-value is below 5%')
+    check_whole('n_null', n_null, 19) # with fewer, no p-value is below 5%
     basis = _basis(trend, start, stop, min_cycles)
     r = trend.residual[start:stop]
     r = r-basis@(basis.T@r)
     if r.std()<=1e-9*np.abs(trend(np.arange(start, stop))).max():
         raise ValueError('losses follow their trend without any noise; expected losses that fluctuate')
     s = _spectrum(r[None], basis, min_cycles)
-    z = np.random.default_rng(seed).standard_normal((n_null, len(r)))
+    z = np.random.default_rng(check_seed(seed)).standard_normal((n_null, len(r)))
     ratios = _spectrum(_ar1(z, s.phi[0]), basis, min_cycles).ratio
     p_value = (1+(ratios>=s.ratio[0]).sum())/(n_null+1)
     period,swing = _sine(r, basis, s.f[s.peak[0]])
@@ -213,8 +213,7 @@ def oscillation(
     min_cycles:int=4, # Cycles per series; slower waves count as trend
 )->Oscillation:
     "Test a loss curve for a period that AR(1) noise of the same colour would not show"
-    check(min_cycles>=1, 'min_cycles', min_cycles, 'at least 1')
-    t = fit_trend(_series(losses, 16*min_cycles))
+    t = fit_trend(_series(losses, 16*check_whole('min_cycles', min_cycles)))
     return _test_period(t, 0, len(losses), abs(t.a) or float('nan'), n_null, seed, min_cycles)[0]
 
 # %% ../../nbs/training/70_dynamics.ipynb #4a1c0898
@@ -227,7 +226,7 @@ def oscillation_windows(
 )->list: # An Oscillation per part
     "Test consecutive parts of a training for a period"
     t = fit_trend(losses)
-    if n<1 or min_cycles<1 or len(losses)//n<16*min_cycles:
+    if len(losses)//check_whole('n', n) < 16*check_whole('min_cycles', min_cycles):
         found = f'n is {n} and min_cycles {min_cycles}, with {len(losses)} losses'
         raise ValueError(f'{found}; expected parts of at least 16*min_cycles steps')
     ends = np.arange(n+1)*len(losses)//n
@@ -270,7 +269,8 @@ def compare_runs(
     level:float=.95, # Confidence level of the interval, in (0, 1)
 )->Comparison:
     "Return the paired difference of two loss curves"
-    check(0<level<1, 'level', level, 'a number between 0 and 1, such as .95')
+    check_number('level', level, above=0, below=1)
+    check_fraction('last', last)
     a,b = _series(a, 20, 'a'),_series(b, 20, 'b')
     n,m = len(a),round(last*len(a))
     if n!=len(b): raise ValueError(f'a has {n} values and b has {len(b)}; expected the same steps in both')
@@ -301,7 +301,7 @@ def epochs_to_target(
 )->float|None: # Epochs, from 1 on; None if it is never reached
     "Return the number of epochs after which a curve first reaches a loss"
     y = _series(curve, 1, 'curve')
-    check(np.isfinite(target), 'target', target, 'a finite loss')
+    check_number('target', target)
     if y.min()>target: return None
     i = int((y<=target).argmax())
     return float(i+(y[i-1]-target)/(y[i-1]-y[i])) if i else 1.
@@ -324,7 +324,7 @@ def seed_interval(
     level:float=.95, # Confidence level of the interval, in (0, 1)
 )->SeedInterval:
     "Return the mean over seeds with its confidence interval by Student's t"
-    check(0<level<1, 'level', level, 'a number between 0 and 1, such as .95')
+    check_number('level', level, above=0, below=1)
     x = _series(values, 2, 'values')
     half_width = stats.t.ppf((1+level)/2, len(x)-1)*x.std(ddof=1)/np.sqrt(len(x))
     return SeedInterval(float(x.mean()), float(half_width))
