@@ -17,7 +17,8 @@ from bijdiff.likelihood import exact as likelihood
 from bijdiff.likelihood.exact import all_orders_nats, latent_nats, log_prob, order_bound, order_estimate
 from bijdiff.likelihood.exact import order_nats, token_nll
 from bijdiff.model.config import DenoiserConfig
-from bijdiff.model.denoiser import BijectiveDenoiser, LatentDensity
+from bijdiff.layers.latent import LatentDensity
+from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.sampling import rules
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.rules import reveal_counts, UnmaskingRule

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_floats, check_fraction, check_one_of, check_type, check_whole
-from ..checks import is_whole
+from ..checks import check, check_floats, check_fraction, check_one_of, check_type, check_whole, is_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
 from .coupling import AdditiveCoupling, alias, call_unchanged, check_mask, ChunkedUpdate
@@ -190,14 +189,14 @@ class TimeEmbedding(nn.Module):
         dim:int, # Features of the vector, even
     ):
         super().__init__()
-        self.freqs = torch.logspace(0, 3, dim//2, device='cpu') # Real on the device meta, too; not saved
+        self.freqs = torch.logspace(0, 3, dim//2, device='cpu')    # real on the device meta, too; not saved
         self.net = nn.Sequential(nn.Linear(2*(dim//2), dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self,
         t:Tensor, # Times in [0, 1], (B,)
     )->Tensor: # (B, dim)
-        freqs = self.freqs.to(self.net[0].weight)
-        angles = t[:,None].to(freqs)*freqs
+        self.freqs = self.freqs.to(self.net[0].weight)                              # moved the first time alone
+        angles = t[:,None].to(self.freqs)*self.freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
 # %% ../../nbs/layers/10_block.ipynb #73562c4c

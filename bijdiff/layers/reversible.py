@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from threading import Lock
 import torch
 from fastcore.basics import patch, store_attr
-from torch import nn, Tensor
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from .lattice import check_lattice_range, lattice_step, lattice_undo

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['DenoiserOutput', 'Denoiser', 'check_denoiser', 'canonical', 'to_canonical', 'from_canonical', 'BijectiveDenoiser',
-           'eval_mode', 'LatentDensity', 'inverse_errors']
+           'eval_mode', 'inverse_errors']
 
 # %% ../../nbs/model/42_denoiser.ipynb #543a7814
-import math
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 import torch
@@ -21,6 +20,7 @@ from ..layers.block import BijectiveTransformer
 from ..layers.multiscale import MultiscaleTransformer
 from ..layers.coupled_experts import ExpertEntry
 from ..layers.moe import BijectiveMoE
+from ..layers.latent import LatentDensity
 from ..diffusion.corruption import Corruption
 from .config import DenoiserConfig
 from .saving import Pretrained
@@ -280,26 +280,6 @@ def eval_mode(
         yield model
         if not any(m.training for m in modules): return
     raise RuntimeError('the network was switched to training mode meanwhile; expected a copy to be trained')
-
-# %% ../../nbs/model/42_denoiser.ipynb #2ee8468a
-class LatentDensity(nn.Module):
-    "A Gaussian with learned mean and scale per feature, after the backbone"
-    noise = 0.1 # Standard deviation of the noise on the states, against an embedding of unit RMS
-    def __init__(self,
-        n:int # Features of the state
-    ):
-        super().__init__()
-        self.mu = nn.Parameter(torch.zeros(n))
-        self.log_s = nn.Parameter(torch.zeros(n))
-
-    def noisy(self, h:Tensor)->Tensor: return h + self.noise*torch.randn_like(h)
-
-    def forward(self,
-        y:Tensor, # State after the backbone, (B, L, n)
-    )->Tensor: # Nats per token, (B, L)
-        "Return the negative log-density of states before the backbone, whose log-determinant is 0"
-        z = (y-self.mu)*(-self.log_s).exp()
-        return (0.5*z**2 + self.log_s + 0.5*math.log(2*math.pi)).sum(-1)
 
 # %% ../../nbs/model/42_denoiser.ipynb #82a81bfa
 @patch

@@ -13,13 +13,13 @@ from fastai.basics import *
 from fastai.callback.all import *
 from dataclasses import asdict # after the star, which has another
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
 from ..checks import check, check_number, check_type, check_whole, naming, optional
 from ..checks import parse_json
 from ..locks import FolderLock
-from ..records import check_count, check_flag, check_float, check_names, check_tensors, dict_of, list_of, record_of
-from ..records import environment, environment_changes, pack_lists, unpack_lists, with_prefix
-from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_optimizer
+from ..records import check_count, check_flag, check_names, check_tensors, dict_of, list_of
+from ..records import environment, environment_changes, pack_lists, plain_values, record_of
+from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_lists
+from ..records import unpack_optimizer, with_prefix
 from ..model.headers import read_header, read_tensors
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
@@ -95,14 +95,10 @@ def check_options(
     if names: raise ValueError(f'cannot resume with a different configuration: {changes}')
 
 # %% ../../nbs/training/76_checkpoint.ipynb #611942c1
-def _plain(o):
-    "Return an object as it comes back from JSON"
-    return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
-
 def _records(cbs):
     "Return what callbacks have declared, as plain values"
     named = ((name,{k:getattr(cb, k) for k in saved_attrs(cb)}) for name,cb in numbered(cbs))
-    return _plain({name:record for name,record in named if record})
+    return plain_values({name:record for name,record in named if record})
 
 def _restorable(cbs, records, version):
     "Check records; return triples of a callback, the name of an attribute and its value"
@@ -128,7 +124,7 @@ def _fit_options(learn):
     hypers = [{k:h[k] for k in ('lr','wd') if k in h} for h in learn.opt.hypers]
     schedules = [_schedule(cb) for cb in learn.cbs if isinstance(cb, ParamScheduler)]
     epochs = dict(epochs=learn.n_epoch, first_epoch=learn.first_epoch)
-    return _plain(epochs|dict(hypers=hypers, schedules=schedules))
+    return plain_values(epochs|dict(hypers=hypers, schedules=schedules))
 
 def _text_hash(tokenizer, ids):
     "Return the number of tokens of a text, and a hash of them and of the vocabulary"
@@ -141,7 +137,7 @@ def _network_and_text(learn):
     text,held_out = (_text_hash(dls.tokenizer, dl.dataset.ids) for dl in (dls.train, dls.valid))
     precision = str(learn.autocast.dtype) if hasattr(learn, 'autocast') else None
     run = dict(seed=learn.corruption.seed, batches=len(dls.train), processes=max(num_distrib(), 1))
-    return _plain(asdict(base_model(learn.model).config)|run|dict(
+    return plain_values(asdict(base_model(learn.model).config)|run|dict(
         text=text, held_out=held_out, autocast=precision))
 
 # %% ../../nbs/training/76_checkpoint.ipynb #0e347e64
@@ -202,7 +198,7 @@ def close(self:CheckpointCallback):
 @patch
 def _all_options(self:CheckpointCallback):
     "Return the options of the run, the decay of the average among them"
-    return _plain({**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None})
+    return plain_values({**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None})
 
 @patch
 def _done(self:CheckpointCallback):
@@ -231,7 +227,7 @@ def _content(self:CheckpointCallback, is_complete):
                 smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
                 records=records, environment=environment(self.dls.device), zero_gradients=zero,
                 unsaved=self._unsaved())
-    rest = json.dumps(_plain(meta))
+    rest = json.dumps(plain_values(meta))
     header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=_checkpoint_hash(tensors, rest))
     return to_safetensors(tensors, header)
 

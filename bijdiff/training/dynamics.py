@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from scipy import fft, linalg, optimize, signal, stats
-from ..checks import check, check_fraction, check_number, check_seed, check_whole
+from ..checks import check_fraction, check_number, check_seed, check_whole
 from ..pictures import closed_subplots
 
 # %% ../../nbs/training/70_dynamics.ipynb #47a638a7
