@@ -2,9 +2,10 @@
 
     python benchmarks/file_sizes.py
 
-A small model is trained for one epoch on texts of several sizes, and scores and compresses files of the same sizes. Every
-command runs as a process of its own, whose largest resident set the kernel keeps; that of a process which has only
-imported what the command imports is subtracted. Rows that are in the result file are skipped."""
+A small model is trained for one epoch on texts of several sizes, and scores and compresses files of the
+same sizes. Every command runs as a process of its own, whose largest resident set the kernel keeps; that of a
+process which has only imported what the command imports is subtracted. Rows that are in the result file are
+skipped."""
 import os
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def file_sizes(
     imports = {name: round(peak_mib('-c', f'import bijdiff.{name}')[0]) for name in ('runs', 'documents')}
     result = run_record(__file__, network=NETWORK, imports_mib=imports) | dict(rows=result.get('rows', []))
     for megabytes in SIZES:
-        if megabytes<=most and not has_row(result['rows'], megabytes=megabytes): measure(result, path, megabytes)
+        if megabytes>most or has_row(result['rows'], megabytes=megabytes): continue
+        measure(result, path, megabytes)
 
 if __name__=='__main__': file_sizes()

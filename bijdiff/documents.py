@@ -97,8 +97,8 @@ def read_document(
     try: ids = exact_ids(model.tokenizer, text)
     except ValueError as e:
         has_returns = model.tokenizer.unknown('\r') and '\r' in text
-        advice = "; its lines end in CRLF, and the model's in LF: convert it with tr -d '\\r'" if has_returns else ''
-        raise ValueError(f'{path}: {e}{advice}') from None
+        advice = "; its lines end in CRLF, those of the model in LF: convert it with tr -d '\\r'"
+        raise ValueError(f'{path}: {e}{advice if has_returns else ""}') from None
     return Document(str(path), text, torch.tensor(ids))
 
 # %% ../nbs/88_documents.ipynb #a207d932
@@ -154,7 +154,7 @@ def score_documents(
 )->tuple[list,Tensor|None]: # Rows, and the nats of the tokens of the first document where they are exact
     "Score documents one by one, and together if there are several"
     if rule is None:
-        rows = [score_bound(model, doc, n, s) for doc,s in zip(docs, [independent_seed(seed, i) for i in range(len(docs))])]
+        rows = [score_bound(model, doc, n, independent_seed(seed, i)) for i,doc in enumerate(docs)]
         nats = None
     else:
         row,nats = score_exact(model, docs[0], rule)

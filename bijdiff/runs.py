@@ -215,7 +215,8 @@ def _print_start(options, learn, device, bf16):
     n_train,n_valid = len(dls.train.dataset.ids),len(dls.valid.dataset.ids)
     n_parameters = sum(p.numel() for p in model.parameters())
     vocabulary = f'vocabulary of {dls.tokenizer.vocab_size}'
-    print(f"{visible(options['corpus'])}: {n_train:,} tokens for training, {n_valid:,} held out, {vocabulary}")
+    corpus = visible(options['corpus'])
+    print(f'{corpus}: {n_train:,} tokens for training, {n_valid:,} held out, {vocabulary}')
     place = f"on {device} in {'bfloat16' if bf16 else 'float32'}"
     print(f'{n_parameters:,} parameters, {model.backbone.extra_repr()}, {place}')
     print('bound in bits per character; log-det in nats per token\n')

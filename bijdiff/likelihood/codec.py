@@ -66,7 +66,7 @@ def _decode(view, words, n, rule, bs, progress):
     coder = stream.queue.RangeDecoder(words)
     ids = torch.full((n,), view.mask_id)
     try:
-        for x in chunk_batches(ids, view.seq_len, bs):                     # views of ids, which are written into
+        for x in chunk_batches(ids, view.seq_len, bs):                       # x is written into ids
             x.copy_(unmask(view, x, rule, _reader(coder), progress=progress))
     except AssertionError: return None                                       # raised by the coder
     return ids
