@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
-from ..checks import check, check_floats, check_fraction, check_one_of, check_type, check_whole, is_whole
+from ..checks import check, check_floats, check_fraction, check_one_of, check_type, check_whole
 from .bijection import Bijection, sum_log_determinants
 from .lattice import require_lattice
 from .coupling import AdditiveCoupling, alias, call_unchanged, check_mask, ChunkedUpdate
@@ -74,8 +74,8 @@ class BlockMixer(nn.Module):
     ):
         super().__init__()
         head_dim(d_model, n_heads)
-        ok = local_window==0 or (is_whole(local_window) and local_window>0 and local_window%2==1)
-        check(ok, 'local_window', local_window, 'an odd number of positions, or 0 for no local mixing')
+        check_whole('local_window', local_window, 0)
+        check(local_window%2 or not local_window, 'local_window', local_window, 'an odd number, or 0 for none')
         self.local_norm = AdaptiveNorm(d_model, cond_dim) if local_window else None
         self.local = LocalMixing(d_model, local_window) if local_window else None
         self.attn_norm = AdaptiveNorm(d_model, cond_dim)
@@ -169,7 +169,7 @@ def count_bijective(
     check_fraction('bijective_ratio', bijective_ratio)
     n = n_bijective_layers
     if n is None: return round(bijective_ratio*n_layers)
-    check(is_whole(n) and 0<=n<=n_layers, 'n_bijective_layers', n, f'a whole number from 0 to {n_layers=}')
+    check_whole('n_bijective_layers', n, 0, n_layers)
     if bijective_ratio not in (1., n/n_layers):
         raise ValueError(f'n_bijective_layers is {n} and bijective_ratio is {bijective_ratio}, '
                          'which disagree; give one of them')
@@ -195,7 +195,7 @@ class TimeEmbedding(nn.Module):
     def forward(self,
         t:Tensor, # Times in [0, 1], (B,)
     )->Tensor: # (B, dim)
-        self.freqs = self.freqs.to(self.net[0].weight)                              # moved the first time alone
+        self.freqs = self.freqs.to(self.net[0].weight)               # moved the first time alone
         angles = t[:,None].to(self.freqs)*self.freqs
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
