@@ -16,13 +16,15 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from ..checks import check, check_number, check_type, check_whole, optional
 from ..locks import FolderLock
-from ..records import check_count, check_flag, check_float, check_names, check_tensors, dict_of, list_of, record_of
-from ..records import environment, environment_changes, pack_lists, unpack_lists, with_prefix
+from ..records import check_count, check_flag, check_float, check_names, check_tensors
+from ..records import dict_of, list_of, record_of, with_prefix
+from ..records import environment, environment_changes, pack_lists, plain_values, unpack_lists
 from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_optimizer
 from ..model.files import naming, parse_json, read_header, read_tensors
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
-from .callbacks import declared_attrs, EMACallback, FitCallback, numbered, saved_attrs, undeclared_attrs
+from .callbacks import declared_attrs, EMACallback, FitCallback, numbered
+from .callbacks import saved_attrs, undeclared_attrs
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
@@ -55,12 +57,10 @@ def _upgrade(meta):
     check_whole('the number of complete fits', n_fits, 0, 1000)
     fits = [None]*n_fits+[dict(epochs=meta.pop('n_epoch'))]
     records = {name:record for name,record in records.items() if record}
-    new = dict(fits=fits, complete=False, records=dict(plain=records), environment={}, zero_gradients=[], unsaved=[])
-    return meta|new
+    new = dict(fits=fits, complete=False, records=dict(plain=records), environment={})
+    return meta|new|dict(zero_gradients=[], unsaved=[])
 
 # %% ../../nbs/training/76_checkpoint.ipynb #99e66119
-def _checkpoint_hash(tensors, rest): return tensors_hash(tensors, rest.encode())
-
 def read_checkpoint(
     folder, # Folder that CheckpointCallback wrote to
 )->tuple[dict,dict]: # Tensors by name, and the other records
@@ -75,7 +75,7 @@ def read_checkpoint(
         expected = f'this bijdiff reads versions 2 and {_VERSION}'
         raise ValueError(f'{path} has format version {version:.20}; {expected}')
     tensors = read_tensors(path)
-    if meta.get('hash')!=_checkpoint_hash(tensors, rest):
+    if meta.get('hash')!=tensors_hash(tensors, rest.encode()):
         raise ValueError(f'{path} is damaged: its hash does not match its contents')
     with naming(path):
         meta = parse_json(rest, 'the records')
@@ -94,14 +94,10 @@ def check_options(
     if names: raise ValueError(f'cannot resume with a different configuration: {changes}')
 
 # %% ../../nbs/training/76_checkpoint.ipynb #611942c1
-def _plain(o):
-    "Return an object as it comes back from JSON"
-    return json.loads(json.dumps(o, default=lambda v: v.item() if hasattr(v, 'item') else list(v)))
-
 def _records(cbs):
     "Return what callbacks have declared, as plain values"
     named = ((name,{k:getattr(cb, k) for k in saved_attrs(cb)}) for name,cb in numbered(cbs))
-    return _plain({name:record for name,record in named if record})
+    return plain_values({name:record for name,record in named if record})
 
 def _restorable(cbs, records, version):
     "Check records; return triples of a callback, the name of an attribute and its value"
@@ -127,7 +123,7 @@ def _fit_options(learn):
     hypers = [{k:h[k] for k in ('lr','wd') if k in h} for h in learn.opt.hypers]
     schedules = [_schedule(cb) for cb in learn.cbs if isinstance(cb, ParamScheduler)]
     epochs = dict(epochs=learn.n_epoch, first_epoch=learn.first_epoch)
-    return _plain(epochs|dict(hypers=hypers, schedules=schedules))
+    return plain_values(epochs|dict(hypers=hypers, schedules=schedules))
 
 def _text_hash(tokenizer, ids):
     "Return the number of tokens of a text, and a hash of them and of the vocabulary"
@@ -140,7 +136,7 @@ def _network_and_text(learn):
     text,held_out = (_text_hash(dls.tokenizer, dl.dataset.ids) for dl in (dls.train, dls.valid))
     precision = str(learn.autocast.dtype) if hasattr(learn, 'autocast') else None
     run = dict(seed=learn.corruption.seed, batches=len(dls.train), processes=max(num_distrib(), 1))
-    return _plain(asdict(base_model(learn.model).config)|run|dict(
+    return plain_values(asdict(base_model(learn.model).config)|run|dict(
         text=text, held_out=held_out, autocast=precision))
 
 # %% ../../nbs/training/76_checkpoint.ipynb #0e347e64
@@ -176,8 +172,7 @@ class CheckpointCallback(FitCallback):
 
     def before_epoch(self):                                # later callbacks have begun their fit only now
         if self.epoch==self.learn.first_epoch:
-            later = undeclared_attrs([cb for cb in self.learn.cbs if cb.order>self.order])
-            self.undeclared |= later
+            self.undeclared |= undeclared_attrs([cb for cb in self.learn.cbs if cb.order>self.order])
     def after_epoch(self): self._write(False)
     def after_fit(self):
         if self._done()==self.n_epoch and not self.is_skipping: self._write(True)
@@ -201,7 +196,7 @@ def close(self:CheckpointCallback):
 @patch
 def _all_options(self:CheckpointCallback):
     "Return the options of the run, the decay of the average among them"
-    return _plain({**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None})
+    return plain_values({**self.options, 'ema':self.learn.ema.decay if hasattr(self.learn, 'ema') else None})
 
 @patch
 def _done(self:CheckpointCallback):
@@ -226,12 +221,12 @@ def _content(self:CheckpointCallback, is_complete):
     tensors |= {f'list.{k}':v for k,v in lists.items()}
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     smooth = self.recorder.smooth_loss
-    meta = dict(options=self._all_options(), fits=self.fits, complete=is_complete, done=self._done(), opt=plain,
-                smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
+    meta = dict(options=self._all_options(), fits=self.fits, complete=is_complete, done=self._done(),
+                opt=plain, smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
                 records=records, environment=environment(self.dls.device), zero_gradients=zero,
                 unsaved=self._unsaved())
-    rest = json.dumps(_plain(meta))
-    header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=_checkpoint_hash(tensors, rest))
+    rest = json.dumps(plain_values(meta))
+    header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=tensors_hash(tensors, rest.encode()))
     return to_safetensors(tensors, header)
 
 @patch
@@ -251,9 +246,8 @@ def _check_same(self:CheckpointCallback, meta):
     i,fits = len(self.fits)-1,meta['fits']
     expected = f'fit {len(fits)} of this learner, which the checkpoint belongs to, or one before'
     check(i<len(fits), 'this fit', i+1, expected)
-    then,now = fits[i] or {},self.fits[i]
-    if then: now = {k:v for k,v in now.items() if k in then}
-    else: now = {}
+    then = fits[i] or {}
+    now = {k:v for k,v in self.fits[i].items() if k in then}
     check_options(meta['options']|then, self._all_options()|now)
     known = meta['network_and_text']
     check_options(known, {k:v for k,v in self.network_and_text.items() if k in known or meta['version']>2})
