@@ -2,10 +2,10 @@
 
     python benchmarks/interruptions.py --n 6
 
-Four trainings (accumulated gradients; float16 with an average; several fits; the command with its report) are
-interrupted in four ways: SIGKILL, SIGTERM, Ctrl-C, and a disk that is full from a random moment on. A training
-is resumed until it ends, and may be interrupted again. Each run is a fork of this process, which has imported
-everything and computed nothing. The moment is drawn from the time of an uninterrupted run."""
+Four trainings (accumulated gradients; float16 with an average; several fits; the command with its report)
+are interrupted in four ways: SIGKILL, SIGTERM, Ctrl-C, and a disk that is full from a random moment on. A
+training is resumed until it ends, and may be interrupted again. Each run is a fork of this process, which has
+imported everything and computed nothing. The moment is drawn from the time of an uninterrupted run."""
 import hashlib
 import json
 import os
@@ -70,7 +70,8 @@ def half_precision(folder):
     finish(folder, learn)
 
 def several_fits(folder):
-    learn = learner(folder, EMACallback(.9), SaveModelCallback('bound', fname='best'), GradientAccumulation(40))
+    best = SaveModelCallback('bound', fname='best')
+    learn = learner(folder, EMACallback(.9), best, GradientAccumulation(40))
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(3, 1e-2)
         learn.fit(3, 3e-3)
@@ -81,9 +82,10 @@ def whole_command(folder):
     "Train as bijdiff_train does, with its report, on the first characters of a corpus"
     text = folder.parent/'text.txt'
     if not text.exists(): text.write_text(pydoc_corpus()[:6000], encoding='utf-8')
-    options = dict(corpus=str(text), config=None, split='train', column='text', tokenizer='char', seq_len=16,
-                   bs=16, epochs=6, lr=1e-2, store_activations=True, lambda_likelihood=0., lambda_invert=0.,
-                   mask=1., substitute=0., delete=0., objective='bound', schedule='half_cosine', T=None, seed=42)
+    data = dict(corpus=str(text), config=None, split='train', column='text', tokenizer='char')
+    noise = dict(mask=1., substitute=0., delete=0., schedule='half_cosine', T=None)
+    terms = dict(objective='bound', lambda_likelihood=0., lambda_invert=0.)
+    options = data|noise|terms|dict(seq_len=16, bs=16, epochs=6, lr=1e-2, store_activations=True, seed=42)
     train(folder, (folder/CHECKPOINT).exists(), 'cpu', 'float32', **options, **SIZE)
 
 JOBS = {f.__name__:f for f in (accumulated, half_precision, several_fits, whole_command)}

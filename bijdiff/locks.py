@@ -23,7 +23,7 @@ _busy = errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK
 def _is_free(fd):
     "Lock an open file; return False where another holder has locked it"
     try: _lock_file(fd)
-    except OSError as e: return e.errno not in _busy        # a file system without locks: all are free
+    except OSError as e: return e.errno not in _busy        # some file systems have no locks
     return True
 
 def _is_at(fd, path):

@@ -23,7 +23,8 @@ from ..records import unpack_optimizer, with_prefix
 from ..model.headers import read_header, read_tensors
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
-from .callbacks import declared_attrs, EMACallback, FitCallback, numbered, saved_attrs, undeclared_attrs
+from .callbacks import declared_attrs, EMACallback, FitCallback, numbered
+from .callbacks import saved_attrs, undeclared_attrs
 
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
@@ -56,12 +57,10 @@ def _upgrade(meta):
     check_whole('the number of complete fits', n_fits, 0, 1000)
     fits = [None]*n_fits+[dict(epochs=meta.pop('n_epoch'))]
     records = {name:record for name,record in records.items() if record}
-    new = dict(fits=fits, complete=False, records=dict(plain=records), environment={}, zero_gradients=[], unsaved=[])
-    return meta|new
+    new = dict(fits=fits, complete=False, records=dict(plain=records), environment={})
+    return meta|new|dict(zero_gradients=[], unsaved=[])
 
 # %% ../../nbs/training/76_checkpoint.ipynb #99e66119
-def _checkpoint_hash(tensors, rest): return tensors_hash(tensors, rest.encode())
-
 def read_checkpoint(
     folder, # Folder that CheckpointCallback wrote to
 )->tuple[dict,dict]: # Tensors by name, and the other records
@@ -76,7 +75,7 @@ def read_checkpoint(
         expected = f'this bijdiff reads versions 2 and {_VERSION}'
         raise ValueError(f'{path} has format version {version:.20}; {expected}')
     tensors = read_tensors(path)
-    if meta.get('hash')!=_checkpoint_hash(tensors, rest):
+    if meta.get('hash')!=tensors_hash(tensors, rest.encode()):
         raise ValueError(f'{path} is damaged: its hash does not match its contents')
     with naming(path):
         meta = parse_json(rest, 'the records')
@@ -173,8 +172,7 @@ class CheckpointCallback(FitCallback):
 
     def before_epoch(self):                                # later callbacks have begun their fit only now
         if self.epoch==self.learn.first_epoch:
-            later = undeclared_attrs([cb for cb in self.learn.cbs if cb.order>self.order])
-            self.undeclared |= later
+            self.undeclared |= undeclared_attrs([cb for cb in self.learn.cbs if cb.order>self.order])
     def after_epoch(self): self._write(False)
     def after_fit(self):
         if self._done()==self.n_epoch and not self.is_skipping: self._write(True)
@@ -223,12 +221,12 @@ def _content(self:CheckpointCallback, is_complete):
     tensors |= {f'list.{k}':v for k,v in lists.items()}
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     smooth = self.recorder.smooth_loss
-    meta = dict(options=self._all_options(), fits=self.fits, complete=is_complete, done=self._done(), opt=plain,
-                smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
+    meta = dict(options=self._all_options(), fits=self.fits, complete=is_complete, done=self._done(),
+                opt=plain, smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
                 records=records, environment=environment(self.dls.device), zero_gradients=zero,
                 unsaved=self._unsaved())
     rest = json.dumps(plain_values(meta))
-    header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=_checkpoint_hash(tensors, rest))
+    header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=tensors_hash(tensors, rest.encode()))
     return to_safetensors(tensors, header)
 
 @patch
@@ -248,9 +246,8 @@ def _check_same(self:CheckpointCallback, meta):
     i,fits = len(self.fits)-1,meta['fits']
     expected = f'fit {len(fits)} of this learner, which the checkpoint belongs to, or one before'
     check(i<len(fits), 'this fit', i+1, expected)
-    then,now = fits[i] or {},self.fits[i]
-    if then: now = {k:v for k,v in now.items() if k in then}
-    else: now = {}
+    then = fits[i] or {}
+    now = {k:v for k,v in self.fits[i].items() if k in then}
     check_options(meta['options']|then, self._all_options()|now)
     known = meta['network_and_text']
     check_options(known, {k:v for k,v in self.network_and_text.items() if k in known or meta['version']>2})
