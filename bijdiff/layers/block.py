@@ -75,7 +75,7 @@ class BlockMixer(nn.Module):
         super().__init__()
         head_dim(d_model, n_heads)
         check_whole('local_window', local_window, 0)
-        check(local_window%2 or not local_window, 'local_window', local_window, 'an odd number, or 0 for none')
+        check(local_window%2 or not local_window, 'local_window', local_window, 'an odd number, or 0')
         self.local_norm = AdaptiveNorm(d_model, cond_dim) if local_window else None
         self.local = LocalMixing(d_model, local_window) if local_window else None
         self.attn_norm = AdaptiveNorm(d_model, cond_dim)
