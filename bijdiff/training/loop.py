@@ -11,6 +11,7 @@ from fastai.basics import *
 from fastai.callback.all import * # fit_one_cycle and lr_find among them
 from fastai.torch_core import get_random_states, set_random_states
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from ..checks import check
 from ..layers.lattice import LatticeError
 from ..display import show_pairs
@@ -120,14 +121,13 @@ _most_at_first = 1e8
 @torch.no_grad()
 def _gradient_norms(opt):
     "Return the norm of the gradients, that of the steps before by Adam's average, and the number of steps"
-    now,squares,n = [],[],0
-    for p,_,state,hyper in opt.all_params(with_grad=True):
-        now.append(p.grad.norm())
-        n = max(n, int(state.get('step', 0)))
-        if (square := state.get('sqr_avg')) is None: continue
-        squares.append(square.sum()/(1-hyper.get('sqr_mom', 0)**max(state.get('step', 1), 1)))
-    norm = lambda o: torch.stack(o).float().norm().item() if o else 0.
-    return norm(now), norm([o.sqrt() for o in squares]), n
+    params = list(opt.all_params(with_grad=True))
+    now = get_total_norm([p.grad for p,*_ in params]).item()
+    squares = [state['sqr_avg'] for *_,state,_ in params if 'sqr_avg' in state]
+    n = max((state.get('step', 0) for *_,state,_ in params), default=0)
+    if not squares or not n: return now, 0., n
+    debias = 1-opt.hypers[0]['sqr_mom']**n
+    return now, (get_total_norm(squares, 1).item()/debias)**.5, n
 
 @patch
 def _step(self:DiffusionLearner):
