@@ -12,6 +12,7 @@ from itertools import zip_longest
 import matplotlib.pyplot as plt
 import torch
 from matplotlib import font_manager
+from .checks import check, check_number, check_whole
 from .display import visible
 from .data.tokens import MASK_CHAR, Tokenizer
 
@@ -30,6 +31,13 @@ def _evenly_chosen(frames, n):
     n = min(n, len(frames))
     return [frames[round(i*(len(frames)-1)/max(n-1, 1))] for i in range(n)]
 
+def _check_frames(frames, tokenizer, n, which):
+    "Check frames, the tokenizer, the number of frames and the index of a sequence"
+    check(isinstance(frames, list|tuple) and len(frames), 'frames', frames, 'a list of ids, not empty')
+    check(hasattr(tokenizer, 'decode'), 'tokenizer', tokenizer, 'a tokenizer')
+    check_whole('n', n)
+    check_whole('which', which, 0, len(frames[0])-1)
+
 def film_strip(
     frames:list, # Ids after each step, each (n, L), collected by sample
     tokenizer:Tokenizer, # Tokenizer of the model
@@ -37,6 +45,7 @@ def film_strip(
     which:int=0, # Index of the sequence shown
 )->str: # One frame a line, line breaks shown as ⏎, other control characters as signs
     "Show in text how a sequence appears"
+    _check_frames(frames, tokenizer, n, which)
     return '\n'.join(visible(tokenizer.decode(f[which])) for f in _evenly_chosen(frames, n))
 
 # %% ../nbs/69_pictures.ipynb #19967780
@@ -99,6 +108,8 @@ def plot_film_strip(
     width:int=64, # Characters of a line
 ):
     "Show in a picture how a sequence appears; characters new since the frame before are red"
+    _check_frames(frames, tokenizer, n, which)
+    check_whole('width', width)
     shown = [f[which] for f in _evenly_chosen(frames, n)]
     n_lines = math.ceil(max(map(len, shown))/width)
     figsize = width*.08, len(shown)*(n_lines*.16+.1)
@@ -117,6 +128,10 @@ def plot_bits(
     top:float=8., # Bits of the darkest colour
 ):
     "Plot the beginning of a text, each character on a background coloured by its bits"
+    check(isinstance(chars, list|tuple) and len(chars), 'chars', chars, 'a list of pairs, not empty')
+    check_whole('n', n)
+    check_whole('width', width)
+    check_number('top', top, above=0)
     chars = chars[:n]
     n_lines = math.ceil(len(chars)/width)
     fig,ax = closed_subplots(figsize=(width*.085+1, max(n_lines*.17+.3, 1)))

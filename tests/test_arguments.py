@@ -7,6 +7,8 @@ from functools import partial
 from math import inf, nan
 import numpy as np
 import pytest, torch
+from fastai.basics import Callback, DataLoaders
+from matplotlib.figure import Figure
 from torch import nn
 import bijdiff.all as everything
 from bijdiff.all import *
@@ -71,6 +73,7 @@ WRONG = dict(
     count0=counts,
     count=[*counts, 0],
     count2=[*counts, 0, 1],
+    bytes=[*counts, 0, 255],
     odd=[*counts, 0, 2],
     window=[*counts[:-1], 2],
     some=[*counts, 0, inf][1:],
@@ -101,6 +104,9 @@ WRONG = dict(
     name=[*nothing, 'nope', 3, [1]],
     tokenizer=[*nothing, 'x', 3, nn.Linear(2, 2)],
     data=[*nothing, 'x', 3, [1]],
+    frames=[*nothing, 'x', 3, []],
+    index=[*counts, 2],
+    path=[*nothing, 3, b'x'],
 )
 
 # Values that mean the same as a valid one
@@ -148,6 +154,9 @@ mlp = dict(coupling_hidden_dim=('some', 8), coupling_depth=('count', 2), local_w
 kinds = dict(attention=('name', 'standard'), ffn=('name', 'standard'))
 stack = dict(n_layers=('count', 1), reversible=('flag', True), time_conditioning=('flag', False))
 tests = dict(n_null=('count2', 19), seed=('seed', 0), min_cycles=('count', 2))
+
+frames = dict(
+    frames=('frames', [xt, x0]), tokenizer=('tokenizer', model.tokenizer), n=('count', 2), which=('index', 1))
 
 CALLS = {
     'canonical': (canonical, any_model),
@@ -269,6 +278,30 @@ CALLS = {
         enable_multiscale=('flag', False), segment_length=('count', 4))),
     'layer_by_layer': (layers_of, dict(stack=('stack', BijectiveTransformer(1, 8, 2)), x=('state', state))),
 
+    'film_strip': (film_strip, frames),
+    'plot_film_strip': (plot_film_strip, frames | dict(width=('count', 64))),
+    'plot_bits': (plot_bits, dict(
+        chars=('frames', [('a', 1.), ('b', 2.)]), n=('count', 2), width=('count', 8), top=('positive', 8.))),
+    'split_text': (split_text, dict(text=('string', 'abcd'), valid_pct=('inside', .5))),
+    'load_corpus': (load_corpus, dict(name=('path', 'pydoc'))),
+    'get_tokenizer': (lambda tokenizer, text: get_tokenizer(tokenizer, text), dict(
+        tokenizer=('name', 'char'), text=('string', 'abc'))),
+    'CharTokenizer': (CharTokenizer, dict(chars=('string', 'abc'))),
+    'BPETokenizer': (BPETokenizer, dict(json=('string', BPETokenizer.train('abc').json))),
+    'BPETokenizer.train': (BPETokenizer.train, dict(text=('string', 'abc'), vocab_size=('bytes', 300))),
+    'ByteTokenizer': (ByteTokenizer().encode, dict(text=('string', 'abc'))),
+    'CharTokenizer.encode': (model.tokenizer.encode, dict(text=('string', 'abc'))),
+    'text_dls': (text_dls, dict(
+        corpus=('string', 'abcd'*99), tokenizer=('name', 'char'), seq_len=('count', 4), bs=('count', 2),
+        valid_pct=('inside', .5))),
+
+    'EMACallback': (EMACallback, dict(decay=('inside', .9))),
+    'ProbeCallback': (ProbeCallback, dict(every=('count', 2), n_texts=('count', 2), seed=('seed', 0))),
+    'BlockNormCallback': (BlockNormCallback, dict(every=('count', 2))),
+    'RunLogCallback': (RunLogCallback, dict(path=('path', 'log'), every=('count', 2))),
+    'TensorBoardCallback': (TensorBoardCallback, dict(path=('path', 'log'), every=('count', 2))),
+    'ExpertCallback': (ExpertCallback, dict(every=('count', 2), n_texts=('count', 2))),
+
     'area_under_curve': (area_under_curve, dict(curve=('curve', series))),
     'epochs_to_target': (epochs_to_target, dict(curve=('curve', series), target=('number', 1.5))),
     'seed_interval': (seed_interval, dict(values=('curve', series), level=('inside', .9))),
@@ -288,12 +321,9 @@ for name,layer in LAYERS.items():
 
 # Public names whose arguments are tested elsewhere: of data, training, files and pictures; and plain records
 ELSEWHERE = set('''
-    load_corpus pydoc_corpus read_text split_text text_dls BPETokenizer ByteTokenizer CharTokenizer
-    get_tokenizer DenoiserConfig Denoiser DenoiserOutput Estimate Score Bijection LatticeError
-    diffusion_learner EMACallback TableCallback CheckpointCallback BlockNormCallback
-    LatticeUsageCallback ProbeCallback RunLogCallback TensorBoardCallback ExpertCallback
-    compress_file decompress_file film_strip plot_film_strip plot_bits plot_runs plot_spectrum
-    plot_trend
+    pydoc_corpus read_text DenoiserConfig Denoiser DenoiserOutput Estimate Score Bijection LatticeError
+    diffusion_learner TableCallback CheckpointCallback LatticeUsageCallback
+    compress_file decompress_file plot_runs plot_spectrum plot_trend
 '''.split())
 
 def test_every_public_function_is_here_or_tested_elsewhere():
@@ -315,6 +345,7 @@ def same(a, b):
     if isinstance(a, np.ndarray): return np.array_equal(a, b)
     if isinstance(a, list|tuple): return len(a)==len(b) and all(map(same, a, b))
     if hasattr(a, 'event_dim'): return a.n_axes==b.n_axes
+    if isinstance(a, Callback|Figure|DataLoaders): return type(a) is type(b)
     return a==b or a!=a
 
 WITH_ARGUMENT = [(name, argument) for name,(_,arguments) in CALLS.items() for argument in arguments]

@@ -9,7 +9,7 @@ __all__ = ['pydoc_corpus', 'read_text', 'load_corpus', 'as_text', 'split_text']
 import codecs, os
 from importlib.util import find_spec
 from pathlib import Path
-from ..checks import check, check_number
+from ..checks import check, check_number, check_type
 from ..files import check_source
 
 # %% ../../nbs/data/31_corpora.ipynb #5b64958c
@@ -101,10 +101,11 @@ def load_corpus(
     as_bytes:bool=False, # Keep bytes of a file that are not UTF-8, for a byte tokenizer
 )->str:
     "Load a corpus by its name"
+    check_type('name', name, str|Path)
     if name=='pydoc': return pydoc_corpus()
     path = Path(name).expanduser()
     if _names_file(name, path): return read_text(path, as_bytes)
-    return _dataset_text(name, config, split, column)
+    return _dataset_text(str(name), config, split, column)
 
 # %% ../../nbs/data/31_corpora.ipynb #60c88d73
 def _could_be_file(s):
@@ -132,6 +133,7 @@ def split_text(
     valid_pct:float=0.1, # Fraction held out at the end, between 0 and 1
 )->tuple[str,str]: # Training and held-out text
     "Split a text by position: the last part is held out"
+    check_type('text', text, str)
     check_number('valid_pct', valid_pct, above=0, below=1)
     n = int(len(text)*(1-valid_pct))
     return text[:n],text[n:]

@@ -10,7 +10,8 @@ __all__ = ['MASK_CHAR', 'tokenizer_kinds', 'Tokenizer', 'CharTokenizer', 'ByteTo
 from collections import Counter
 import tokenizers
 from fastcore.basics import store_attr
-from ..checks import check, check_ids, check_keys, check_one_of, check_type, parse_json
+from ..checks import check, check_ids, check_keys, check_one_of, check_type, check_whole
+from ..checks import parse_json
 
 # %% ../../nbs/data/30_tokens.ipynb #f99bb33a
 MASK_CHAR = '░'
@@ -27,7 +28,15 @@ def _split_at_masks(ids, mask_id):
     yield run
 
 class Tokenizer:
-    "Base of the vocabularies: subclasses define `kind`, `fields`, `vocab_size`, `encode` and `_decode`"
+    "Base of the vocabularies: subclasses define `kind`, `fields`, `vocab_size`, `_encode` and `_decode`"
+    def encode(self,
+        text:str, # Text to encode
+        replace:bool=False, # Write � for characters outside the vocabulary, if it has �
+    )->list[int]: # Ids in 0..V-1
+        "Turn text into ids"
+        check_type('text', text, str)
+        return self._encode(text, replace)
+
     def decode(self,
         ids, # Ids in 0..V, a list or a one-dimensional tensor; V is the mask
     )->str: # Text, masks as ░
@@ -67,11 +76,7 @@ class CharTokenizer(Tokenizer):
     def unknown(self, text:str)->Counter: return Counter(c for c in text if c not in self._id)
     def _decode(self, ids): return ''.join(self.chars[i] for i in ids)
 
-    def encode(self,
-        text:str, # Text to encode
-        replace:bool=False, # Write � for unknown characters, if the vocabulary has it
-    )->list[int]: # Ids in 0..V-1
-        "Turn text into ids"
+    def _encode(self, text, replace):
         replacement = self._id.get('�') if replace else None
         if replacement is None: self._check_known(text, replace)
         return [self._id.get(c, replacement) for c in text]
@@ -91,8 +96,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
     @classmethod
     def train(cls, text:str): return cls()
-    def encode(self, text:str, replace:bool=False)->list[int]:
-        return list(text.encode('utf-8', 'surrogateescape'))
+    def _encode(self, text, replace): return list(text.encode('utf-8', 'surrogateescape'))
     def _decode(self, ids): return bytes(ids).decode('utf-8', 'replace')
 
 # %% ../../nbs/data/30_tokens.ipynb #c3edf9d8
@@ -159,6 +163,8 @@ class BPETokenizer(Tokenizer):
         vocab_size:int=1024, # Size of the vocabulary, at least 256
     ):
         "Learn the byte pairs of a text"
+        check_type('text', text, str)
+        check_whole('vocab_size', vocab_size, 256)
         bpe = _byte_pairs()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
@@ -168,7 +174,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def vocab_size(self)->int: return self.bpe.get_vocab_size()
-    def encode(self, text:str, replace:bool=False)->list[int]:
+    def _encode(self, text, replace):
         text.encode('utf-8')                # a ValueError for a lone surrogate, in place of a TypeError
         return self.bpe.encode(text).ids
     def _decode(self, ids): return self.bpe.decode(ids)
@@ -186,6 +192,7 @@ def get_tokenizer(
     text:str, # Training text
 )->Tokenizer:
     "Return a tokenizer of this kind, trained on a text"
+    check_type('text', text, str)
     return _tokenizer_class(kind).train(text)
 
 def tokenizer_from_dict(

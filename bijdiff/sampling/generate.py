@@ -189,6 +189,7 @@ def infill_template(
     "Return the ids of a text with masks in its blanks, of equal numbers"
     check_type('text', text, str)
     optional(check_whole)('blank', blank)
+    check_denoiser(model)
     _check_known(model.tokenizer, text)
     known,room = _encode(model, _BLANK.split(text), 'text', length)
     n_blanks = len(known)-1

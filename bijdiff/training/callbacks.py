@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastai.basics import *
 from fastai.callback.all import *
-from ..checks import check, check_type
+from ..checks import check_number, check_type
 from ..records import check_count, check_flag, check_float, dict_of, frozen_attrs, list_of
 from ..layers.block import layer_by_layer
 from ..likelihood.bounds import prior_nats, reconstruction_nats
@@ -139,7 +139,7 @@ class EMACallback(FitCallback):
     def __init__(self,
         decay:float=0.999, # Fraction of the average kept at each step, in (0, 1); less in the first steps
     ):
-        check(0<decay<1, 'decay', decay, 'a number between 0 and 1')
+        check_number('decay', decay, above=0, below=1)
         store_attr()
     def before_fit(self):
         super().before_fit()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastai.basics import *
 from torch import nn, Tensor
-from ..checks import check_seed, check_whole
+from ..checks import check_seed, check_type, check_whole
 from ..records import check_count, check_float, dict_of, list_of, record_of
 from ..layers.lattice import lattice_limit
 from ..layers.block import layer_by_layer
@@ -41,6 +41,7 @@ class ProbeCallback(FitCallback):
     ):
         check_whole('every', every)
         check_whole('n_texts', n_texts)
+        check_seed(seed)
         store_attr()
 
     def before_fit(self):
@@ -63,7 +64,7 @@ def _fixed_batch(self:ProbeCallback):
     t = (torch.arange(len(x))+.5)/len(x)
     T = c.corruption.T
     if T: t = (t*T).ceil()/T
-    g = torch.Generator().manual_seed(check_seed(self.seed))
+    g = torch.Generator().manual_seed(int(self.seed))
     noisy = NoisyBatch(*(o.to(self.dls.device) for o in c.corruption.corrupt(x, t, g)))
     x,t = x.to(self.dls.device),t.to(self.dls.device)
     return c.inputs(noisy, t),c.targets(x, noisy, t)
@@ -169,6 +170,7 @@ class RunLogCallback(FitCallback):
         path, # File; lines are added to its content
         every:int=10, # Steps between two lines
     ):
+        check_type('path', path, str|Path)
         check_whole('every', every)
         self.path = Path(path)
         self.every = every
