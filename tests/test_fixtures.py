@@ -1,16 +1,18 @@
-"""Files of version 0.1, written by tools/make_fixtures.py, are read: model, checkpoint, compressed text."""
+"""Files of earlier versions, written by tools/make_fixtures.py, are read: model, checkpoint, compressed text."""
 import importlib.util
 import json
 import shutil
 from pathlib import Path
 import pytest
 import torch
+from fastai.callback.all import GradientAccumulation
 from safetensors import safe_open
 from safetensors.torch import save_file
 from bijdiff.likelihood.codec import decompress, fingerprint
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.model.saving import tensors_hash
 from bijdiff.testing import quiet_fit
+from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.checkpoint import CHECKPOINT, CheckpointCallback, read_checkpoint
 
 root = Path(__file__).parent.parent
@@ -46,6 +48,17 @@ def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path):
     state = learn.model.state_dict()
     before = {k.removeprefix('model.'):v for k,v in tensors.items() if k.startswith('model.')}
     assert before.keys()==state.keys() and any(not torch.equal(v, state[k]) for k,v in before.items())
+
+def test_a_checkpoint_of_format_3_is_resumed(tmp_path):
+    "With accumulated gradients and averages"
+    made = root/'tests'/'fixtures'/'checkpoint_3'
+    tensors,meta = read_checkpoint(made)
+    assert meta['version']==3 and meta['done']==2 and any(k.startswith('grad.') for k in tensors)
+    shutil.copy(made/CHECKPOINT, tmp_path)
+    more = GradientAccumulation(40),EMACallback(.9)
+    learn = make_fixtures().learner(CheckpointCallback(tmp_path, resume=True), *more)
+    quiet_fit(learn, 3)
+    assert len(learn.recorder.values)==3
 
 def rewritten(path, **changes):
     "Write a safetensors file again with other entries in its header"

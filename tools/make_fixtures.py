@@ -2,7 +2,7 @@
 
     python tools/make_fixtures.py FOLDER
 
-The files in tests/fixtures are never written again: a test reads them to see that old files are still read.
+FOLDER/0.1 has the formats of version 0.1, FOLDER/checkpoint_3 a checkpoint of format 3. The files in tests/fixtures are never written again: a test reads them to see that old files are still read.
 New kinds of files go to a new folder beside them."""
 import json
 import sys
@@ -15,9 +15,10 @@ from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.model.saving import tensors_hash
 from bijdiff.testing import quiet_fit, random_weights
+from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.checkpoint import CheckpointCallback
 from bijdiff.training.learner import diffusion_learner
-from fastai.callback.all import Callback, CancelFitException
+from fastai.callback.all import Callback, CancelFitException, GradientAccumulation
 
 TEXT = 'the quick brown fox jumps over the lazy dog. '*20
 SIZES = dict(d_model=8, n_heads=2, n_layers=1)
@@ -41,8 +42,13 @@ def uniform_model():
     model.tokenizer = CharTokenizer(' abcdefghijklmnopqrstuvwxyz')
     return model.eval()
 
-def main(folder):
-    "Write all files, and what they hold"
+def write_checkpoint_3(folder):
+    "Write a checkpoint with accumulated gradients and averages"
+    cbs = CheckpointCallback(folder), GradientAccumulation(40), EMACallback(.9), StopAfter(2)
+    quiet_fit(learner(*cbs), 3)
+
+def write_all(folder):
+    "Write a model, a compressed text and a checkpoint, and what they hold"
     model = uniform_model()
     blob = compress(model, b'a file that comes back', steps=4)
     (folder/'text.bij').write_bytes(blob)
@@ -55,6 +61,7 @@ def main(folder):
     (folder/'held.json').write_text(json.dumps(held, indent=1)+'\n')
 
 if __name__=='__main__':
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True)
-    main(folder)
+    for name,write in {'0.1':write_all, 'checkpoint_3':write_checkpoint_3}.items():
+        folder = Path(sys.argv[1])/name
+        folder.mkdir(parents=True)
+        write(folder)
