@@ -24,6 +24,7 @@ def _check_memory(options):
     "Check that the matrices of the MLPs alone are not larger than the memory of the machine"
     d_model,n_stacks = options['d_model'],options['n_experts'] or 1
     n_numbers = options['n_layers']*n_stacks*d_model*(options['coupling_hidden_dim'] or 4*d_model)
+    if not hasattr(os, 'sysconf'): return                                                  # on Windows
     memory = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     if 8*n_numbers>memory:
         needed = f'd_model, coupling_hidden_dim, n_layers and n_experts need {8*n_numbers/1e9:,.0f} GB'

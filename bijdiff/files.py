@@ -77,7 +77,7 @@ def _write_synced(path, content, mode):
     with open(path, 'xb', opener=lambda name,flags: os.open(name, flags, at_first)) as f:
         f.write(content)
         f.flush()
-        if mode is not None: os.fchmod(f.fileno(), mode & 0o777)
+        if mode is not None: os.chmod(path, mode & 0o777)
         os.fsync(f.fileno())
 
 def _publish(part, out, force):

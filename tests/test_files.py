@@ -64,8 +64,8 @@ def test_a_file_is_private_while_it_is_written(model, tmp_path, monkeypatch):
     path,seen = tmp_path/'play.txt',[]
     path.write_bytes(TEXT)
     path.chmod(0o604)
-    def fchmod(fd, mode): seen.append((stat.S_IMODE(os.fstat(fd).st_mode), mode))
-    monkeypatch.setattr(files.os, 'fchmod', fchmod)
+    def chmod(path, mode): seen.append((stat.S_IMODE(os.stat(path).st_mode), mode))
+    monkeypatch.setattr(files.os, 'chmod', chmod)
     compress_file(model, path, steps=2)
     assert seen==[(0o600, 0o604)]
 
