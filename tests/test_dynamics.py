@@ -285,10 +285,8 @@ def test_the_spectrum_shows_the_verdict(size):
     power,_,line = (curve.get_ydata() for curve in ax.lines)
     assert (power>line).any()==(o.p_value<.05)
     assert f'{o.period:.1f} steps, p = {o.p_value:.3f}' in ax.get_title()
-    D.plt.close('all')
 
 def test_pictures_of_runs_and_of_a_trend():
     y = trend(600)+.1*np.random.default_rng(0).standard_normal(600)
     assert [line.get_label() for line in plot_runs(dict(a=y, b=y)).lines]==['a', 'b']
     assert len(plot_trend(y).axes)==2
-    D.plt.close('all')

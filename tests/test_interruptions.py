@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 import pytest
 from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.testing import tiny_denoiser
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = 'checkpoint.safetensors'
@@ -66,7 +67,7 @@ COMMAND = Path(sys.executable).parent/'bijdiff_train'
 def test_a_run_that_stops_in_its_report_has_a_whole_model_and_goes_on(name, corpus, tmp_path):
     body,function,expected = STOPS[name]
     out = tmp_path/'m'
-    out.mkdir()
+    tiny_denoiser(4, 8).save_pretrained(out)
     for picture in ('training.png', 'film_strip.png'): (out/picture).write_bytes(b'of another model')
     script = tmp_path/'bijdiff_train.py'                       # its name makes it the command
     script.write_text(command.format(body, function))
