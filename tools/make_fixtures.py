@@ -2,8 +2,9 @@
 
     python tools/make_fixtures.py FOLDER
 
-FOLDER/0.1 has the formats of version 0.1, FOLDER/checkpoint_3 a checkpoint of format 3. The files in tests/fixtures are never written again: a test reads them to see that old files are still read.
-New kinds of files go to a new folder beside them."""
+FOLDER/0.1 has the formats of version 0.1, FOLDER/checkpoint_3 a checkpoint of format 3. The files in
+tests/fixtures are never written again: a test reads them to see that old files are still read. New kinds of
+files go to a new folder beside them."""
 import json
 import sys
 from pathlib import Path
