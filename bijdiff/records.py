@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 import torch
 from torch import nn, Tensor
-from .checks import check, check_number, check_type, check_whole
+from .checks import check, check_keys, check_number, check_type, check_whole
 
 # %% ../nbs/68_records.ipynb #c8fb9856
 def check_count(
@@ -64,9 +64,8 @@ def record_of(
 ): # A check of a dictionary
     "Return a check of a dictionary that has exactly these names"
     def check_record(name, value):
-        check_type(name, value, dict)
-        complete = set(checks)-set(may_lack)<=set(value)<=set(checks)
-        check(complete, f'the names in {name}', [*value], ', '.join(checks))
+        needed = [k for k in checks if k not in may_lack]
+        check_keys(name, value, needed, may_lack)
         for k,v in value.items(): checks[k](f'{name}[{k!r}]', v)
     return check_record
 

@@ -75,6 +75,7 @@ def _load_dataset(name, config, split):
         message = f'corpus {name!r} is not a file, and loading it as a data set failed: {reason}'
         raise ValueError(message) from None
 
+# %% ../../nbs/data/31_corpora.ipynb #951ad129
 def _dataset_text(name, config, split, column):
     "Return the texts of a data set, joined by blank lines"
     ds = _load_dataset(name, config, split)
@@ -87,6 +88,7 @@ def _dataset_text(name, config, split, column):
             raise ValueError(f'{row} is {text!r}; expected a text: choose another column')
     return '\n\n'.join(texts)
 
+# %% ../../nbs/data/31_corpora.ipynb #291d2454
 def _names_file(name, path):
     "Return True for the path of anything but a folder, and for a name that looks like one"
     if os.path.exists(path): return not os.path.isdir(path)

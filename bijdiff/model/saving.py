@@ -174,6 +174,7 @@ def _read_tokenizer(folder, strings, config):
         _check_tokenizer(tokenizer, config)
     return tokenizer
 
+# %% ../../nbs/model/41_saving.ipynb #312ee1b2
 def _read_weights(path, tensors, strings):
     "The tensors in a file, if they have the hash in its header; all of one precision, float32 or float64"
     weights = read_tensors(path)
@@ -202,6 +203,7 @@ def _load(cls, folder, device):
     model.tokenizer = tokenizer
     return model.to(device).eval()
 
+# %% ../../nbs/model/41_saving.ipynb #1db67dad
 def _from_hub(name):
     "Folder with the files of a repository on the Hugging Face Hub"
     import huggingface_hub
