@@ -238,8 +238,8 @@ def check_times(
     return t
 
 # %% ../nbs/00_checks.ipynb #884dc40b
-most_brackets = 2**18 # In one JSON text
-_most_depth = 20       # Of brackets inside brackets
+most_brackets = 2**18 # Largest number of brackets in one JSON text
+_most_depth = 20       # Largest depth of nested brackets
 
 @contextmanager
 def naming(

@@ -120,7 +120,7 @@ def _warnings_as_notes():
         show = warnings.showwarning
         def print_note(message, category, filename, *rest):
             if Path(__file__).parent not in Path(filename).parents: show(message, category, filename, *rest)
-            else: print(f'note: {message}')
+            else: print(f'note: {visible(str(message))}')
         warnings.showwarning = print_note
         yield
 
@@ -132,7 +132,7 @@ def _make_dls(options, device):
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter('always', UserWarning)
         dls = text_dls(text, options['tokenizer'], options['seq_len'], options['bs'], device=device)
-    for note in notes: print(f'note: {note.message}')
+    for note in notes: print(f'note: {visible(str(note.message))}')
     return dls
 
 def _network_options(options):

@@ -110,7 +110,7 @@ class AdditiveCoupling(Bijection):
 
 # %% ../../nbs/layers/03_coupling.ipynb #6cfccb68
 def _copy_if_unwatched(v):
-    "Return a copy of a tensor of `torch.inference_mode`, whose changes are not counted; else the value"
+    "Return a copy of a tensor of `torch.inference_mode`, whose changes are not counted; others unchanged"
     return v.clone() if isinstance(v, Tensor) and v.is_inference() else v
 
 def versions(
@@ -136,7 +136,7 @@ def call_unchanged(
     x2:Tensor, # Passive half, (..., d)
     **context, # Keywords of the function
 )->Tensor: # Update
-    "Call the function of a coupling, and check that its inputs are what they were"
+    "Call the function of a coupling, and check that it changes none of its inputs in place"
     inputs = {k:_copy_if_unwatched(v) for k,v in dict(context, x2=x2).items()}
     before = versions(inputs.values())
     update = f(inputs['x2'], **{k:inputs[k] for k in context})
@@ -218,7 +218,7 @@ def forward(self:ChunkedUpdate,
 
 # %% ../../nbs/layers/03_coupling.ipynb #c75d514a
 def _variables(f):
-    "Values that a function takes from around it, by name: its closure, its defaults, and globals"
+    "Values in the closure, the defaults and the globals of a function, by name"
     cells = {k:c.cell_contents for k,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c!=CellType()}
     names = {k:f.__globals__[k] for k in f.__code__.co_names if k in f.__globals__}
     return names | (f.__kwdefaults__ or {}) | dict(enumerate(f.__defaults__ or ())) | cells

@@ -12,7 +12,6 @@ import numpy as np
 from fastai.basics import *
 from fastai.callback.all import *
 from dataclasses import asdict # after the star, which has another
-from safetensors.torch import save as to_safetensors
 from ..checks import check, check_number, check_type, check_whole, naming, optional
 from ..checks import parse_json
 from ..locks import FolderLock
@@ -20,7 +19,7 @@ from ..records import check_count, check_flag, check_names, check_tensors, dict_
 from ..records import environment, environment_changes, pack_lists, plain_values, record_of
 from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_lists
 from ..records import unpack_optimizer, with_prefix
-from ..model.headers import read_header, read_tensors
+from ..model.headers import read_header, read_tensors, to_bytes
 from ..model.saving import tensors_hash, write_atomically
 from .noising import base_model
 from .callbacks import declared_attrs, EMACallback, FitCallback, numbered
@@ -29,6 +28,7 @@ from .callbacks import saved_attrs, undeclared_attrs
 # %% ../../nbs/training/76_checkpoint.ipynb #8972f188
 CHECKPOINT = 'checkpoint.safetensors'
 _VERSION = 3 # Of the format; version 2 is read too
+_longest_header = 100_000_000 # Bytes; limit of the safetensors library
 
 _a_dict,_a_list = (lambda name,value,kind=kind: check_type(name, value, kind) for kind in (dict,list))
 _names = list_of(lambda name,value: check_type(name, value, str))
@@ -68,7 +68,7 @@ def read_checkpoint(
     path = Path(folder)/CHECKPOINT
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist: there is no interrupted run to resume')
-    meta = read_header(path, most=100_000_000).strings
+    meta = read_header(path, most=_longest_header).strings
     rest,version = meta.get('bijdiff_checkpoint'),meta.get('version', '1')
     if rest is None: raise ValueError(f'{path} was not written by bijdiff')
     if version not in ('2', str(_VERSION)):
@@ -95,7 +95,7 @@ def check_options(
 
 # %% ../../nbs/training/76_checkpoint.ipynb #611942c1
 def _records(cbs):
-    "Return what callbacks have declared, as plain values"
+    "Return the declared attributes of callbacks as plain values"
     named = ((name,{k:getattr(cb, k) for k in saved_attrs(cb)}) for name,cb in numbered(cbs))
     return plain_values({name:record for name,record in named if record})
 
@@ -119,7 +119,7 @@ def _schedule(cb):
     return {k:[np.asarray(f(x)).tolist() for x in (0., .2, .4, .6, .8)] for k,f in cb.scheds.items()}
 
 def _fit_options(learn):
-    "Return what defines a fit"
+    "Return epochs, rates, weight decay and schedules of a fit"
     hypers = [{k:h[k] for k in ('lr','wd') if k in h} for h in learn.opt.hypers]
     schedules = [_schedule(cb) for cb in learn.cbs if isinstance(cb, ParamScheduler)]
     epochs = dict(epochs=learn.n_epoch, first_epoch=learn.first_epoch)
@@ -143,7 +143,7 @@ def _network_and_text(learn):
 class CheckpointCallback(FitCallback):
     "Write a checkpoint after every epoch; continue from it with `resume=True`"
     order = SaveModelCallback.order+10
-    threads = None # Number of threads to go back to
+    threads = None # Number of threads before the fit, restored after it
     has_lock = has_warned = is_skipping = False
     def __init__(self,
         folder, # Folder of the checkpoint
@@ -227,7 +227,7 @@ def _content(self:CheckpointCallback, is_complete):
                 unsaved=self._unsaved())
     rest = json.dumps(plain_values(meta))
     header = dict(bijdiff_checkpoint=rest, version=str(_VERSION), hash=tensors_hash(tensors, rest.encode()))
-    return to_safetensors(tensors, header)
+    return to_bytes(tensors, header, _longest_header)
 
 @patch
 def _unsaved(self:CheckpointCallback):
@@ -253,7 +253,7 @@ def _check_same(self:CheckpointCallback, meta):
     check_options(known, {k:v for k,v in self.network_and_text.items() if k in known or meta['version']>2})
     declared = {f'{type(cb).__name__}.{k}' for cb in self.learn.cbs for k in declared_attrs(cb)}
     lost = [o for o in meta['unsaved'] if o not in declared]
-    check(not lost, 'what the checkpoint lacks', lost, f'nothing: {_advice}')
+    check(not lost, 'the list of unsaved attributes', lost, f'an empty list: {_advice}')
 
 @patch
 def _resume(self:CheckpointCallback):
@@ -270,7 +270,7 @@ def _resume(self:CheckpointCallback):
 
 @patch
 def _pause_ends(self:CheckpointCallback):
-    "Let callbacks that change the weights at the end of a fit do nothing: the end is over"
+    "Pause the callbacks that change the weights at the end of a fit, as that end is complete"
     for cb in self.learn.cbs:
         if isinstance(cb, (EMACallback, SaveModelCallback)): cb.run = False
 

@@ -136,7 +136,7 @@ def _step(self:DiffusionLearner):
     now,before,n = _gradient_norms(self.opt)
     most = _most_growth*before if before and n>=10 else _most_at_first
     place = f'in step {self.iter+1} of epoch {self.epoch}, with a loss of {self.loss:.4g},'
-    expected = f'at most {most:.4g} after those of the steps before'
+    expected = f'at most {most:.4g}'
     advice = 'a lower learning rate or GradientClip can help'
     check(now<=most, f'the norm of the gradients {place}', now, f'{expected}; {advice}')
     super(DiffusionLearner, self)._step()
