@@ -7,11 +7,12 @@ __all__ = ['CHECKPOINT', 'read_checkpoint', 'check_options', 'CheckpointCallback
 
 # %% ../../nbs/training/76_checkpoint.ipynb #ba0733be
 import json, warnings
+from functools import partial
 from pathlib import Path
 import numpy as np
 from fastai.basics import *
 from fastai.callback.all import *
-from dataclasses import asdict # after the star, which has another
+from dataclasses import asdict # after fastai's star import, which also exports an asdict
 from ..checks import check, check_number, check_type, check_whole, naming, optional
 from ..checks import parse_json
 from ..locks import FolderLock
@@ -30,13 +31,13 @@ CHECKPOINT = 'checkpoint.safetensors'
 _VERSION = 3 # Of the format; version 2 is read too
 _longest_header = 100_000_000 # Bytes; limit of the safetensors library
 
-_a_dict,_a_list = (lambda name,value,kind=kind: check_type(name, value, kind) for kind in (dict,list))
-_names = list_of(lambda name,value: check_type(name, value, str))
+_a_dict = partial(check_type, kind=dict)
+_names = list_of(partial(check_type, kind=str))
 _plain_value = lambda name,value: check_type(name, value, bool|int|float)
 
 def _check_smooth(name, value):
     "Check a smoothed loss and the number of losses in it"
-    _a_list(name, value)
+    check_type(name, value, list)
     check(len(value)==2 and isinstance(value[0], float), name, value, 'a number and a count')
     check_count(name, value[1])
 

@@ -25,7 +25,15 @@ class DiffusionLearner(Learner):
     "A `Learner` for denoisers"
     first_epoch = 0
     fitting = False
-    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+    def fit(self,
+        n_epoch:int, # Number of epochs, those before start_epoch included
+        lr:float|None=None, # Learning rate; that of the learner if None
+        wd:float|None=None, # Weight decay; that of the learner if None
+        cbs=None, # Further callbacks for this fit
+        reset_opt:bool=False, # True to begin with a new optimiser
+        start_epoch:int=0, # Number of the first epoch
+    ):
+        "Train, and leave random numbers and callbacks as they were before"
         self.fitting = True
         self.first_epoch = start_epoch or self.first_epoch
         if any(isinstance(cb, LRFinder) for cb in L(cbs)): self._pause_fit_callbacks()
