@@ -260,12 +260,13 @@ def _is_shallow(o):
 def parse_json(
     text, # JSON, a str or bytes
     name, # Name for messages: a file, or a part of one
+    most:int=most_brackets, # Largest number of brackets
 )->dict:
     "Return the dictionary that a JSON text describes; raise a `ValueError` for anything else"
     with naming(name):
         opening = b'[{' if isinstance(text, bytes) else '[{'
         n = sum(text.count(opening[i:i+1]) for i in range(2))
-        check_whole('the number of brackets', n, 0, most_brackets)
+        check_whole('the number of brackets', n, 0, most)
         try: o = json.loads(text)
         except (ValueError, RecursionError): o = None
         check(isinstance(o, dict), 'the content', text, 'a dictionary in JSON')
