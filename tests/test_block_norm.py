@@ -132,11 +132,11 @@ def check_norms(n_acc=1, every=1, clip=None, opt=SGD, epochs=1, **kwargs):
     learn = tiny_learner(*cbs, opt_func=opt, **kwargs)
     seeded_weights(learn.model.output_head, .1)
     rows = train(learn, epochs, LR, flat=True).block_norm.rows
-    steps = range(n_acc, N_STEPS*epochs+1, n_acc)
+    steps = range(1, N_STEPS*epochs//n_acc+1)
     assert len(trace.before)==len(trace.after)==len(steps)
     assert [row['step'] for row in rows]==[s for s in steps if s%every==0]!=[]
     for row in rows:
-        k,grads = row['step']//n_acc-1,trace.mean_grads(row['step'], n_acc)
+        k,grads = row['step']-1,trace.mean_grads(row['step']*n_acc, n_acc)
         check_gradients(row, learn.model, grads)
         check_updates(row, learn.model, trace.before[k], trace.after[k])
         if opt is SGD: check_sgd(row, learn.model, trace.before[k], norm(grads), clip)

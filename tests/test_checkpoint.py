@@ -213,13 +213,15 @@ def test_a_checkpoint_without_gradients_is_seen(tmp_path, monkeypatch):
 def test_a_parameter_without_gradient_stays_without_one(tmp_path):
     "An optimiser with weight decay skips parameters whose gradient is None, and decays those where it is 0"
     def unused(learn):
-        learn.model.unused = torch.nn.Parameter(torch.ones(3))
-        learn.model.emptied = torch.nn.Parameter(torch.ones(3))
-        learn.model.emptied.grad = torch.zeros(3)
+        for name in ('unused', 'emptied'):
+            layer = torch.nn.Linear(3, 3, bias=False)
+            torch.nn.init.ones_(layer.weight)
+            setattr(learn.model, name, layer)
+        learn.model.emptied.weight.grad = torch.zeros(3, 3)
     make = lambda: [OnEvent('after_create', unused)]
     resumed,whole = resumed_and_whole(tmp_path, make, opt_func=SGD, wd=.1)
     assert same_weights(resumed, whole)
-    assert (whole.model.unused==1).all() and (whole.model.emptied<1).all()
+    assert (whole.model.unused.weight==1).all() and (whole.model.emptied.weight<1).all()
 
 class Growing(Callback):
     "Multiply the loss by a number that grows from batch to batch"

@@ -70,8 +70,10 @@ class CorruptionCallback(Callback):
     ):
         check_whole('n_valid_draws', n_valid_draws)
         store_attr()
+        self.generator = torch.Generator()
 
     def before_train(self):
+        if self.learn.step_plan and self.epoch>self.learn.first_epoch: return    # the states go on
         s = noise_seed(self.seed, 1, self.epoch, *[self.n_fits]*(self.n_fits>0))
         self.generator = torch.Generator().manual_seed(s)
         set_seed(s + rank_distrib())                                     # dropout differs between processes

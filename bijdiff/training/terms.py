@@ -13,6 +13,7 @@ from torch import Tensor
 from ..records import check_float, dict_of, list_of
 from ..pictures import closed_subplots
 from .noising import base_model, CorruptionCallback
+from .callbacks import drop_unused, merge_step
 
 # %% ../../nbs/training/75_terms.ipynb #d8bc7216
 def inversion_nats(
@@ -29,6 +30,10 @@ def _approximate(model):
     "Return the modules that invert only approximately, without those that contain another one"
     found = [m for m in model.modules() if not getattr(m, 'inverts_exactly', True)]
     return [m for m in found if not any(o is not m and o in found for o in m.modules())]
+
+def _mean_terms(parts):
+    "Return the mean of each term over the batches of a step"
+    return {k:sum(p[k] for p in parts)/len(parts) for k in parts[0]}
 
 def _detached(o):
     "Return an object with its tensors detached, in tuples and dictionaries too"
@@ -53,15 +58,22 @@ class ObjectiveCallback(Callback):
         modules = _approximate(self.model) if self.lambda_invert else []
         self.seen = {}
         self.hooks = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in modules]
-    def before_batch(self): self.seen.clear()
+    def before_batch(self):
+        self.seen.clear()
+        self.n_before = self.learn.n_updates
     def after_pred(self): self.inverted = self._inversion_terms()
     def after_loss(self):
         parts = self._terms()
         self.learn.loss_grad = sum(self.weights[k]*v for k,v in parts.items())
         self.learn.loss = self.loss_grad.detach().clone()
         if self.is_recording: self.parts.append({k:v.item() for k,v in parts.items()})
-    def after_batch(self): base_model(self.model).latent_nll = None
-    def after_fit(self): self.close()
+    def after_batch(self):
+        base_model(self.model).latent_nll = None
+        n = self.learn.n_updates
+        if self.is_recording and n>self.n_before: merge_step(self.parts, n, _mean_terms)
+    def after_fit(self):
+        if self.is_recording: drop_unused(self.parts, self.learn)
+        self.close()
     def close(self):
         for h in getattr(self, 'hooks', ()): h.remove()
         base_model(self.model).latent_nll = None
