@@ -30,7 +30,7 @@ from safetensors.torch import save
 from bijdiff.checks import check, is_whole
 from bijdiff.console import command
 from bijdiff.data.corpora import read_text
-from bijdiff.data.tokens import get_tokenizer
+from bijdiff.data.subwords import get_tokenizer
 from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser

@@ -2,10 +2,11 @@
 
     python benchmarks/interruptions.py --n 6
 
-Four trainings (accumulated gradients; float16 with an average; several fits; the command with its report)
-are interrupted in four ways: SIGKILL, SIGTERM, Ctrl-C, and a disk that is full from a random moment on. A
-training is resumed until it ends, and may be interrupted again. Each run is a fork of this process, which has
-imported everything and computed nothing. The moment is drawn from the time of an uninterrupted run."""
+Five trainings (accumulated gradients; float16 with an average; several fits; the command with its report;
+the command in steps on a folder that it tokenises, with accumulation, an average and dropout) are interrupted
+in four ways: SIGKILL, SIGTERM, Ctrl-C, and a disk that is full from a random moment on. A training is resumed
+until it ends, and may be interrupted again. Each run is a fork of this process, which has imported everything
+and computed nothing. The moment is drawn from the time of an uninterrupted run."""
 import hashlib
 import json
 import os
@@ -27,8 +28,10 @@ from bijdiff.console import command
 from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.loaders import text_dls
 from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.model.headers import read_header
 from bijdiff.model.saving import tensors_hash, write_atomically
-from bijdiff.runs import train
+import bijdiff.runs # before the forks: the command imports it when it is called
+from bijdiff.cli import bijdiff_train
 from bijdiff.training.callbacks import EMACallback
 from bijdiff.training.checkpoint import CHECKPOINT, CheckpointCallback
 from bijdiff.training.learner import diffusion_learner
@@ -82,17 +85,29 @@ def whole_command(folder):
     "Train as bijdiff_train does, with its report, on the first characters of a corpus"
     text = folder.parent/'text.txt'
     if not text.exists(): text.write_text(pydoc_corpus()[:6000], encoding='utf-8')
-    data = dict(corpus=str(text), config=None, split='train', column='text', tokenizer='char')
-    noise = dict(mask=1., substitute=0., delete=0., schedule='half_cosine', T=None)
-    terms = dict(objective='bound', lambda_likelihood=0., lambda_invert=0.)
-    options = data|noise|terms|dict(seq_len=16, bs=16, epochs=6, lr=1e-2, store_activations=True, seed=42)
-    train(folder, (folder/CHECKPOINT).exists(), 'cpu', 'float32', **options, **SIZE)
+    run_command(folder, corpus=str(text), tokenizer='char', epochs=6)
 
-JOBS = {f.__name__:f for f in (accumulated, half_precision, several_fits, whole_command)}
+def run_command(folder, **options):
+    "Call bijdiff_train, to go on with a run where there is one"
+    shared = dict(seq_len=16, bs=16, lr=1e-2, store_activations=True, device='cpu', dtype='float32')
+    bijdiff_train(**SIZE, **shared, **options, out=folder, resume=(folder/CHECKPOINT).exists())
+
+def command_in_steps(folder):
+    "Train as bijdiff_train does on a folder of documents, whose tokens are made in the run"
+    books = folder.parent/'books'
+    books.mkdir(exist_ok=True)
+    for i in range(6): (books/f'{i}.txt').write_text(pydoc_corpus()[i*3000:(i+1)*3000], encoding='utf-8')
+    often = dict(steps=24, eval_every=9, save_every='4')
+    run_command(folder, corpus=str(books), tokenizer='bpe', vocab_size=300, cache_dir=str(folder/'cache'),
+                accumulate=2, ema=.9, dropout=.1, **often)
+
+COMMANDS = whole_command, command_in_steps
+JOBS = {f.__name__:f for f in (accumulated, half_precision, several_fits, *COMMANDS)}
+COMMANDS = {f.__name__ for f in COMMANDS}
 
 def is_finished(folder, job):
     "Return True where a training has come to its end"
-    if job=='whole_command': return (folder/'model.safetensors').exists() and not (folder/CHECKPOINT).exists()
+    if job in COMMANDS: return (folder/'model.safetensors').exists() and not (folder/CHECKPOINT).exists()
     return (folder/'end.json').exists()
 
 def content(path):
@@ -104,7 +119,7 @@ def content(path):
 
 def end_of(folder, job):
     "Return what a training has ended with, as one hash; the command leaves a model and two pictures"
-    names = ['end.json'] if job!='whole_command' else [
+    names = ['end.json'] if job not in COMMANDS else [
         'model.safetensors', 'config.json', 'tokenizer.json', 'film_strip.png', 'training.png']
     contents = [content(folder/name) for name in names]
     return hashlib.sha256(b''.join(hashlib.sha256(c).digest() for c in contents)).hexdigest()
@@ -126,7 +141,7 @@ def run_job(job, folder, full_after=None, left=0):
             warnings.simplefilter('ignore')
             JOBS[job](folder)
         return 0
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt as e: return getattr(e, 'status', 130)
     except BaseException as e:
         # torch.save, within SaveModelCallback, has errors of its own for a full disk
         if isinstance(e, OSError) or 'SaveModelCallback' in str(e): return 2
@@ -138,7 +153,7 @@ def start(job, folder, **kwargs):
     folder.mkdir(parents=True, exist_ok=True)
     if pid := os.fork(): return pid
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if job!='whole_command': signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if job not in COMMANDS: signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 1
     try: status = run_job(job, folder, **kwargs)
     finally: os._exit(status)
@@ -160,17 +175,31 @@ def interrupt(job, folder, kind, delay, rng):
     os.kill(pid, getattr(signal, kind))
     return wait_until(pid, 1e12)
 
+def is_evaluating(folder):
+    "Return True where the checkpoint was written after the last batch of a leg, before its evaluation"
+    meta = json.loads(read_header(folder/CHECKPOINT, most=10**8).strings['bijdiff_checkpoint'])
+    fit,at = meta['fits'][-1],meta['position']
+    if not fit['steps'] or not at['batch']: return False
+    steps = min(fit['eval_every'], fit['steps']-meta['done']*fit['eval_every'])
+    return at['batch']==steps*fit['batches_per_step']
+
 def phase(folder, job):
     "Say how far an interrupted training has come, by its files"
     if is_finished(folder, job): return 'finished'
     if (folder/'model.safetensors').exists(): return 'report'
-    return 'training' if (folder/CHECKPOINT).exists() else 'before the first checkpoint'
+    if next(folder.glob('.saving-*'), None): return 'saving'
+    if (folder/CHECKPOINT).exists(): return 'evaluating' if is_evaluating(folder) else 'training'
+    if job=='command_in_steps' and len([*folder.glob('cache/tokens-*/info.json')])<2: return 'tokenising'
+    return 'before the first checkpoint'
 
-EXPECTED = {'SIGKILL':-9, 'SIGTERM':130, 'SIGINT':130, 'full disk':2}
+def expected_status(job, kind):
+    "Return the exit status of a training that was interrupted"
+    if kind=='SIGTERM': return 75 if job in COMMANDS else 130
+    return {'SIGKILL':-9, 'SIGINT':130, 'full disk':2}[kind]
 
 def check_interrupted(folder, job, kind, status):
     "Check the exit status, that nothing half-written is in its place, and that a model can be loaded"
-    assert status==EXPECTED[kind], (kind, status)
+    assert status==expected_status(job, kind), (kind, status)
     if (folder/'model.safetensors').exists(): BijectiveDenoiser.from_pretrained(folder)
 
 def trial(job, kind, seed, reference, seconds):
@@ -180,7 +209,8 @@ def trial(job, kind, seed, reference, seconds):
         folder = Path(d)/'run'
         phases = []
         for _ in range(rng.randint(1, MOST_INTERRUPTIONS)):
-            status = interrupt(job, folder, kind, rng.uniform(.05, 1)*seconds, rng)
+            first,last = (0, .3) if kind=='SIGKILL' and seed%2 else (.05, 1)   # in the beginning, or anywhere
+            status = interrupt(job, folder, kind, rng.uniform(first, last)*seconds, rng)
             if status==0: break
             pid = os.fork()                          # the parent never computes
             if not pid: os._exit(checked(folder, job, kind, status))

@@ -22,9 +22,13 @@ from .diffusion.schedules import LogLinear, low_discrepancy_times, Polynomial, S
 from .diffusion.corruption import Corruption, GIDDCorruption
 from .diffusion.objective import hybrid_nelbo, insertion_nelbo, log_scores, masked_nelbo
 from .diffusion.objective import score_entropy, uniform_nelbo
-from .data.tokens import BPETokenizer, ByteTokenizer, CharTokenizer, get_tokenizer
+from .data.tokens import ByteTokenizer, CharTokenizer
+from .data.subwords import BPETokenizer, get_tokenizer, load_tokenizer, train_tokenizer
 from .data.corpora import load_corpus, pydoc_corpus, read_text, split_text
+from .data.sources import open_source
+from .data.stores import tokenise
 from .data.loaders import text_dls
+from .data.corpus_loaders import corpus_dls
 from .model.config import DenoiserConfig
 from .model.denoiser import BijectiveDenoiser, canonical, Denoiser, DenoiserOutput, eval_mode
 from .model.denoiser import inverse_errors
@@ -43,16 +47,18 @@ from .training.dynamics import oscillation, oscillation_windows, plot_runs, plot
 from .training.dynamics import plot_trend, seed_interval
 from .training.callbacks import EMACallback, TableCallback
 from .training.checkpoint import CheckpointCallback
+from .training.best import BestModelCallback
 from .training.learner import diffusion_learner
 from .training.experts import ExpertCallback
 from .training.instruments import BlockNormCallback, LatticeUsageCallback, ProbeCallback
 from .training.instruments import RunLogCallback, TensorBoardCallback
+from .training.logs import run_log
 
 # %% ../nbs/99_all.ipynb #8aa05a07
 by_task = {
     'Data': ('From files and data sets to batches of token ids',
-        'load_corpus pydoc_corpus read_text split_text text_dls BPETokenizer ByteTokenizer CharTokenizer '
-        'get_tokenizer'),
+        'load_corpus pydoc_corpus read_text split_text text_dls corpus_dls open_source tokenise '
+        'BPETokenizer ByteTokenizer CharTokenizer get_tokenizer train_tokenizer load_tokenizer'),
     'Networks': (
         'A denoiser, its configuration, the protocol that any other network can follow, and adapters',
         'DenoiserConfig BijectiveDenoiser canonical Denoiser DenoiserOutput eval_mode inverse_errors '
@@ -64,8 +70,9 @@ by_task = {
         'hybrid_nelbo insertion_nelbo log_scores masked_nelbo score_entropy uniform_nelbo'),
     'Training': (
         'A learner of fastai for denoisers, with callbacks that average, watch, record and resume',
-        'diffusion_learner EMACallback TableCallback CheckpointCallback BlockNormCallback '
-        'LatticeUsageCallback ProbeCallback RunLogCallback TensorBoardCallback ExpertCallback'),
+        'diffusion_learner EMACallback TableCallback CheckpointCallback BestModelCallback run_log '
+        'BlockNormCallback LatticeUsageCallback ProbeCallback RunLogCallback TensorBoardCallback '
+        'ExpertCallback'),
     'Dynamics': ('Trends, oscillations and paired comparisons of loss curves',
         'area_under_curve compare_runs epochs_to_target fit_trend oscillation oscillation_windows '
         'plot_runs plot_spectrum plot_trend seed_interval'),

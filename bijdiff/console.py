@@ -43,7 +43,7 @@ def _is_importing(frame):
 
 @contextmanager
 def _interruptible(name):
-    "End a command with one line and status 130 at Ctrl-C"
+    "End a command with one line at Ctrl-C, with status 130 or that of the exception"
     def stop(signum, frame):
         if not _is_importing(frame): raise KeyboardInterrupt
         _report_interrupt(name)
@@ -51,9 +51,9 @@ def _interruptible(name):
     replaces = _may_replace_handler()
     if replaces: signal.signal(signal.SIGINT, stop)
     try: yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         _report_interrupt(name)
-        sys.exit(130)
+        sys.exit(getattr(e, 'status', 130))
     finally:
         if replaces: signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -96,6 +96,7 @@ def _last_line(error):
 def _of_user(error):
     "Return in one line what an error says of the input or of the machine; None if it is a mistake of ours"
     if isinstance(error, (ValueError, OSError)): return visible(_last_line(error))
+    if isinstance(error, ImportError) and error.name is None: return visible(_last_line(error)) # an option's
     kinds = [kind.__name__ for kind in type(error).__mro__]
     is_memory = 'MemoryError' in kinds or 'OutOfMemoryError' in kinds or 'allocate memory' in str(error)
     return 'not enough memory; expected smaller numbers, or a smaller file' if is_memory else None

@@ -6,31 +6,32 @@
 __all__ = ['pick_device', 'pick_bf16', 'BarCallback', 'check_unfinished', 'train']
 
 # %% ../nbs/89_runs.ipynb #5a0c3e04
-import signal, sys, threading, warnings
+import shutil, signal, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 import torch
 from .data.loaders import text_dls # before the rest of fastai, as it silences a warning
 from fastai.basics import Callback, default_device
-from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import check_number, check_one_of, check_seed, check_whole
+from .checks import check, check_number, check_one_of, check_seed, check_whole, optional
 from .display import visible
 from .diffusion.schedules import get_schedule
 from .diffusion.corruption import Corruption
-from .data.corpora import load_corpus
+from .data.subwords import load_tokenizer, train_tokenizer
+from .data.corpora import load_corpus, split_text
+from .data.corpus_loaders import corpus_dls
 from .model.config import DenoiserConfig
-from .model.saving import write_atomically
-from .model.predictions import any_schedule
-from .model.denoiser import inverse_errors
-from .sampling.generate import sample
-from .likelihood.bounds import score_ids
-from .pictures import plot_film_strip
+from .model.denoiser import BijectiveDenoiser
 from .training.callbacks import TableCallback
-from .training.checkpoint import CHECKPOINT, CheckpointCallback
+from .training.stopping import stop_on_signals, TrainingStopped
+from .training.checkpoint_file import CHECKPOINT
+from .training.checkpoint import CheckpointCallback
+from .training.best import BestModelCallback
 from .training.learner import diffusion_learner
-from .documents import png_bytes
+from .training.logs import run_log
+from .reports import report
 
 # %% ../nbs/89_runs.ipynb #0a00b9bc
 def pick_device(
@@ -79,36 +80,46 @@ class BarCallback(Callback):
 def check_unfinished(
     out:Path, # Folder for the results
     resume:bool, # Continue the interrupted run in it
-):
-    "Check that a run is resumed where one was interrupted, and only there"
+)->bool: # True if there is a run to continue
+    "Check that an interrupted run is never overwritten, and a finished one never continued"
     path = out/CHECKPOINT
-    if bool(resume)==path.exists(): return
-    if resume:
-        is_finished = (out/'model.safetensors').exists()
-        reason = 'the run in it is finished' if is_finished else 'there is no interrupted run to resume'
-        raise FileNotFoundError(f'{path} does not exist: {reason}')
-    ways = f'continue it with --resume, delete {path}, or choose another --out'
-    raise ValueError(f'{out} holds an interrupted run; {ways}')
+    if path.exists():
+        ways = f'continue it with --resume, delete {path}, or choose another --out'
+        if not resume: raise ValueError(f'{out} holds an interrupted run; {ways}')
+        return True
+    if resume and (out/'model.safetensors').exists():
+        raise FileNotFoundError(f'{path} does not exist: the run in it is finished')
+    if resume: print(f'{visible(str(out))} holds no checkpoint yet: the run starts anew')
+    return False
 
 def _check_options(options):
     "Check the numbers that neither the data nor the network checks"
-    for name in ('seq_len', 'bs', 'epochs'): check_whole(name, options[name])
+    for name in ('seq_len', 'bs', 'epochs', 'accumulate'): check_whole(name, options[name])
+    for name in ('steps', 'eval_every', 'valid_docs', 'eval_tokens'):
+        optional(check_whole)(name, options[name])
+    for name in ('warmup', 'num_workers'): optional(partial(check_whole, least=0))(name, options[name])
+    if options['log'] is not None: check_one_of('log', options['log'], ('jsonl', 'tensorboard', 'wandb'))
     check_seed(options['seed'])
     check_number('lr', options['lr'], above=0)
 
 # %% ../nbs/89_runs.ipynb #ba9030e9
-def _raise_interrupt(signum, frame): raise KeyboardInterrupt
+def _stop_at_once(signum, frame): raise TrainingStopped(signum)
+
+def _print_how_to_resume(out):
+    "Print what is left of a run that ends early"
+    place = visible(str(out))
+    if (out/CHECKPOINT).exists(): print(f'\n{place} holds this run: continue it with --resume', flush=True)
+    else: print(f'\n{place} holds no checkpoint yet: start again, or with --resume', flush=True)
 
 @contextmanager
 def _saying_how_to_resume(out):
-    "Let SIGTERM be like Ctrl-C; say of a run that is interrupted, or finds a full disk, how to go on with it"
+    "Let SIGTERM raise `TrainingStopped`; say of a run that ends early how to go on with it"
     is_main = threading.current_thread() is threading.main_thread()
     replaces = is_main and signal.getsignal(signal.SIGTERM)==signal.SIG_DFL
-    if replaces: signal.signal(signal.SIGTERM, _raise_interrupt)
+    if replaces: signal.signal(signal.SIGTERM, _stop_at_once)
     try: yield
     except (KeyboardInterrupt, OSError):
-        advice = 'holds this run up to its last complete epoch: continue it with --resume'
-        if (out/CHECKPOINT).exists(): print(f'\n{out} {advice}', flush=True)
+        _print_how_to_resume(out)
         raise
     finally:
         if replaces: signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -125,111 +136,116 @@ def _warnings_as_notes():
         yield
 
 # %% ../nbs/89_runs.ipynb #5a0c1e25
-def _make_dls(options, device):
-    "Load the corpus and cut it into batches; warnings become notes"
-    source = [options[name] for name in ('corpus', 'config', 'split', 'column')]
-    text = load_corpus(*source, as_bytes=options['tokenizer']=='byte')
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter('always', UserWarning)
-        dls = text_dls(text, options['tokenizer'], options['seq_len'], options['bs'], device=device)
-    for note in notes: print(f'note: {visible(str(note.message))}')
-    return dls
+def _given_tokenizer(name, init):
+    "Return the tokenizer of the model to start from, a kind that is to be trained, or one of Hugging Face"
+    if name is None and init is not None: return init.tokenizer
+    name = name or 'char'
+    return name if name in ('char', 'byte', 'bpe') else load_tokenizer(name)
+
+def _pydoc_dls(tokenizer, options, device):
+    "Batches of the language reference of Python, which is one text"
+    text,size = load_corpus('pydoc'),options['vocab_size']
+    if size: tokenizer = train_tokenizer(tokenizer, [split_text(text, options['valid_pct'])[0]], size)
+    return text_dls(text, tokenizer, options['seq_len'], options['bs'], options['valid_pct'], device)
+
+_data_options = ('seq_len bs vocab_size config split column valid_split valid_pct streaming cache_dir '
+                 'num_workers seed').split()
+
+def _make_dls(options, init, device):
+    "Load the corpus and cut it into batches"
+    tokenizer = _given_tokenizer(options['tokenizer'], init)
+    if options['corpus']=='pydoc': return _pydoc_dls(tokenizer, options, device)
+    given = {name: options[name] for name in ('valid_docs', 'eval_tokens') if options[name]}
+    given |= {name: options[name] for name in _data_options}
+    pack = not options['no_pack']
+    return corpus_dls(options['corpus'], tokenizer, pack=pack, device=device, **given)
 
 def _network_options(options):
     "Options that are fields of DenoiserConfig, as keywords for it"
-    names = {f.name for f in fields(DenoiserConfig)} - {'seq_len'}
+    names = {f.name for f in fields(DenoiserConfig)} - {'seq_len', 'vocab_size'}
     own = {name:value for name,value in options.items() if name in names}
     return own | dict(reversible=not options['store_activations'])
 
-def _make_learner(options, dls, cbs):
+_learner_options = 'lambda_likelihood lambda_invert seed optimizer grad_clip accumulate ema compile'.split()
+
+def _betas(beta1, beta2):
+    "Return both decay rates of the optimiser, or None"
+    check((beta1 is None)==(beta2 is None), 'beta1, beta2', (beta1, beta2), 'both, or none of them')
+    return None if beta1 is None else (beta1, beta2)
+
+def _make_learner(options, dls, init, cbs):
     "Network, noise and objective of a training"
+    same = {name: options[name] for name in _learner_options} | dict(wd=options['weight_decay'], cbs=cbs)
+    same |= dict(betas=_betas(options['beta1'], options['beta2']))
+    network = _network_options(options)
+    if init is not None:
+        network = {name: network[name] for name in ('dropout', 'reversible')}
+        return diffusion_learner(dls, init=init, config_kwargs=network, **same)
     weights = [options[name] for name in ('mask', 'substitute', 'delete')]
     schedule = get_schedule(options['schedule'])
     corruption = Corruption(dls.tokenizer.vocab_size, *weights, schedule, options['T'])
-    same = {name: options[name] for name in ('objective', 'lambda_likelihood', 'lambda_invert', 'seed')}
-    network = _network_options(options)
-    return diffusion_learner(dls, corruption=corruption, config_kwargs=network, cbs=cbs, **same)
-
-# %% ../nbs/89_runs.ipynb #5a0c1e27
-def _print_heading(title): print(f'\n── {title} '.ljust(76, '─'))
-
-def _print_scores(learn, ids):
-    "Print the bound on the held-out text, and the worst error of each inverse"
-    model,noise = learn.model,learn.corruption.corruption
-    given = dict(schedule=noise.schedule, T=noise.T) if any_schedule(model) else {}
-    score = score_ids(model, learn.dls.valid.dataset.ids, n=16, **given)
-    bits,se = score.bits(len(learn.dls.valid_text))
-    _print_heading('the model')
-    print(f'bound on the held-out text: {bits:.3f} ± {se:.3f} bits per character')
-    if not model.backbone.is_bijective: return
-    for kind,error in inverse_errors(model, ids[None]).items():
-        print(f'worst inverse error, {kind:17} {error:g}')
-
-# %% ../nbs/89_runs.ipynb #5a0c1e28
-def _shown(text): return visible(text, keep='\n\t')
-
-def _print_samples(model, seed):
-    "Print three texts; return the frames of the sampler"
-    frames = []
-    _print_heading('three texts, written from nothing')
-    for i,ids in enumerate(sample(model, 3, seed=seed, frames=frames), 1):
-        print(f'[{i}] {_shown(model.tokenizer.decode(ids))}\n')
-    return frames
-
-def _print_infill(model, ids, seed):
-    "Print a held-out sequence whose middle third is written by the model"
-    L,decode = len(ids),model.tokenizer.decode
-    begin,end = L//3,2*L//3
-    template = ids.clone()
-    template[begin:end] = model.mask_id
-    _print_heading('beginning and ending given, middle written')
-    written = sample(model, template=template, seed=seed)[0]
-    end += len(written)-L                                      # a middle of another length moves the ending
-    parts = (_shown(decode(part)) for part in (written[:begin], written[begin:end], written[end:]))
-    print('{}⟦{}⟧{}'.format(*parts))
-
-# %% ../nbs/89_runs.ipynb #5a0c1e29
-def _save_pictures(learn, out, frames):
-    "Save a film strip of the first text, and the loss if it has a trend"
-    steps = len(learn.oscillation.losses)//learn.n_epoch
-    valid = [(i*steps, values[1]) for i,values in enumerate(learn.recorder.values, 1)]
-    pictures = {'film_strip.png': png_bytes(plot_film_strip(frames, learn.model.tokenizer))}
-    if learn.oscillation.trend: pictures['training.png'] = png_bytes(learn.oscillation.plot(valid=valid))
-    write_atomically(out, pictures)
-    _print_heading('saved')
-    for path in (out, *(out/name for name in sorted(pictures))): print(visible(str(path)))
-
-def _report(learn, out, seed):
-    "Print scores, inverse errors and texts, and save pictures"
-    learn.model.eval()
-    ids = learn.dls.valid.dataset[0][0].as_subclass(Tensor)
-    _print_scores(learn, ids)
-    frames = _print_samples(learn.model, seed)
-    _print_infill(learn.model, ids, seed)
-    _save_pictures(learn, out, frames)
+    same |= dict(objective=options['objective'])
+    return diffusion_learner(dls, corruption=corruption, config_kwargs=network, **same)
 
 # %% ../nbs/89_runs.ipynb #5a0c1e31
 def _print_start(options, learn, device, bf16):
     "Print the sizes of data and network"
     dls,model = learn.dls,learn.model
-    n_train,n_valid = len(dls.train.dataset.ids),len(dls.valid.dataset.ids)
     n_parameters = sum(p.numel() for p in model.parameters())
     vocabulary = f'vocabulary of {dls.tokenizer.vocab_size}'
-    corpus = visible(options['corpus'])
-    print(f'{corpus}: {n_train:,} tokens for training, {n_valid:,} held out, {vocabulary}')
+    held_out = f'{dls.valid_counts.tokens:,} held out'
+    tokens = 'a stream' if options['streaming'] else f'{len(dls.train.dataset.ids):,} tokens'
+    print(f"{visible(options['corpus'])}: {tokens} for training, {held_out}, {vocabulary}")
     place = f"on {device} in {'bfloat16' if bf16 else 'float32'}"
     print(f'{n_parameters:,} parameters, {model.backbone.extra_repr()}, {place}')
     print('bound in bits per character; log-det in nats per token\n')
 
+# %% ../nbs/89_runs.ipynb #ee0ea381
+def _fit_steps(learn, options):
+    "Train for a number of steps"
+    steps = options['steps']
+    eval_every = options['eval_every'] or max(steps//10, 1)
+    learn.fit_steps(steps, options['lr'], eval_every=eval_every, warmup=options['warmup'])
+
+def _fit_epochs(learn, options):
+    "Train for a number of epochs"
+    epochs,warmup,given = options['epochs'],options['warmup'],{}
+    if warmup is not None:
+        n_steps = epochs*len(learn.dls.train)//options['accumulate']
+        check_whole('warmup', warmup, 0, n_steps)
+        given = dict(pct_start=warmup/n_steps)
+    learn.fit_one_cycle(epochs, options['lr'], **given)
+
+def _keep_best(learn, out):
+    "Remove the best model where it is the last one; say where it is otherwise"
+    best = learn.best_model.best
+    place = visible(str(out/'best'))
+    if learn.bound.bits>best: print(f'\nthe best model, with a bound of {best:.3f}: {place}')
+    else: shutil.rmtree(out/'best', ignore_errors=True)
+
 def _fit(learn, checkpoints, options):
     "Train, save the model, report; the checkpoint goes last"
     out = checkpoints.folder
-    with learn.no_bar(), _warnings_as_notes(): learn.fit_one_cycle(options['epochs'], options['lr'])
+    with learn.no_bar(), _warnings_as_notes(), stop_on_signals(checkpoints):
+        if options['steps'] is None: _fit_epochs(learn, options)
+        else: _fit_steps(learn, options)
     learn.model.save_pretrained(out)
     for name in ('film_strip.png', 'training.png'):
         (out/name).unlink(missing_ok=True)                     # of an earlier model
-    _report(learn, out, options['seed'])
+    report(learn, out, options['seed'])
+    _keep_best(learn, out)
     (out/CHECKPOINT).unlink()
+
+# %% ../nbs/89_runs.ipynb #1ae1bdb0
+# Options that have no influence on the result
+_free_when_resumed = {'epochs', 'save_every', 'log', 'num_workers', 'cache_dir'}
+
+def _checkpoints(out, options, bf16):
+    "Return the callback that saves a run, with the options that must be the same when it is resumed"
+    same = {k:v for k,v in options.items() if k not in _free_when_resumed} | dict(bf16=bf16)
+    every = options['save_every']
+    if every is not None and every.isdecimal(): every = int(every)
+    return CheckpointCallback(out, same, save_every=every)
 
 def train(
     out:Path, # Folder for the model and the pictures
@@ -242,13 +258,16 @@ def train(
     _check_options(options)
     device = pick_device(device)
     bf16 = pick_bf16(dtype, device)
-    same_when_resumed = {k:v for k,v in options.items() if k!='epochs'} | dict(bf16=bf16)
-    checkpoints = CheckpointCallback(out, same_when_resumed, resume)
+    init = None if options['init'] is None else BijectiveDenoiser.from_pretrained(options['init'])
+    checkpoints = _checkpoints(out, options, bf16)
+    log = [run_log(options['log'], out)] if options['log'] else []
     with checkpoints.lock:
-        check_unfinished(out, resume)
-        dls = _make_dls(options, device)
-        learn = _make_learner(options, dls, [TableCallback(), BarCallback(), checkpoints])
-        learn.model.to(device)
-        if bf16: learn.to_bf16()
-        _print_start(options, learn, device, bf16)
-        with _saying_how_to_resume(out): _fit(learn, checkpoints, options)
+        checkpoints.resume = check_unfinished(out, resume)
+        with _saying_how_to_resume(out):
+            with _warnings_as_notes(): dls = _make_dls(options, init, device)
+            cbs = [TableCallback(), BarCallback(), BestModelCallback(out), checkpoints, *log]
+            learn = _make_learner(options, dls, init, cbs)
+            learn.model.to(device)
+            if bf16: learn.to_bf16()
+            _print_start(options, learn, device, bf16)
+            _fit(learn, checkpoints, options)

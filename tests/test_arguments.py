@@ -324,6 +324,7 @@ ELSEWHERE = set('''
     pydoc_corpus read_text DenoiserConfig Denoiser DenoiserOutput Estimate Score Bijection LatticeError
     diffusion_learner TableCallback CheckpointCallback LatticeUsageCallback
     compress_file decompress_file plot_runs plot_spectrum plot_trend
+    open_source tokenise corpus_dls train_tokenizer load_tokenizer BestModelCallback run_log
 '''.split())
 
 def test_every_public_function_is_here_or_tested_elsewhere():

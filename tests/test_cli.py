@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.training.checkpoint_file import CHECKPOINT
 
 quick = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3'.split()
 quick += '--device cpu --dtype float32'.split()
@@ -198,7 +200,8 @@ def test_options_have_the_defaults_of_the_configuration():
     from bijdiff.cli import bijdiff_train
     from bijdiff.model.config import DenoiserConfig
     shared,different = different_defaults(bijdiff_train, DenoiserConfig)
-    assert len(shared)>=14 and not different
+    assert len(shared)>=14
+    assert different.keys()=={'vocab_size'}          # which has no default there
 
 def test_another_default_is_seen():
     from bijdiff.model.config import DenoiserConfig
@@ -219,7 +222,6 @@ def test_another_default_is_seen():
     ('--delete 1 --T 50', 'T is 50'),
     ('--objective mse', "objective is 'mse'"),
     ('--substitute 1 --objective score_entropy', 'masking alone or substitution alone'),
-    ('--resume', 'no interrupted run'),
     ('--lambda_likelihood -1', 'lambda_likelihood is -1')])
 def test_bad_options(train, tmp_path, args, message):
     status,_,err = train(tmp_path/'never', *args.split(), run=run)
@@ -413,3 +415,68 @@ def test_resumes_after_the_last_epoch(corpus, tmp_path):
     assert done.returncode==2 and 'No space left on device' in done.stderr, done.stderr
     succeed('bijdiff_train', *args, '--resume')
     assert (tmp_path/'m'/'model.safetensors').exists()
+
+def test_a_run_that_is_resumed_before_its_first_checkpoint_starts_anew(train, tmp_path):
+    printed = train(tmp_path/'m', '--resume')
+    assert 'the run starts anew' in printed and (tmp_path/'m'/'model.safetensors').exists()
+
+# Corpora of any size, and lengths of training
+
+SMALL = '--d_model 8 --n_heads 2 --n_layers 1 --seq_len 16 --bs 4 --dtype float32 --device cpu'.split()
+
+@pytest.fixture(scope='module')
+def books(tmp_path_factory):
+    "Folder with two splits of JSON lines, and a cache beside it"
+    folder = tmp_path_factory.mktemp('books')
+    words = 'the ship sailed\r\nand\n\nthe crew sang of home '.split(' ')
+    for split,n in (('train', 40), ('validation', 4)):
+        texts = [' '.join(words[(i+j)%len(words)] for j in range(40)) for i in range(n)]
+        rows = ''.join(json.dumps(dict(text=text, number=i))+'\n' for i,text in enumerate(texts))
+        (folder/f'{split}.jsonl').write_text(rows, encoding='utf-8')
+    return folder
+
+def on_books(books, out, *args, run=succeed):
+    "Run a short training on the folder"
+    where = ['--corpus', str(books), '--cache_dir', str(books.parent/'cache'), '--out', str(out)]
+    return run('bijdiff_train', *where, *SMALL, *args)
+
+def test_a_folder_is_trained_on_in_steps_with_reports_by_byte_and_word(books, tmp_path):
+    options = '--tokenizer bpe --vocab_size 260 --valid_split validation --steps 5 --eval_every 2'.split()
+    printed = on_books(books, tmp_path/'m', *options)
+    rows = [words[0] for line in printed.splitlines() if (words := line.split()) and words[0].isdigit()]
+    assert rows[:3]==['2', '4', '5']
+    for unit in ('bits per character', 'bits per byte', 'perplexity per token', 'perplexity per word'):
+        assert unit in printed
+    model = BijectiveDenoiser.from_pretrained(tmp_path/'m')
+    assert model.tokenizer.eod_id is not None and model.config.vocab_size==model.tokenizer.vocab_size
+
+@pytest.mark.parametrize('options', [
+    '--no_pack --epochs 1', '--streaming --valid_docs 3 --steps 2', '--num_workers 1 --steps 2',
+    '--steps 2 --accumulate 2 --ema .9 --grad_clip 1 --warmup 1 --weight_decay .1 --beta1 .9 --beta2 .95',
+    '--steps 2 --optimizer sgd --dropout .1 --log jsonl', '--epochs 1 --warmup 2'])
+def test_options_that_every_trainer_has(books, tmp_path, options):
+    on_books(books, tmp_path/'m', '--tokenizer', 'byte', *options.split())
+    assert (tmp_path/'m'/'model.safetensors').exists() and not (tmp_path/'m'/CHECKPOINT).exists()
+    assert ('jsonl' in options)==(tmp_path/'m'/'log.jsonl').exists()
+
+def test_a_training_starts_from_a_saved_model(books, tmp_path):
+    "At a rate of almost 0, the second model is the first"
+    on_books(books, tmp_path/'a', '--tokenizer', 'byte', '--steps', '2')
+    size = SMALL[6:]
+    where = ['--corpus', str(books), '--cache_dir', str(books.parent/'cache'), '--out', str(tmp_path/'b')]
+    succeed('bijdiff_train', *where, *size, '--init', str(tmp_path/'a'), '--steps', '1', '--lr', '1e-30')
+    a,b = (BijectiveDenoiser.from_pretrained(tmp_path/name).state_dict() for name in 'ab')
+    assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-20) for k in a)
+
+@pytest.mark.parametrize('options, found', [
+    ('--column body', 'column'), ('--column number', 'number'), ('--valid_split dev', 'valid_split'),
+    ('--steps 0', 'steps'), ('--tokenizer bpe --vocab_size 10', 'vocab_size'),
+    ('--save_every soon', 'save_every'),
+    ('--steps 2 --warmup 3', 'warmup'), ('--vocab_size 300', 'vocab_size'), ('--streaming', 'streaming'),
+    ('--eval_every 2', 'eval_every'), ('--steps 1 --accumulate 0', 'accumulate'),
+    ('--optimizer best', 'optimizer'),
+    ('--steps 1 --beta1 .9', 'beta1'), ('--steps 1 --ema 1', 'ema'), ('--steps 1 --log diary', 'log'),
+    ('--tokenizer no_such_folder/tokenizer.json', 'no_such_folder')])
+def test_mistakes_in_the_options_of_data_and_fit_are_one_line(books, tmp_path, options, found):
+    err = on_books(books, tmp_path/'m', *options.split(), run=fail)
+    assert err.count('\n')==1 and found in err and not (tmp_path/'m').exists()

@@ -6,7 +6,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from helpers import plant_fault, record_calls
 from bijdiff import files
-from bijdiff.data.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
+from bijdiff.data.tokens import ByteTokenizer, CharTokenizer
+from bijdiff.data.subwords import BPETokenizer
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import Cosine
 from bijdiff.likelihood import codec

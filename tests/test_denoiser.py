@@ -2,7 +2,8 @@
 import shutil
 import huggingface_hub, pytest, torch
 from hypothesis import given, settings, strategies as st
-from bijdiff.data.tokens import CharTokenizer, get_tokenizer, tokenizer_from_dict
+from bijdiff.data.tokens import CharTokenizer
+from bijdiff.data.subwords import get_tokenizer, tokenizer_from_dict
 from bijdiff.layers.bijection import check_bijection
 from bijdiff.layers.block import BijectiveTransformer
 from bijdiff.layers.lattice import LatticeError, to_lattice

@@ -8,7 +8,7 @@ from bijdiff.data.tokens import CharTokenizer
 from bijdiff.display import visible
 from bijdiff.documents import print_scores, write_texts
 from bijdiff.pictures import film_strip, plot_bits, plot_film_strip
-from bijdiff.runs import _print_infill, _print_samples
+from bijdiff.reports import _print_infill, _print_samples
 from bijdiff.testing import run_command, small_learner, tiny_denoiser
 
 STEERING = '\x1b\a\b\r\0\x7f\x85\x9b\u061c\u200e\u200f\u202a\u202e\u2066\u2069\u2028\u2029\ufeff\ud800'

@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import prune
-from bijdiff.data.tokens import BPETokenizer, ByteTokenizer, CharTokenizer, exact_ids
+from bijdiff.data.tokens import ByteTokenizer, CharTokenizer, exact_ids
+from bijdiff.data.subwords import BPETokenizer
 from bijdiff.documents import read_document
 from bijdiff.likelihood.codec import compress, decompress, fingerprint
 from bijdiff.model.config import DenoiserConfig

@@ -82,9 +82,9 @@ WATCHED = [(setting, 'all') for setting in SETTINGS] + [('everything', name) for
 def test_watching_changes_nothing(setting, which, tmp_path):
     assert not differences(run(setting, instruments(which, tmp_path)), unwatched(setting))
 
-def draw_a_number(self, method):
+def draw_a_number(self, method, *args):
     torch.rand(1)
-    return method()
+    return method(*args)
 def draw_from_the_noise(self, method):
     torch.rand(1, generator=self.learn.corruption.generator)
     return method()
@@ -164,9 +164,8 @@ def test_records_and_log_after_a_resume(tmp_path):
     assert whole.probe.steps==[3, 6]
     assert len(whole.objective.parts)==8 and len(whole.lattice_usage.values)==2
     got,want = log_rows(a),log_rows(b)
-    assert n_before==4 and got[:4]==want[:4]
-    assert got[4:]==want[3:]                                        # the interrupted epoch is logged again
-    assert [row['step'] for row in got if 'step' in row]==[2, 4, 6, 6, 8]
+    assert n_before==4 and got==want                  # the line of the interrupted epoch is there once
+    assert [row['step'] for row in got]==[2, 4, 4, 6, 8, 8]
     assert [row['epoch'] for row in got if 'epoch' in row]==[0, 1]
 
 def two_savers(): return [SaveModelCallback(monitor=m, fname=m) for m in ('bound', 'valid_loss')]

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from ..checks import check, check_keys, naming, parse_json
 from ..files import write_synced
-from ..data.tokens import tokenizer_from_dict
+from ..data.subwords import tokenizer_from_dict
 from .headers import read_header, read_tensors, to_bytes
 
 # %% ../../nbs/model/41_saving.ipynb #a7a24c8a
