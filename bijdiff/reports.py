@@ -30,11 +30,6 @@ def _held_out(dls):
     ids = torch.cat([data[i][0].as_subclass(Tensor) for i in range(len(data))])
     return ids,TextCounts(*(n*len(ids)/counts.tokens for n in counts))
 
-def _perplexity(score, n_units):
-    "Perplexity per unit of a text, and its standard error, from those of its bound"
-    bits,se = score.bits(n_units)
-    return 2**bits, 2**bits*se*math.log(2)
-
 def _print_bound(score, counts, tokenizer):
     "Print the bound per character and per byte, and perplexities where tokens are longer than characters"
     _print_heading('the model')
@@ -42,8 +37,8 @@ def _print_bound(score, counts, tokenizer):
         bits,se = score.bits(n)
         print(f'bound on the held-out text: {bits:.3f} ± {se:.3f} bits per {unit}')
     if tokenizer.kind in ('char', 'byte'): return
-    for unit,n in (('token', counts.tokens), ('word', counts.words)):
-        perplexity,se = _perplexity(score, n)
+    for unit,n in (('token', counts.tokens), ('word', counts.words or math.nan)):
+        perplexity,se = score.perplexity(n)
         print(f'bound on the perplexity per {unit}: {perplexity:,.1f} ± {se:,.1f}')
 
 def _print_scores(learn, ids):

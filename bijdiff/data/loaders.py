@@ -161,7 +161,7 @@ def _permutation(seed, i, n):
     return rng.permutation(np.arange(n, dtype=np.int32 if n<2**31 else np.int64)),int(rng.integers(2**31))
 
 class StepDL(ChunkDL):
-    "Batches without end; `window` holds the numbers of the first batch of an iteration and of that after its last"
+    "Batches without end; an iteration yields those whose numbers are in `window`, a pair of first and stop"
     seed = 42 # Seed of the order
     window = (0, 1)
     def new(self, *args, **kwargs):

@@ -102,7 +102,7 @@ class StreamDataset:
 
 # %% ../../nbs/data/37_streams.ipynb #a68dd199
 class StreamDL(StepDL):
-    "Batches of a stream; `window` holds the numbers of the first batch of an iteration and of that after its last"
+    "Batches of a stream; an iteration yields those whose numbers are in `window`, a pair of first and stop"
     window = None
     def __len__(self):
         check(self.window is not None, 'the number of epochs', 'given', 'steps: a stream has no epochs')

@@ -171,6 +171,13 @@ class Score(NamedTuple):
         "Return the bound in bits per unit"
         factor = self.n_tokens/((n or self.n_tokens)*math.log(2))
         return self.mean*factor, self.se*factor
+    def perplexity(self,
+        n:int|None=None # Number of units, such as words; of tokens if None
+    )->tuple[float,float]: # Bound and standard error, infinite where they exceed all floats
+        "Return the bound on the perplexity per unit, exp(nats of the document / n), with its error to first order"
+        bits,se = self.bits(n)
+        perplexity = math.inf if bits>=1024 else 2.**bits
+        return perplexity, perplexity*se*math.log(2)
 
 def chunk_batches(
     ids:Tensor, # Ids of a document, (N,)

@@ -17,7 +17,7 @@ from ..checks import check_number, check_whole
 from ..records import check_flag, check_float, list_of
 from ..layers.block import layer_by_layer
 from ..data.stores import TextCounts
-from ..likelihood.bounds import Estimate, prior_nats, reconstruction_nats
+from ..likelihood.bounds import Estimate, prior_nats, reconstruction_nats, Score
 from .dynamics import fit_trend, plot_trend
 from .noising import base_model, CorruptionCallback, noise_seed
 
@@ -117,31 +117,26 @@ def _end_terms(self:BoundCallback, x0, corruption, seed):
     return prior_nats(model, x0, corruption, g) + reconstruction_nats(model, x0, corruption, g)
 
 # %% ../../nbs/training/72_callbacks.ipynb #c72ad1e7
-def _exp(e):
-    "Return the exponential of an estimate, with its error to first order"
-    mean = np.exp(e.mean).item()
-    return Estimate(mean, mean*e.se)
-
-@patch
-def _nats(self:BoundCallback, n):
-    "Return nats for each of n parts of the text, such as its words"
-    factor = math.log(2)*self.counts.characters/n if n else math.nan
-    return Estimate(self.bits*factor, self.se*factor)
+@patch(as_prop=True)
+def score(self:BoundCallback)->Score:
+    "Bound on the held-out text in nats per token"
+    nats = math.log(2)*self.counts.characters/self.counts.tokens
+    return Score(self.bits*nats, self.se*nats, self.counts.tokens)
 
 @patch(as_prop=True)
 def per_byte(self:BoundCallback)->Estimate:
     "Bound in bits per byte: nats of the text / (bytes * log 2)"
-    return Estimate(*(o/math.log(2) for o in self._nats(self.counts.bytes)))
+    return Estimate(*self.score.bits(self.counts.bytes))
 
 @patch(as_prop=True)
 def perplexity(self:BoundCallback)->Estimate:
     "Bound on the perplexity per token: exp(nats of the text / tokens)"
-    return _exp(self._nats(self.counts.tokens))
+    return Estimate(*self.score.perplexity())
 
 @patch(as_prop=True)
 def word_perplexity(self:BoundCallback)->Estimate:
-    "Bound on the perplexity per word: exp(nats of the text / words separated by white space)"
-    return _exp(self._nats(self.counts.words))
+    "Bound on the perplexity per word: exp(nats of the text / words separated by white space); NaN without words"
+    return Estimate(*self.score.perplexity(self.counts.words or math.nan))
 
 # %% ../../nbs/training/72_callbacks.ipynb #25bfafa2
 class ValidBatchCallback(MonitorCallback):

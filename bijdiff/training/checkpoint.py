@@ -93,7 +93,7 @@ def close(self:CheckpointCallback):
 def stop(self:CheckpointCallback,
     error:BaseException, # Exception that ends the fit
 ):
-    "End the training after the present batch, with a checkpoint; an evaluation is repeated when it is resumed"
+    "End the training after the present batch, with a checkpoint; an evaluation is repeated on resuming"
     self.request = error
 
 @patch
