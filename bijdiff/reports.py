@@ -26,7 +26,7 @@ def _print_heading(title): print(f'\n── {title} '.ljust(76, '─'))
 def _held_out(dls):
     "Return the held-out ids that are evaluated, (N,), and how much text they stand for"
     data,counts = dls.valid.dataset,dls.valid_counts
-    if isinstance(data.ids, Tensor): return data.ids,counts
+    if data.n_most is None: return data.ids,counts                   # a text, with its last tokens
     ids = torch.cat([data[i][0].as_subclass(Tensor) for i in range(len(data))])
     return ids,TextCounts(*(n*len(ids)/counts.tokens for n in counts))
 

@@ -1,4 +1,4 @@
-"""Batches of corpora of files: what is trained on and held out, the cache, and arguments that are rejected."""
+"""Batches of corpora: what is trained on and held out, the cache, and arguments that are rejected."""
 import json
 from pathlib import Path
 import pytest, torch
@@ -115,3 +115,44 @@ def test_an_interrupted_training_of_a_tokenizer_leaves_nothing(make, books, tmp_
     monkeypatch.undo()
     make(books, tokenizer='bpe', vocab_size=256)
     assert not [p for p in Path(tmp_path/'cache').rglob('*') if p.name.startswith('.')]
+
+def csv_corpus(folder, word):
+    "Folder with a data set that the library reads"
+    (folder/'data').mkdir(parents=True)
+    rows = ''.join(f'{word*5} {i}\n' for i in range(30))
+    (folder/'data'/'train.csv').write_text('text\n'+rows)
+    return folder/'data'
+
+def test_nothing_of_another_stream_with_the_same_name_is_used(make, tmp_path, monkeypatch):
+    "Neither its tokenizer nor its held-out documents"
+    for word in ('ab', 'xy'):
+        csv_corpus(tmp_path/word, word)
+        monkeypatch.chdir(tmp_path/word)
+        dls = make('data', tokenizer='char', streaming=True, valid_docs=5)
+        assert text_of(dls.valid)==''.join(f'{word*5} {i}␄' for i in range(5))
+        assert {*word}<={*dls.tokenizer.chars} and dls.valid_counts.words==10
+
+@pytest.mark.parametrize('split, valid_split', [
+    ('train', 'train[90%:]'), ('train[:90%]', 'train'), ('train+test', 'test'), ('train', 'train')])
+def test_a_held_out_split_shares_nothing_with_that_for_training(make, tmp_path, split, valid_split):
+    corpus = csv_corpus(tmp_path/'c', 'ab')
+    (corpus/'test.csv').write_text('text\nabc\n')
+    with pytest.raises(ValueError, match='^valid_split'): make(corpus, split=split, valid_split=valid_split)
+
+def test_a_tokenizer_that_loses_words_is_warned_of(make, books, tmp_path):
+    import tokenizers
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>':0, 'Book':1}, unk_token='<unk>'))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path/'tokenizer.json'))
+    given = dict(tokenizer=str(tmp_path/'tokenizer.json'))
+    with pytest.warns(UserWarning, match='changes the texts'): make(books, **given)
+
+def test_documents_without_characters_cannot_be_held_out(make, tmp_path):
+    path = tmp_path/'a.jsonl'
+    path.write_text(''.join(json.dumps(dict(text='abc def'*(i<95)))+'\n' for i in range(190)))
+    with pytest.raises(ValueError, match='held-out part'): make(path, valid_pct=.4)
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.json', 'a.txt.gz'])
+def test_files_of_other_kinds_are_no_texts(make, tmp_path, name):
+    (tmp_path/name).write_text('{"text": "some text"}\n'*30)
+    with pytest.raises(ValueError, match='^corpus'): make(tmp_path/name)

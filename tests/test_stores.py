@@ -237,6 +237,23 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match='info.json'): TokenStore(store.folder)
     with pytest.raises(ValueError, match='store'): TokenStore(tmp_path)
 
+def test_changed_bytes_of_a_complete_store_are_named(tmp_path):
+    store = make(random_parts(300), tmp_path)
+    path = store.folder/'00001.arrow'
+    content = bytearray(path.read_bytes())
+    content[len(content)//2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='00001.arrow'): make(random_parts(300), tmp_path)
+
+@pytest.mark.parametrize('info', [
+    '{"key": "x", "rows": [1], "hashes": {}}',
+    '{"key": "x", "rows": {"a": -1}, "hashes": {"a": ""}}',
+    '{"key": "x", "rows": {"a": 1}, "hashes": {}}'])
+def test_a_foreign_description_is_named(info, tmp_path):
+    store = make(random_parts(300), tmp_path)
+    (store.folder/'info.json').write_text(info)
+    with pytest.raises(ValueError, match='info.json'): make(random_parts(300), tmp_path)
+
 def test_files_of_killed_processes_are_removed(tmp_path):
     parts = random_parts(300)
     with pytest.raises(KeyboardInterrupt): tokenise(Interrupted(parts, 200), BytesWithEnd(), tmp_path)

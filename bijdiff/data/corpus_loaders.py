@@ -6,18 +6,33 @@
 __all__ = ['corpus_dls']
 
 # %% ../../nbs/data/38_corpus_loaders.ipynb #f0ba5277
-import hashlib, json
+import hashlib, json, warnings
+from collections import Counter
+import numpy as np
+import torch
 from fastai.basics import DataLoaders, default_device
-from ..checks import check, check_number, check_one_of, check_seed, check_whole, parse_json
+from ..checks import check, check_number, check_one_of, check_seed, check_whole, naming
+from ..checks import parse_json
 from ..files import write_target
 from .tokens import Tokenizer
 from .subwords import load_tokenizer, tokenizer_from_dict, train_tokenizer
 from .sources import open_source
-from .stores import cache_folder, cache_lock, tokenise
+from .stores import cache_folder, cache_lock, count_text, encode_parts, TextCounts, tokenise
 from .loaders import ChunkDataset, ChunkDL, DocumentDataset, warn_unknown
 from .streams import StreamDataset, StreamDL
 
 # %% ../../nbs/data/38_corpus_loaders.ipynb #3ceb05c4
+def _split_names(split):
+    "Return the names of the splits in a split of the datasets library, such as train[:90%]+test"
+    return {part.partition('[')[0] for part in split.split('+')}
+
+def _hold_out_first(source, n):
+    "Return the source without its first documents, and the first ones"
+    try: return source.without_first(n),source.first(n)
+    except ValueError:
+        expected = f'fewer documents than {source.name} has; a text file is one document'
+        raise ValueError(f'valid_docs is {n}; expected {expected}') from None
+
 def _open_parts(
     corpus, # Path of a file, folder or glob, or name of a data set
     split:str, # Split for training
@@ -29,13 +44,13 @@ def _open_parts(
     "Open a corpus, and hold a part of it out"
     source = open_source(corpus, split=split, **kwargs)
     if valid_split is not None:
-        expected = 'another split than that for training'
-        check(valid_split!=split, 'valid_split', valid_split, expected)
+        expected = f'a split that shares nothing with {split}; valid_pct holds out a fraction of it'
+        check(not _split_names(split)&_split_names(valid_split), 'valid_split', valid_split, expected)
         if '[' not in valid_split: check_one_of('valid_split', valid_split, source.splits)
         return source,open_source(corpus, split=valid_split, **kwargs)
     check_whole('valid_docs', valid_docs)
     check_number('valid_pct', valid_pct, above=0, below=1)
-    if kwargs['streaming']: return source.without_first(valid_docs),source.first(valid_docs)
+    if kwargs['streaming']: return _hold_out_first(source, valid_docs)
     return source.split(valid_pct)
 
 # %% ../../nbs/data/38_corpus_loaders.ipynb #1996af54
@@ -43,23 +58,39 @@ _sample_chars = 2**24 # Characters on which a tokenizer is trained
 
 _trainable = 'char','byte','bpe' # Kinds that are trained on the corpus
 
+def _train(kind, source, vocab_size, seed):
+    "Return a tokenizer that is trained on a sample"
+    return train_tokenizer(kind, source.sample(_sample_chars, seed), vocab_size)
+
 def _trained(kind, source, vocab_size, cache_dir, seed):
-    "Return a tokenizer that is trained on a sample, from the cache if it is there"
+    "Return a trained tokenizer, from the cache if it is there; that of a stream is not kept"
+    if source.is_stream: return _train(kind, source, vocab_size, seed)
     parts = f'{source.fingerprint} {kind} {vocab_size} {seed} {_sample_chars}'
     path = cache_folder(cache_dir)/f'tokenizer-{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json'
     if not path.exists():
         with cache_lock(path):
-            tok = train_tokenizer(kind, source.sample(_sample_chars, seed), vocab_size)
+            tok = _train(kind, source, vocab_size, seed)
             write_target(path, json.dumps(tok.to_dict()).encode(), force=True)
-    return tokenizer_from_dict(parse_json(path.read_bytes(), path))
+    with naming(f'{path}, which can be deleted,'):
+        return tokenizer_from_dict(parse_json(path.read_bytes(), 'the tokenizer'))
+
+def _warn_lossy(tokenizer, source):
+    "Warn of a tokenizer that does not give back the beginning of a corpus"
+    text = next(source.parts()).text[:2**14]
+    ids = [i for i in tokenizer.encode(text, replace=True) if i!=tokenizer.eod_id]
+    if tokenizer.decode(ids)==text: return
+    affected = 'bits per character and byte, and the perplexity per word, are those of the changed text'
+    warnings.warn(f'the tokenizer changes the texts or has no tokens for parts of them: {affected}')
 
 def _find_tokenizer(tokenizer, source, vocab_size, cache_dir, seed):
     "Return the tokenizer that is given, trained or loaded, with an end-of-document token"
     if isinstance(tokenizer, str) and tokenizer in _trainable:
         return _trained(tokenizer, source, vocab_size, cache_dir, seed).with_eod()
     check(vocab_size is None, 'vocab_size', vocab_size, f'None, as {tokenizer} has a vocabulary already')
-    found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    return found.with_eod()
+    if isinstance(tokenizer, Tokenizer): return tokenizer.with_eod()
+    found = load_tokenizer(tokenizer).with_eod()
+    _warn_lossy(found, source)
+    return found
 
 # %% ../../nbs/data/38_corpus_loaders.ipynb #ba3bb763
 def _check_length(store, seq_len, part):
@@ -79,13 +110,28 @@ def _stored_dl(source, tok, seq_len, cache_dir, progress, pack, **kwargs):
 
 def _stream_dl(ds, bs): return StreamDL(ds, bs=bs, num_workers=0, n_inp=1)
 
+def _in_memory(source, tok):
+    "Return ids and counts of the held-out documents of a stream, which are not kept on the disk"
+    pairs = [pair for batch in encode_parts(source.parts(), tok) for pair in batch]
+    ids = torch.from_numpy(np.concatenate([ids for _,ids in pairs]).astype(np.int64))
+    counts = [count_text(part.text, len(ids)) for part,ids in pairs]
+    unknown = sum((tok.unknown(part.text) for part,_ in pairs), Counter())
+    return ids,TextCounts(*map(sum, zip(*counts))),unknown
+
+def _stored(source, tok, cache_dir, progress):
+    "Return ids and counts of held-out documents from a store"
+    store = tokenise(source, tok, cache_dir, progress)
+    return store,store.counts,store.unknown
+
 def _valid_dl(source, tok, seq_len, cache_dir, progress, eval_tokens, **kwargs):
     "Return a loader of held-out batches, and the counts of the whole held-out part"
-    store = tokenise(source, tok, cache_dir, progress)
-    warn_unknown(store.unknown, 'held-out')
-    _check_length(store, seq_len, 'held-out')
-    ds = ChunkDataset(store, seq_len, False, tok, max(eval_tokens//seq_len, 1))
-    return ChunkDL(ds, num_workers=0, n_inp=1, **kwargs),store.counts
+    found = _in_memory(source, tok) if source.is_stream else _stored(source, tok, cache_dir, progress)
+    ids,counts,unknown = found
+    warn_unknown(unknown, 'held-out')
+    _check_length(ids, seq_len, 'held-out')
+    check(counts.characters, 'the held-out part of the corpus', 'empty', 'documents with characters')
+    ds = ChunkDataset(ids, seq_len, False, tok, max(eval_tokens//seq_len, 1))
+    return ChunkDL(ds, num_workers=0, n_inp=1, **kwargs),counts
 
 # %% ../../nbs/data/38_corpus_loaders.ipynb #cdbf8f13
 def corpus_dls(
@@ -113,7 +159,8 @@ def corpus_dls(
     check_whole('seq_len', seq_len)
     check_whole('bs', bs)
     check_whole('eval_tokens', eval_tokens)
-    check_whole('num_workers', num_workers, 0, 0 if streaming else None)
+    check_whole('num_workers', num_workers, 0)
+    check(not (streaming and num_workers), 'num_workers', num_workers, '0 with streaming')
     check_seed(seed)
     as_bytes = getattr(tokenizer, 'kind', tokenizer)=='byte'
     options = dict(config=config, column=column, as_bytes=as_bytes, streaming=streaming, cache_dir=cache_dir)

@@ -7,14 +7,14 @@ __all__ = ['part_bytes', 'Part', 'TextRange', 'divide_text', 'check_column', 'Ro
            'LibraryRows', 'StreamRows']
 
 # %% ../../nbs/data/33_readers.ipynb #16003a3e
-import hashlib, json, os
+import json, os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from ..checks import check
+from ..files import file_hash
 from .corpora import decode_text
 
 # %% ../../nbs/data/33_readers.ipynb #655878c8
@@ -51,19 +51,6 @@ def _cut_place(raw):
     return _character_start(raw, len(raw)-1)
 
 # %% ../../nbs/data/33_readers.ipynb #cce66173
-@lru_cache(maxsize=2**16)
-def _hash_version(path, size, changed):
-    "Return the hash of the bytes of a file"
-    h = hashlib.blake2b(digest_size=16)
-    with open(path, 'rb') as f:
-        while raw := f.read(2**20): h.update(raw)
-    return h.hexdigest()
-
-def _file_hash(path):
-    "Return the hash of the bytes of a file, computed anew if the file has changed"
-    stat = os.stat(path)
-    return _hash_version(str(path), stat.st_size, stat.st_mtime_ns)
-
 @dataclass(frozen=True)
 class TextRange:
     "Bytes of a text file, which are one document"
@@ -118,7 +105,7 @@ class TextRange:
 
     def content(self):
         "Return a description that tells the content from any other"
-        return f'text {_file_hash(self.path)} {self.start} {self.stop} {self.as_bytes} {part_bytes}'
+        return f'text {file_hash(self.path)} {self.start} {self.stop} {self.as_bytes} {part_bytes}'
 
 # %% ../../nbs/data/33_readers.ipynb #f9f7d803
 def _line_start(raw):
@@ -221,7 +208,7 @@ class JsonRows(Rows):
 
     def content(self):
         "Return a description that tells the content from any other"
-        return f'json {_file_hash(self.place)} {self.column} {self.start} {self.stop}'
+        return f'json {file_hash(self.place)} {self.column} {self.start} {self.stop}'
 
 # %% ../../nbs/data/33_readers.ipynb #9f90af93
 @contextmanager
@@ -265,7 +252,7 @@ class ParquetRows(Rows):
 
     def content(self):
         "Return a description that tells the content from any other"
-        return f'parquet {_file_hash(self.place)} {self.column} {self.group} {self.start} {self.stop}'
+        return f'parquet {file_hash(self.place)} {self.column} {self.group} {self.start} {self.stop}'
 
 def _column_bytes(group, column):
     "Return the number of bytes of a column of a row group; 0 for a column of lists"

@@ -211,6 +211,14 @@ def _find_pattern(pattern):
     check(len(kinds)==1, 'corpus', pattern, f'files of one kind; these are {" and ".join(kinds)}')
     return paths
 
+_other_kinds = _library_suffixes | {'.gz', '.zst', '.xz', '.bz2', '.zip'}
+
+def _check_kind(paths):
+    "Check that files are of a kind that is read here"
+    wrong = next((p for p in paths if p.suffix.lower() in _other_kinds), None)
+    expected = 'text, JSON lines or Parquet, unpacked; .csv, .json or .arrow as a folder, which is a data set'
+    check(wrong is None, 'corpus', str(wrong), expected)
+
 def _find_files(corpus, config):
     "Return the files of each split of a corpus; None if the library reads it"
     path = Path(corpus).expanduser()
@@ -218,7 +226,9 @@ def _find_files(corpus, config):
     is_pattern = has_magic(corpus) and not path.exists()
     if not is_pattern and not names_file(corpus, path): return None
     check(config is None, 'config', config, f'None; {corpus} is not a data set')
-    return dict(train=_find_pattern(corpus) if is_pattern else [check_source(path)])
+    paths = _find_pattern(corpus) if is_pattern else [check_source(path)]
+    _check_kind(paths)
+    return dict(train=paths)
 
 # %% ../../nbs/data/34_sources.ipynb #0004400e
 def _shards_of(path, column, as_bytes):

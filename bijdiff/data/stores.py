@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
-from ..checks import check, check_keys, check_type, naming, parse_json
-from ..files import check_folder, write_synced
+from ..checks import check, check_keys, check_type, check_whole, naming, parse_json
+from ..files import check_folder, file_hash, write_synced
 from .tokens import Tokenizer
 
 # %% ../../nbs/data/35_stores.ipynb #c8b244e5
@@ -98,6 +98,13 @@ def _read_shard(path):
     raise ValueError(f'{path} cannot be read ({found}); delete the folder {path.parent}')
 
 # %% ../../nbs/data/35_stores.ipynb #b328c693
+def _check_info(info):
+    "Check the description of a store"
+    check_keys('the content', info, ('key','rows','hashes'))
+    for name in ('rows','hashes'): check_type(name, info[name], dict)
+    for n in info['rows'].values(): check_whole('a number of rows', n, 0)
+    check(info['hashes'].keys()==info['rows'].keys(), 'hashes', info['hashes'], 'one for each file')
+
 class TokenStore:
     "Ids of a corpus in files that are mapped into memory"
     def __init__(self,
@@ -107,8 +114,8 @@ class TokenStore:
         path = self.folder/'info.json'
         check(path.exists(), 'the folder of a store', str(folder), 'a folder with info.json')
         info = parse_json(path.read_bytes(), path)
-        with naming(path): check_keys('the content', info, ('key','rows'))
-        self.fingerprint = info['key']
+        with naming(path): _check_info(info)
+        self.fingerprint,self.hashes = info['key'],info['hashes']
         shards = {name:_read_shard(self.folder/name) for name in info['rows']}
         for name,n in info['rows'].items():
             found = sum(len(batch) for batch in shards[name])
@@ -226,8 +233,10 @@ def _fill(folder, source, tokenizer, key, progress):
     n_bytes = sum(_total(batches, 'bytes') for batches in done.values())
     with progress_bar(f'tokenising {source.name}', source.n_bytes, progress, n_bytes) as bar:
         _write_shards(folder, source, tokenizer, rows, bar)
+    hashes = {name:file_hash(folder/name) for name in rows}
     info = folder/'info.tmp'
-    with _naming_folder(folder): write_synced(info, json.dumps(dict(key=key, rows=rows)).encode())
+    content = json.dumps(dict(key=key, rows=rows, hashes=hashes)).encode()
+    with _naming_folder(folder): write_synced(info, content)
     os.replace(info, folder/'info.json')
 
 # %% ../../nbs/data/35_stores.ipynb #f38f55db
@@ -244,7 +253,7 @@ def progress_bar(
     return tqdm(desc=name, total=total, initial=initial, disable=is_off, **kwargs)
 
 # %% ../../nbs/data/35_stores.ipynb #a0bfb77b
-_format = 1 # Number of the layout of a store, a part of its key
+_format = 2 # Number of the layout of a store, a part of its key
 
 def cache_folder(
     cache_dir=None, # Folder of the cache; the folder bijdiff in that of datasets if None
@@ -267,6 +276,15 @@ def cache_lock(
         finally:
             with suppress(OSError): lock.unlink()
 
+def _open_store(folder, key):
+    "Open a store of the cache after a check of the bytes of its files"
+    store = TokenStore(folder)
+    found = dict(key=store.fingerprint) | {name:file_hash(folder/name) for name in store.hashes}
+    expected = dict(key=key) | store.hashes
+    wrong = next((k for k in expected if found[k]!=expected[k]), None)
+    if wrong: check(False, f'the hash of {folder/wrong}', found[wrong], f'{expected[wrong]}: delete it')
+    return store
+
 def tokenise(
     source, # Documents, from open_source
     tokenizer:Tokenizer, # Tokenizer with an end-of-document token
@@ -279,7 +297,7 @@ def tokenise(
     parts = f'{source.fingerprint} {tokenizer.fingerprint} {_format}'
     key = hashlib.sha256(parts.encode()).hexdigest()
     folder = cache_folder(cache_dir)/f'tokens-{key[:32]}'
-    if folder.exists(): return TokenStore(folder)
+    if folder.exists(): return _open_store(folder, key)
     with cache_lock(folder):
         if not folder.exists():
             unfinished = folder.with_name(folder.name+'.unfinished')
@@ -289,4 +307,4 @@ def tokenise(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             os.replace(unfinished, folder)
-    return TokenStore(folder)
+    return _open_store(folder, key)
