@@ -83,7 +83,7 @@ def network_options(
     k_active:int=None, # Experts that act at a position; all if not given
     couple:str='final', # Where the experts are coupled: final, or every block
     router_balance:float=0., # Weight of the balance term of the routers, with k_active
-    dropout:float=0., # Probability of dropping a feature in training
+    dropout:float=0., # Probability of dropping a feature in training; with init that of the model if 0
 )->dict:
     "Return the options of the network, by name"
     return dict(locals())
@@ -117,7 +117,7 @@ def fit_options(
     optimizer:str='adam', # Optimiser: adam or sgd
     beta1:float=None, # Decay of the average of gradients, with beta2; a cycle from 0.95 to 0.85 if not given
     beta2:float=None, # Decay of the average of squared gradients, with beta1; 0.99 if not given
-    weight_decay:float=None, # Weight decay of matrices other than embeddings; 0.01 if not given
+    weight_decay:float=None, # Weight decay of matrices but embeddings; if not given 0.01, and 0 for sgd
     grad_clip:float=None, # Largest norm of the gradients
     accumulate:int=1, # Batches whose gradients are added up for one step
     ema:float=None, # Decay of an average of the weights, which is evaluated and saved in their place
@@ -152,7 +152,7 @@ def bijdiff_train(
     eval_tokens:int=None, # Held-out tokens that are evaluated, at most; 131,072 if not given
     num_workers:int=0, # Processes that read batches
     seed:int=42, # Seed of weights, noise and data order
-    out:str='bijdiff_model', # Folder for model and pictures; an older model there is replaced at the end
+    out:str='bijdiff_model', # Folder for model and pictures; older ones there are replaced
     resume:bool=False, # Continue the interrupted run in that folder
     device:str='auto', # auto, cpu, cuda or mps
     dtype:str='auto', # auto, float32 or bfloat16

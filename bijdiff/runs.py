@@ -10,6 +10,7 @@ import shutil, signal, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 from .data.loaders import text_dls # before the rest of fastai, as it silences a warning
@@ -92,13 +93,21 @@ def check_unfinished(
     if resume: print(f'{visible(str(out))} holds no checkpoint yet: the run starts anew')
     return False
 
+def _check_log(log):
+    "Check the kind of a log, and that its package is there"
+    if log is None: return
+    check_one_of('log', log, ('jsonl', 'tensorboard', 'wandb'))
+    check(log=='jsonl' or find_spec(log), 'log', log, f'jsonl, or the package: pip install {log}')
+
 def _check_options(options):
     "Check the numbers that neither the data nor the network checks"
     for name in ('seq_len', 'bs', 'epochs', 'accumulate'): check_whole(name, options[name])
     for name in ('steps', 'eval_every', 'valid_docs', 'eval_tokens'):
         optional(check_whole)(name, options[name])
-    for name in ('warmup', 'num_workers'): optional(partial(check_whole, least=0))(name, options[name])
-    if options['log'] is not None: check_one_of('log', options['log'], ('jsonl', 'tensorboard', 'wandb'))
+    optional(partial(check_whole, least=0, most=options['steps']))('warmup', options['warmup'])
+    check_whole('num_workers', options['num_workers'], 0)
+    _check_log(options['log'])
+    optional(partial(check_number, least=0))('weight_decay', options['weight_decay'])
     check_seed(options['seed'])
     check_number('lr', options['lr'], above=0)
 
@@ -109,6 +118,7 @@ def _print_how_to_resume(out):
     "Print what is left of a run that ends early"
     place = visible(str(out))
     if (out/CHECKPOINT).exists(): print(f'\n{place} holds this run: continue it with --resume', flush=True)
+    elif (out/'model.safetensors').exists(): print(f'\n{place} holds an older model: start again', flush=True)
     else: print(f'\n{place} holds no checkpoint yet: start again, or with --resume', flush=True)
 
 @contextmanager
@@ -118,8 +128,8 @@ def _saying_how_to_resume(out):
     replaces = is_main and signal.getsignal(signal.SIGTERM)==signal.SIG_DFL
     if replaces: signal.signal(signal.SIGTERM, _stop_at_once)
     try: yield
-    except (KeyboardInterrupt, OSError):
-        _print_how_to_resume(out)
+    except (KeyboardInterrupt, OSError) as e:
+        if isinstance(e, KeyboardInterrupt) or (out/CHECKPOINT).exists(): _print_how_to_resume(out)
         raise
     finally:
         if replaces: signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -179,7 +189,8 @@ def _make_learner(options, dls, init, cbs):
     same |= dict(betas=_betas(options['beta1'], options['beta2']))
     network = _network_options(options)
     if init is not None:
-        network = {name: network[name] for name in ('dropout', 'reversible')}
+        free = ['reversible']+['dropout']*(network['dropout']>0)
+        network = {name: network[name] for name in free}
         return diffusion_learner(dls, init=init, config_kwargs=network, **same)
     weights = [options[name] for name in ('mask', 'substitute', 'delete')]
     schedule = get_schedule(options['schedule'])
@@ -210,8 +221,10 @@ def _fit_steps(learn, options):
 def _fit_epochs(learn, options):
     "Train for a number of epochs"
     epochs,warmup,given = options['epochs'],options['warmup'],{}
+    n_batches = epochs*len(learn.dls.train)
+    n_steps = n_batches//options['accumulate']
+    check(n_steps, 'accumulate', options['accumulate'], f'at most {n_batches}, the batches of all epochs')
     if warmup is not None:
-        n_steps = epochs*len(learn.dls.train)//options['accumulate']
         check_whole('warmup', warmup, 0, n_steps)
         given = dict(pct_start=warmup/n_steps)
     learn.fit_one_cycle(epochs, options['lr'], **given)
@@ -237,8 +250,8 @@ def _fit(learn, checkpoints, options):
     (out/CHECKPOINT).unlink()
 
 # %% ../nbs/89_runs.ipynb #1ae1bdb0
-# Options that have no influence on the result
-_free_when_resumed = {'epochs', 'save_every', 'log', 'num_workers', 'cache_dir'}
+# Options without influence on the result, or by which the data are found, which are compared themselves
+_free_when_resumed = {'save_every', 'num_workers', 'cache_dir', 'corpus', 'init'}
 
 def _checkpoints(out, options, bf16):
     "Return the callback that saves a run, with the options that must be the same when it is resumed"
@@ -246,6 +259,18 @@ def _checkpoints(out, options, bf16):
     every = options['save_every']
     if every is not None and every.isdecimal(): every = int(every)
     return CheckpointCallback(out, same, save_every=every)
+
+def _remove_leftovers(out, resume):
+    "Remove what killed processes have left half-written, and before a new run the log of an earlier one"
+    for folder in [*out.glob('.saving-*'), *out.glob('best/.saving-*')]:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not resume: (out/'log.jsonl').unlink(missing_ok=True)
+
+def _check_by_making(options):
+    "Check the options of a training by making it with a short text, before a long corpus is read"
+    if options['corpus']=='pydoc': return
+    dls = text_dls('ab'*options['seq_len'], 'char', options['seq_len'], 1, valid_pct=.5, device='cpu')
+    _make_learner(options, dls, None, [])
 
 def train(
     out:Path, # Folder for the model and the pictures
@@ -263,7 +288,9 @@ def train(
     log = [run_log(options['log'], out)] if options['log'] else []
     with checkpoints.lock:
         checkpoints.resume = check_unfinished(out, resume)
+        _remove_leftovers(out, checkpoints.resume)
         with _saying_how_to_resume(out):
+            if init is None: _check_by_making(options)
             with _warnings_as_notes(): dls = _make_dls(options, init, device)
             cbs = [TableCallback(), BarCallback(), BestModelCallback(out), checkpoints, *log]
             learn = _make_learner(options, dls, init, cbs)

@@ -480,3 +480,25 @@ def test_a_training_starts_from_a_saved_model(books, tmp_path):
 def test_mistakes_in_the_options_of_data_and_fit_are_one_line(books, tmp_path, options, found):
     err = on_books(books, tmp_path/'m', *options.split(), run=fail)
     assert err.count('\n')==1 and found in err and not (tmp_path/'m').exists()
+
+@pytest.mark.parametrize('options', [
+    '--ema 1.5', '--beta1 .9', '--optimizer foo', '--grad_clip 0', '--weight_decay -1', '--dropout 2',
+    '--n_heads 5', '--schedule foo', '--T 0', '--mask -1', '--steps 10 --warmup 11', '--log wandb'])
+def test_bad_options_are_reported_before_a_corpus_is_read(books, tmp_path, options):
+    cache = tmp_path/'cache'
+    where = ['--corpus', str(books), '--cache_dir', str(cache), '--out', str(tmp_path/'m')]
+    err = fail('bijdiff_train', *where, *options.split())
+    assert err.count('\n')==1 and options.split()[-2].strip('-') in err
+    assert not cache.exists() and not (tmp_path/'m').exists()
+
+def test_a_training_without_any_step_is_rejected(books, tmp_path):
+    err = on_books(books, tmp_path/'m', '--tokenizer', 'byte', '--accumulate', '100000', run=fail)
+    assert 'accumulate is 100000' in err and not (tmp_path/'m').exists()
+
+def test_a_new_training_removes_what_a_killed_one_has_left(books, tmp_path):
+    out = tmp_path/'m'
+    for folder in (out/'.saving-x', out/'best'/'.saving-y'): folder.mkdir(parents=True)
+    (out/'log.jsonl').write_text('{"step": 7}\n')
+    on_books(books, out, '--tokenizer', 'byte', '--steps', '2', '--log', 'jsonl')
+    steps = [json.loads(line)['step'] for line in (out/'log.jsonl').read_text().splitlines()]
+    assert 7 not in steps and not [*out.rglob('.saving-*')]
