@@ -1,4 +1,5 @@
 """What the scripts share: the record of a run, result files, times, training batches, saved models."""
+import gc
 import hashlib
 import json
 import platform
@@ -7,11 +8,14 @@ import shlex
 import statistics
 import sys
 import time
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 import fastai
 import torch
 from torch import nn, Tensor
+from torch.profiler import profile, ProfilerActivity, record_function
 import bijdiff
 from bijdiff.checks import check
 from bijdiff.model.saving import write_atomically
@@ -43,6 +47,10 @@ def given_command(script):
     "Return the command line of this process without the folders of this machine"
     words = [re.sub(r'[^\s=,]*/(?=\S)', '', o.rstrip('/')) for o in sys.argv[1:]]
     return spell_command(script, *words)
+
+def ints(text):
+    "Return the whole numbers between commas"
+    return [int(o) for o in text.split(',') if o]
 
 def run_record(
     script, # Path of the script
@@ -104,6 +112,11 @@ def synchronise(device):
     "Wait until the device has done what it was given"
     if torch.device(device).type=='cuda': torch.cuda.synchronize()
 
+def release(device):
+    "Free memory without references"
+    gc.collect()
+    if torch.device(device).type=='cuda': torch.cuda.empty_cache()
+
 def timed(f, device='cpu'):
     "Call a function; return its result and the seconds it took"
     start = time.perf_counter()
@@ -133,6 +146,50 @@ def timed_step(
         synchronise(device)
         return timed(ready, device)[1]
     return step
+
+def ratio(a, b):
+    "Return the quartiles of the ratio turn by turn, the median in the middle"
+    return [round(q, 3) for q in statistics.quantiles((x/y for x,y in zip(a, b)), n=4, method='inclusive')]
+
+# Memory
+
+def peak_cuda(prepare):
+    "Return the peak by the allocator of the GPU"
+    step = prepare()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()-before
+
+def peak_cpu(prepare):
+    "Return the peak by the allocations and releases in the profiler's record"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step = prepare()
+        with record_function('measured'): step()
+    events = sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    start = next(i for i,e in enumerate(events) if e.name()=='measured')
+    return max(accumulate(e.nbytes() for e in events[start:] if e.name()=='[memory]'), default=0)
+
+def peak_bytes(prepare, device):
+    "Return the most bytes that tensors hold during the step from `prepare`, above those they hold before it"
+    return peak_cuda(prepare) if torch.device(device).type=='cuda' else peak_cpu(prepare)
+
+def check_peak(device, n=2**18, k=5):
+    "Measure three steps of known memory: stored results, no stored results, a tensor that is freed"
+    x = torch.zeros(n, device=device, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    def chain(held=()):
+        if held: held.pop()
+        h = x
+        for _ in range(k): h = h.sin()
+        return h.sum()
+    def stored(): return lambda: chain().backward()
+    def not_stored(): return torch.no_grad()(chain)
+    def freed(): return partial(torch.no_grad()(chain), [torch.zeros(n, device=device)])
+    # k results and the gradient in hand; two results; two results less the one that is freed
+    for prepare,tensors in ((stored, k+1), (not_stored, 2), (freed, 1)):
+        found = peak_bytes(prepare, device)
+        assert 0<=found-4*n*tensors<4096, f'{found} bytes measured, expected {4*n*tensors}'
 
 # Training
 

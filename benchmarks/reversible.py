@@ -3,35 +3,24 @@
     python benchmarks/reversible.py                # writes benchmarks/results/reversible.json
     python benchmarks/reversible.py --preset gpu   # one GPU; also the largest batches; reversible_gpu.json
 
-Compared are this package, stored activations, checkpointing and four other packages (pip: revtorch,
-reformer-pytorch, memcnn, revlib), which are optional and get the same sub-networks, of PyTorch's own layers,
-as `plain streams`.
+Compared are the stacks of stacks.py: of this package, with stored activations, with checkpointing and of four
+other packages, which are optional.
 
 Memory: most bytes that tensors hold during forward and backward, above what they hold before it, when
 weights, their gradients and the input are there. Time: the networks of one depth take turns step by step;
 ratios are quartiles over the turns, with the median in the middle."""
-import gc
-import importlib.metadata
 import math
 import statistics
 import warnings
 from functools import partial
-from itertools import accumulate
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.profiler import profile, ProfilerActivity, record_function
-from torch.utils.checkpoint import checkpoint
 from bijdiff.checks import check_one_of
 from bijdiff.console import command
-from bijdiff.layers.block import BijectiveTransformer
-from bijdiff.layers.coupling import split_halves
-from bijdiff.layers.lattice import to_lattice
-from common import add_row, result_path, run_record, save, seconds_in_turns, spell_command, timed_step
+from common import add_row, check_peak, ints, peak_bytes, ratio, release, result_path, run_record, save
+from common import seconds_in_turns, spell_command, timed_step
+from stacks import build, KINDS, make_input, NotInstalled, prepare_step, state, train_step, version
 
-BITS = 12
 ALL_ROWS = ('plain;checkpoint;bijdiff;plain, compiled;bijdiff, compiled;'
             'plain streams;revtorch;reformer-pytorch;memcnn;revlib')
 PRESETS = dict(
@@ -41,198 +30,7 @@ PRESETS = dict(
              deep=0, time_depth='12,24,48', exact_depth=12,
              rows='plain;checkpoint;bijdiff;plain, compiled;bijdiff, compiled'))
 
-# Networks: each builder returns the network and its weights, in the same order for all networks of a family
-
-class Attention(nn.Module):
-    "Pre-norm multi-head attention of PyTorch's own layers"
-    def __init__(self, d, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(d)
-        self.qkv = nn.Linear(d, 3*d, bias=False)
-        self.out = nn.Linear(d, d, bias=False)
-
-    def forward(self, x):
-        q,k,v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-def mlp(d):
-    "Pre-norm MLP"
-    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4*d), nn.GELU(), nn.Linear(4*d, d))
-
-class Streams(nn.Module):
-    "Two streams that are updated in turn, with stored activations: the computation of the other packages"
-    def __init__(self, pairs):
-        super().__init__()
-        self.pairs = pairs
-
-    def forward(self, x):
-        x1,x2 = split_halves(x)
-        for f,g in self.pairs:
-            x1 = x1+f(x2)
-            x2 = x2+g(x1)
-        return torch.cat([x1, x2], -1)
-
-def checkpointed(stack):
-    "Recompute each block of a stack in the backward pass"
-    for b in stack.blocks: b.step = partial(checkpoint, b.step, use_reentrant=False)
-    return stack
-
-def compiled(stack):
-    "Compile a stack"
-    stack.compile()
-    return stack
-
-def by_revtorch(pairs):
-    "Return the pairs as a reversible sequence of revtorch"
-    from revtorch import ReversibleBlock, ReversibleSequence
-    return ReversibleSequence(nn.ModuleList(ReversibleBlock(f, g, split_along_dim=-1) for f,g in pairs))
-
-def by_reformer(pairs):
-    "Return the pairs as a reversible sequence of reformer-pytorch"
-    from reformer_pytorch.reversible import ReversibleSequence
-    return ReversibleSequence(nn.ModuleList(pairs))
-
-def by_memcnn(pairs):
-    "Return the pairs as a reversible sequence of memcnn"
-    from memcnn import AdditiveCoupling, InvertibleModuleWrapper
-    return nn.Sequential(*[InvertibleModuleWrapper(AdditiveCoupling(f, g, split_dim=-1)) for f,g in pairs])
-
-def by_revlib(pairs):
-    "Return the pairs as a reversible sequence of revlib"
-    from revlib import ReversibleSequential
-    return ReversibleSequential(*[m for pair in pairs for m in pair], split_dim=-1)
-
-@torch.no_grad()
-def randomise(net):
-    "Draw all weights at random; a fresh block would add nothing"
-    for p in net.parameters():
-        if p.ndim>1: p.normal_(std=.05)
-        else: p.add_(torch.randn_like(p), alpha=.05)
-    return net
-
-def unchanged(stack):
-    "Return a stack as it is"
-    return stack
-
-def bijective(s, depth, wrap=unchanged, reversible=False):
-    "Build a stack of this package's blocks"
-    stack = BijectiveTransformer(depth, s.d_model, s.n_heads, lattice_bits=BITS, reversible=reversible)
-    stack = randomise(stack).to(s.device)
-    return wrap(stack), list(stack.parameters())
-
-def two_streams(s, depth, wrap=Streams):
-    "Build pairs of attention and MLP in the arrangement of a package"
-    pairs = [nn.ModuleList([Attention(s.d_model, s.n_heads), mlp(s.d_model)]) for _ in range(depth)]
-    pairs = randomise(nn.ModuleList(pairs)).to(s.device)
-    return wrap(pairs), list(pairs.parameters())
-
-class Row(NamedTuple):
-    "One row of the tables"
-    build:Callable # Function of setting and depth, returns network and weights
-    stored:str # Row of the same weights with stored activations
-    needs_grad:bool=False # Whether weights get gradients only if the input requires them
-    package:str|None=None # Package that must be installed
-
-def other_package(wrap, package, needs_grad=True):
-    "Return the row of another package"
-    return Row(partial(two_streams, wrap=wrap), 'plain streams', needs_grad, package)
-
-KINDS = {
-    'plain': Row(bijective, 'plain'),
-    'checkpoint': Row(partial(bijective, wrap=checkpointed), 'plain'),
-    'bijdiff': Row(partial(bijective, reversible=True), 'plain'),
-    'plain, compiled': Row(partial(bijective, wrap=compiled), 'plain, compiled'),
-    'bijdiff, compiled': Row(partial(bijective, wrap=compiled, reversible=True), 'plain, compiled'),
-    'plain streams': Row(two_streams, 'plain streams'),
-    'revtorch': other_package(by_revtorch, 'revtorch'),
-    'reformer-pytorch': other_package(by_reformer, 'reformer-pytorch'),
-    'memcnn': other_package(by_memcnn, 'memcnn', needs_grad=False),
-    'revlib': other_package(by_revlib, 'revlib'),
-}
-
-class NotInstalled(ImportError):
-    "A package of a row is missing"
-
-def version(package):
-    "Return the installed version of a package, or None"
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
-
-def build(s, name, depth):
-    "Build network and weights of a row, the same weights at each call"
-    package = KINDS[name].package
-    if package and not version(package): raise NotInstalled('not installed')
-    torch.manual_seed(s.seed)
-    return KINDS[name].build(s, depth)
-
-# Steps
-
-def state(out):
-    "Return the state in the output of a network"
-    return out[0] if isinstance(out, tuple) else out
-
-def make_input(s, name, batch=None):
-    "Return a fresh input, the same numbers at each call; on the lattice for this package's blocks"
-    torch.manual_seed(s.seed)
-    x = torch.randn(batch or s.batch, s.seq_len, 2*s.d_model, device=s.device)
-    if KINDS[name].stored!='plain streams': x = to_lattice(x, BITS)
-    return x.requires_grad_(KINDS[name].needs_grad)
-
-def train_step(net, x, bf16, inside=False):
-    "Run forward and backward; PyTorch advises to call backward outside of autocast"
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bool(bf16)):
-        loss = state(net(x)).square().mean()
-        if inside: loss.backward()
-    if not inside: loss.backward()
-
 # Memory
-
-def peak_cuda(prepare):
-    "Return the peak by the allocator of the GPU"
-    step = prepare()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated()-before
-
-def peak_cpu(prepare):
-    "Return the peak by the allocations and releases in the profiler's record"
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step = prepare()
-        with record_function('measured'): step()
-    events = sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    start = next(i for i,e in enumerate(events) if e.name()=='measured')
-    return max(accumulate(e.nbytes() for e in events[start:] if e.name()=='[memory]'), default=0)
-
-def peak_bytes(prepare, device):
-    "Return the most bytes that tensors hold during the step from `prepare`, above those they hold before it"
-    return peak_cuda(prepare) if torch.device(device).type=='cuda' else peak_cpu(prepare)
-
-def check_peak(device, n=2**18, k=5):
-    "Measure three steps of known memory: stored results, no stored results, a tensor that is freed"
-    x = torch.zeros(n, device=device, requires_grad=True)
-    x.grad = torch.zeros_like(x)
-    def chain(held=()):
-        if held: held.pop()
-        h = x
-        for _ in range(k): h = h.sin()
-        return h.sum()
-    def stored(): return lambda: chain().backward()
-    def not_stored(): return torch.no_grad()(chain)
-    def freed(): return partial(torch.no_grad()(chain), [torch.zeros(n, device=device)])
-    # k results and the gradient in hand; two results; two results less the one that is freed
-    for prepare,tensors in ((stored, k+1), (not_stored, 2), (freed, 1)):
-        found = peak_bytes(prepare, device)
-        assert 0<=found-4*n*tensors<4096, f'{found} bytes measured, expected {4*n*tensors}'
-
-def prepare_step(net, s, name, batch=None):
-    "Return a training step, after one that has allocated the gradients"
-    train_step(net, make_input(s, name, batch), s.bf16)
-    net.zero_grad(set_to_none=False)
-    x = make_input(s, name, batch)
-    gc.collect()
-    return partial(train_step, net, x, s.bf16)
 
 def step_bytes(net, s, name, batch=None):
     "Return the peak of a training step"
@@ -254,10 +52,6 @@ def stepper(s, name, depth):
     step = timed_step(prepare, s.device)
     for _ in range(2): step()
     return step
-
-def ratio(a, b):
-    "Return the quartiles of the ratio turn by turn, the median in the middle"
-    return [round(q, 3) for q in statistics.quantiles((x/y for x,y in zip(a, b)), n=4, method='inclusive')]
 
 def time_row(name, seconds):
     "Return median milliseconds, and ratios to the networks with stored activations"
@@ -323,11 +117,6 @@ def largest_batch(s, name, depth, limit=math.inf, tolerance=.03):
 
 # Tables
 
-def release(device):
-    "Free memory without references"
-    gc.collect()
-    if torch.device(device).type=='cuda': torch.cuda.empty_cache()
-
 def attempt(f, *args, **kwargs):
     "Return the result of a function, or its error in one line"
     try: return f(*args, **kwargs)
@@ -349,10 +138,6 @@ def measure_times(table, s, names, depth, steps):
         add_row(table, dict(row=name, depth=depth, **found))
     torch.compiler.reset()
     release(s.device)
-
-def ints(text):
-    "Return the whole numbers between commas"
-    return [int(o) for o in text.split(',') if o]
 
 def all_tables(s, steps, fit_limit):
     "Measure memory, time, exactness and largest batches of all rows"
