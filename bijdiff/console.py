@@ -6,11 +6,16 @@
 __all__ = ['command', 'check_numbers', 'check_effects']
 
 # %% ../nbs/91_console.ipynb #4a8eec9e
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 
 # %% ../nbs/91_console.ipynb #0be98ff1
+def _is_first_process():
+    "Return True unless this is one of several processes that were started together, and not the first"
+    return os.environ.get('RANK', '0')=='0'
+
 def _report_interrupt(name):
     "Say in one line that a command was interrupted"
+    if not _is_first_process(): return
     print('\n'*sys.stderr.isatty() + f'{name}: interrupted', file=sys.stderr, flush=True)
 
 def _exit_at_once(signum, frame):
@@ -28,7 +33,7 @@ if os.path.basename(sys.argv[0]).startswith('bijdiff_') and _may_replace_handler
 
 # %% ../nbs/91_console.ipynb #9ff940ab
 import inspect, math, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from .display import visible
@@ -86,7 +91,7 @@ def _replace_unknown_characters():
 
 def _print_note(message, category, filename, lineno, file=None, line=None):
     "Print a warning in one line"
-    print(f'note: {visible(_last_line(message))}', file=sys.stderr)
+    if _is_first_process(): print(f'note: {visible(_last_line(message))}', file=sys.stderr)
 
 def _last_line(error):
     "Last line of the message of an exception, or its type"
@@ -107,15 +112,34 @@ def _close_stdout():
     sys.exit(128+signal.SIGPIPE)
 
 # %% ../nbs/91_console.ipynb #68b49008
+@contextmanager
+def _only_the_first_prints():
+    "Drop what processes other than the first print"
+    if _is_first_process():
+        yield
+        return
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try: yield
+        except SystemExit as e:
+            if e.code: _leave_the_word()
+            raise
+
+def _leave_the_word(seconds=10):
+    "Wait until the first process has printed the error of all, as a launcher ends the others with the first"
+    time.sleep(seconds)
+
 def _run(f, argv):
     "Run a function as a command"
     warnings.showwarning = _print_note
-    kwargs = _arguments(f, argv)
+    with _only_the_first_prints(): kwargs = _arguments(f, argv)
     try:
         f(**kwargs)
         sys.stdout.flush()
     except BrokenPipeError: _close_stdout()
     except Exception as e:
+        if getattr(e, 'is_silent', not _is_first_process()):
+            _leave_the_word()
+            sys.exit(2)
         reason = _of_user(e)
         if reason is None: raise
         print(f'{f.__name__}: error: {reason}', file=sys.stderr)

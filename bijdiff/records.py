@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_count', 'check_float', 'check_flag', 'list_of', 'dict_of', 'record_of', 'plain_values', 'pack_lists',
-           'unpack_lists', 'with_prefix', 'check_names', 'check_tensors', 'pack_optimizer', 'unpack_optimizer',
-           'pack_gradients', 'unpack_gradients', 'frozen', 'frozen_attrs', 'environment', 'environment_changes']
+           'unpack_lists', 'with_prefix', 'check_names', 'check_tensors', 'placed_like', 'pack_optimizer',
+           'unpack_optimizer', 'pack_gradients', 'unpack_gradients', 'frozen', 'frozen_attrs', 'environment',
+           'environment_changes']
 
 # %% ../nbs/68_records.ipynb #a2bb6777
 import inspect, json, random
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from .checks import check, check_keys, check_number, check_type, check_whole
-from .model.saving import tensor_bytes
+from .model.saving import tensor_bytes, whole_tensor
 
 # %% ../nbs/68_records.ipynb #c8fb9856
 def check_count(
@@ -188,6 +189,17 @@ def check_tensors(
         _check_like(f'{name} {k}', v, likes[k])
         if is_finite: _check_finite(f'{name} {k}', v)
 
+# %% ../nbs/68_records.ipynb #a9571a63
+def placed_like(
+    t:Tensor, # Whole tensor
+    like:Tensor, # Tensor on the device that is wanted, perhaps divided among processes
+)->Tensor: # The tensor on that device, divided in the same way if it has the same shape
+    "Put a tensor where another one is"
+    t = t.to(like.device)
+    if not hasattr(like, 'full_tensor') or t.shape!=like.shape: return t
+    from torch.distributed.tensor import distribute_tensor       # here, as few trainings need it
+    return distribute_tensor(t, like.device_mesh, like.placements)
+
 # %% ../nbs/68_records.ipynb #a87134da
 def pack_optimizer(
     opt, # Optimizer of fastai
@@ -230,7 +242,7 @@ def unpack_optimizer(
     for h,now in zip(plain['hypers'], opt.hypers): check_names('the hyper-parameters', h, now)
     known = _state_names(opt)
     for i,(s,p) in enumerate(zip(state, params)): _check_state(i, s, p, known)
-    on_device = [{k:v.to(p.device) if isinstance(v, Tensor) else v for k,v in s.items()}
+    on_device = [{k:placed_like(v, p) if isinstance(v, Tensor) else v for k,v in s.items()}
                  for s,p in zip(state, params)]
     opt.load_state_dict(dict(state=on_device, hypers=plain['hypers']))
 
@@ -240,7 +252,7 @@ def pack_gradients(
 )->tuple[dict,list]: # Gradients that are not 0, by name; names of the parameters whose gradient is 0
     "Return the gradients of a network"
     grads = {k:p.grad for k,p in model.named_parameters() if p.grad is not None}
-    nonzero = {k:g for k,g in grads.items() if g.any()}
+    nonzero = {k:g for k,g in grads.items() if whole_tensor(g).any()}
     return {f'grad.{k}':g for k,g in nonzero.items()}, [k for k in grads if k not in nonzero]
 
 def unpack_gradients(
@@ -254,7 +266,7 @@ def unpack_gradients(
     check_tensors('gradients', tensors, given, is_finite=False)
     check_names('gradients', [k for k in zero if k not in params or k in tensors], [])
     for k,p in params.items():
-        if k in tensors: p.grad = tensors[k].to(p.device)
+        if k in tensors: p.grad = placed_like(tensors[k], p)
         else: p.grad = torch.zeros_like(p) if k in zero else None
 
 # %% ../nbs/68_records.ipynb #ba4fd8a4

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from .lattice import check_lattice_range, lattice_step, lattice_undo
-from .coupling import check_owned, check_unchanged, ChunkedUpdate, is_compiled
-from .coupling import uncached_autocast, versions, zero_padding
+from .coupling import AdditiveCoupling, check_owned, check_unchanged, ChunkedUpdate
+from .coupling import is_compiled, uncached_autocast, versions, zero_padding
 
 # %% ../../nbs/layers/05_reversible.ipynb #9f049fbb
 def _rng_accessors(device):
@@ -283,15 +283,19 @@ def _couple(couplings, x, first, step):
     if sizes[0] is not None: check_lattice_range(sizes, couplings[0].lattice_bits, x.dtype, first)
     return x1,x2
 
+@patch
+def step_reversibly(self:AdditiveCoupling, tape, is_first, x1, x2, **context):
+    "Return the results of `step` without storing activations, which the backward pass rebuilds on the tape"
+    e = _Evaluation(self, tape, context, is_first)
+    inputs = [x1, x2, *e.tensors(context)]
+    if any(t.requires_grad for t in inputs): return _Coupling.apply(e, *inputs)
+    return self.step(x1, x2, **context) # stores nothing but for tensors that are not owned
+
 @torch.compiler.disable
 def _couple_reversibly(couplings, x, first, context):
     "Apply couplings without storing activations"
     tape = _Tape()
-    def step(i, c, x1, x2):
-        e = _Evaluation(c, tape, context, i==0)
-        inputs = [x1, x2, *e.tensors(context)]
-        if any(t.requires_grad for t in inputs): return _Coupling.apply(e, *inputs)
-        return c.step(x1, x2, **context) # stores nothing but for tensors that are not owned
+    step = lambda i,c,x1,x2: c.step_reversibly(tape, i==0, x1, x2, **context)
     return _End.apply(tape, *_couple(couplings, x, first, step))
 
 # %% ../../nbs/layers/05_reversible.ipynb #9b441a3e

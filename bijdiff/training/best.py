@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from fastai.basics import rank_distrib
 from ..records import check_float
+from ..model.saving import is_sharded
 from .noising import base_model
 from .callbacks import EMACallback, FitCallback
 from .checkpoint import CheckpointCallback
@@ -26,5 +27,6 @@ class BestModelCallback(FitCallback):
     def after_epoch(self):
         bits = self.learn.bound.bits
         if not bits<self.best: return                                                   # also where it is NaN
-        if not rank_distrib(): base_model(self.model).save_pretrained(self.folder)
+        model = base_model(self.model)
+        if is_sharded(model) or not rank_distrib(): model.save_pretrained(self.folder)
         self.best = bits

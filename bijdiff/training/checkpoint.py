@@ -6,7 +6,7 @@
 __all__ = ['CheckpointCallback']
 
 # %% ../../nbs/training/78_checkpoint.ipynb #ba0733be
-import json, time, warnings
+import json, signal, time, warnings
 from pathlib import Path
 from fastai.basics import *
 from fastai.callback.all import *
@@ -15,13 +15,13 @@ from ..locks import FolderLock
 from ..random_states import check_random_states, random_states
 from ..records import check_tensors
 from ..records import environment, environment_changes, pack_lists, plain_values
-from ..records import pack_gradients, pack_optimizer, unpack_gradients, unpack_lists
+from ..records import pack_gradients, pack_optimizer, placed_like, unpack_gradients, unpack_lists
 from ..records import unpack_optimizer, with_prefix
 from ..model.headers import to_bytes
-from ..model.saving import tensors_hash, write_atomically
+from ..model.saving import tensors_hash, whole_tensor, write_atomically
 from .noising import base_model
 from .callbacks import EMACallback, FitCallback
-from .stopping import ignore_stop_signals, parse_interval
+from .stopping import ignore_stop_signals, parse_interval, TrainingStopped
 from .checkpoint_file import declared_attrs, undeclared_attrs
 from .checkpoint_file import advice, callback_records, check_options, CHECKPOINT
 from .checkpoint_file import fit_options, longest_header, network_and_text
@@ -102,12 +102,14 @@ def _stop_if_asked(self:CheckpointCallback):
     if error: raise error
 
 @patch
-def _agree(self:CheckpointCallback, stops, saves):
-    "Return what at least one of all processes wants"
-    if num_distrib()<=1: return stops,saves
-    wishes = torch.tensor([stops, saves], dtype=torch.int32, device=self.dls.device)
+def _agree(self:CheckpointCallback, saves):
+    "Return what stops the training and whether it is saved, where at least one of all processes wants that"
+    if num_distrib()<=1: return self.request,saves
+    signum = getattr(self.request, 'signum', signal.SIGINT) if self.request else 0
+    wishes = torch.tensor([signum, saves], dtype=torch.int32, device=self.dls.device)
     torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
-    return [bool(o) for o in wishes.tolist()]
+    signum,saves = wishes.tolist()
+    return self.request or (TrainingStopped(signum) if signum else None),bool(saves)
 
 @patch
 def _is_due(self:CheckpointCallback):
@@ -122,9 +124,8 @@ def _is_due(self:CheckpointCallback):
 def between_batches(self:CheckpointCallback):
     "Write a checkpoint where one is due, and stop where that was asked for"
     if not (self.run and self.learn.fitting): return
-    stops,saves = self._agree(self.request is not None, self.training and self._is_due())
-    if self.training and (stops or saves): self._write(False, self.iter+1)
-    if stops: self.request = self.request or KeyboardInterrupt()                    # of another process
+    self.request,saves = self._agree(self.training and self._is_due())
+    if self.training and (self.request or saves): self._write(False, self.iter+1)
     self._stop_if_asked()
 
 @patch
@@ -148,9 +149,9 @@ def _done(self:CheckpointCallback):
 def _write(self:CheckpointCallback, is_complete, batch=0):
     "Write a checkpoint: within an epoch before a batch, after it, or at the end of a fit"
     position = dict(batch=batch, updates=self.learn.n_updates, iterations=self.learn.train_iter)
-    states = self._all_states()
+    tensors,packed = self._tensors()
     if rank_distrib()==0:
-        content = self._content(self._tensors()|states, dict(complete=is_complete, position=position))
+        content = self._content(tensors, dict(complete=is_complete, position=position, **packed))
         write_atomically(self.folder, {CHECKPOINT: content})
     self.saved = time.monotonic(),self.learn.n_updates
 
@@ -165,24 +166,28 @@ def _all_states(self:CheckpointCallback):
 
 @patch
 def _tensors(self:CheckpointCallback):
-    "Return weights and averages"
-    tensors = {f'model.{k}':v for k,v in base_model(self.model).state_dict().items()}
+    "Return the tensors of the training, in the first process, and plain values of optimiser and gradients"
+    model = base_model(self.model)
+    tensors = {f'model.{k}':v for k,v in model.state_dict().items()}
     if hasattr(self.learn, 'ema'): tensors |= {f'ema.{i}':a for i,a in enumerate(self.learn.ema.average)}
-    return tensors
+    opt,plain = pack_optimizer(self.opt)
+    grads,zero = pack_gradients(model)
+    kept = {}
+    for k,v in (tensors|opt|grads|self._all_states()).items():
+        v = whole_tensor(v.detach())                        # all processes, one tensor at a time
+        if rank_distrib()==0: kept[k] = v.cpu().contiguous()
+    return kept,dict(opt=plain, zero_gradients=zero)
 
 @patch
 def _content(self:CheckpointCallback, tensors, progress):
     "Return the checkpoint as bytes"
-    opt,plain = pack_optimizer(self.opt)
-    grads,zero = pack_gradients(base_model(self.model))
     lists = {}
     records = pack_lists(callback_records(self.learn.cbs), lists)
-    tensors = tensors | opt | grads | {f'list.{k}':v for k,v in lists.items()}
-    tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
+    tensors = tensors | {f'list.{k}':v.contiguous() for k,v in lists.items()}
     smooth = self.recorder.smooth_loss
     meta = dict(options=self._all_options(), fits=self.fits, done=self._done(),
-                opt=plain, smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
-                records=records, environment=environment(self.dls.device), zero_gradients=zero,
+                smooth=[float(smooth.val), smooth.count], network_and_text=self.network_and_text,
+                records=records, environment=environment(self.dls.device),
                 unsaved=self._unsaved(), **progress)
     rest = json.dumps(plain_values(meta))
     header = dict(bijdiff_checkpoint=rest, version=str(VERSION), hash=tensors_hash(tensors, rest.encode()))
@@ -216,6 +221,13 @@ def _check_same(self:CheckpointCallback, meta):
     check(not lost, 'the list of unsaved attributes', lost, f'an empty list: {advice}')
 
 @patch
+def _load_weights(self:CheckpointCallback, weights):
+    "Load whole tensors into the network, whose own may be divided among processes"
+    model = base_model(self.model)
+    own = model.state_dict()
+    model.load_state_dict({k:placed_like(v, own[k]) for k,v in weights.items()})
+
+@patch
 def _resume(self:CheckpointCallback):
     "Go on from the checkpoint, or skip this fit if it was complete"
     tensors,meta = read_checkpoint(self.folder)
@@ -237,7 +249,7 @@ def _pause_ends(self:CheckpointCallback):
 @patch
 def _skip(self:CheckpointCallback, weights, n):
     "Skip a fit that was complete; until the interrupted one, the weights are those of the checkpoint"
-    base_model(self.model).load_state_dict(weights)
+    self._load_weights(weights)
     self._pause_ends()
     self.is_skipping = True
     self.learn.first_epoch = self.n_epoch
@@ -260,8 +272,8 @@ def _restore(self:CheckpointCallback, tensors, meta):
     model = base_model(self.model)
     unpack_gradients(model, with_prefix(tensors, 'grad.'), meta['zero_gradients'])
     unpack_optimizer(self.opt, with_prefix(tensors, 'opt.'), meta['opt'])
-    model.load_state_dict(with_prefix(tensors, 'model.'))
-    for i,a in enumerate(average): a.copy_(averages[str(i)])
+    self._load_weights(with_prefix(tensors, 'model.'))
+    for i,a in enumerate(average): a.copy_(placed_like(averages[str(i)], a))
     self._set_counts(*meta['smooth'], meta['done'], **position)
     if meta['position'] and (position['batch'] or self.learn.step_plan): self.learn.start_states = states
     for cb,k,v in values: setattr(cb, k, v)

@@ -199,7 +199,8 @@ def network_and_text(
 )->dict:
     "Return the configuration of the network, the data, the seed and the precision"
     train,valid = learn.dls.train,learn.dls.valid
-    batches = None if hasattr(train, 'window') else len(train)                # without end, or a number
+    is_endless = hasattr(getattr(train, 'dl', train), 'window')              # perhaps a part of a loader
+    batches = None if is_endless else len(train)
     precision = str(learn.autocast.dtype) if hasattr(learn, 'autocast') else None
     run = dict(seed=learn.corruption.seed, batches=batches, bs=train.bs, processes=max(num_distrib(), 1))
     return plain_values(asdict(base_model(learn.model).config)|run|dict(

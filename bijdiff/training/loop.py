@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from ..checks import check, check_whole
 from ..random_states import random_states, restore_random_states
-from ..data.loaders import step_loader
+from ..data.loaders import position_masks, step_loader
 from ..layers.lattice import LatticeError
 from ..display import show_pairs
 from ..model.denoiser import eval_mode
 from ..model.predictions import clean_posterior
+from ..model.saving import whole_tensor
 from .noising import base_model, noise_seed
 from .precision import AutocastCallback, LossScaleCallback
 
@@ -241,12 +242,12 @@ _most_at_first = 1e8
 def _gradient_norms(opt):
     "Return the norm of the gradients, that of the steps before by Adam's average, and the number of steps"
     params = list(opt.all_params(with_grad=True))
-    now = get_total_norm([p.grad for p,*_ in params]).item()
+    now = whole_tensor(get_total_norm([p.grad for p,*_ in params])).item()
     squares = [state['sqr_avg'] for *_,state,_ in params if 'sqr_avg' in state]
     n = max((state.get('step', 0) for *_,state,_ in params), default=0)
     if not squares or not n: return now, 0., n
     debias = 1-opt.hypers[0]['sqr_mom']**n
-    return now, (get_total_norm(squares, 1).item()/debias)**.5, n
+    return now, (whole_tensor(get_total_norm(squares, 1)).item()/debias)**.5, n
 
 @patch
 def _step(self:DiffusionLearner):
@@ -288,10 +289,12 @@ def show_results(self:DiffusionLearner,
     **kwargs
 ):
     "Show noisy texts, the most probable clean tokens in one step, and the clean texts"
-    x = (dl or self.dls[ds_idx]).one_batch()[0][:max_n].as_subclass(Tensor)
+    batch = [o[:max_n].as_subclass(Tensor) for o in (dl or self.dls[ds_idx]).one_batch()]
+    x,given = batch[0],position_masks(batch).given
     t = (torch.arange(len(x))+.5)/len(x)
     corruption,model = self.corruption.corruption,base_model(self.model)
     noisy = corruption.corrupt(x, t, torch.Generator().manual_seed(0))
+    if given is not None: noisy = noisy._replace(xt=torch.where(given, x, noisy.xt))
     mask = corruption.padding_mask(noisy)
     with eval_mode(model): probs = clean_posterior(model, noisy.xt, t, mask, corruption)
     best = probs.argmax(-1).to(x.device)

@@ -9,6 +9,7 @@ __all__ = ['parse_interval', 'TrainingStopped', 'ignore_stop_signals', 'stop_on_
 import re, signal, threading
 from contextlib import contextmanager
 from datetime import timedelta
+from fastai.basics import num_distrib
 from ..checks import check, check_whole
 
 # %% ../../nbs/training/76_stopping.ipynb #25ff9dcd
@@ -57,6 +58,7 @@ def stop_on_signals(
     "Let SIGTERM and Ctrl-C stop a training after the present batch, with a checkpoint"
     stopped = []
     def stop(signum, frame):
+        if stopped and num_distrib()>1: return            # a launcher passes on what each process has got
         if stopped: raise TrainingStopped(signum)
         stopped.append(TrainingStopped(signum))
         checkpoint.stop(stopped[0])
