@@ -15,8 +15,7 @@ from torch import Tensor
 from ..checks import check, check_bools, check_floats, check_ids, check_one_of, check_T
 from ..checks import check_times, check_type
 from .schedules import get_schedule, Schedule, schedules
-from .packing import NoisyBatch
-from .corruption import Corruption, DeletingCorruption, MaskingCorruption
+from .corruption import Corruption, MaskingCorruption
 from .transitions import log_marginals, marginal_probs
 
 # %% ../../nbs/diffusion/24_objective.ipynb #a5dd6f7e
@@ -27,7 +26,8 @@ def token_nll(
     x0:Tensor, # Clean ids, (B, L)
 )->Tensor: # (B, L), nats
     "Return the negative log-likelihood of each clean token, computed in at least float32"
-    return F.cross_entropy(_at_least_float32(logits).transpose(1, 2), x0, reduction='none')
+    rows = _at_least_float32(logits).flatten(0, 1)
+    return F.cross_entropy(rows, x0.flatten(), reduction='none').view(x0.shape)
 
 # %% ../../nbs/diffusion/24_objective.ipynb #16f653bd
 def time_weight(
@@ -130,10 +130,11 @@ def _resampling_rate(corruption, xt, t, like):
 
 def _step_nelbo(logits, x0, xt, t, corruption, T):
     "T times the divergence of the posteriors of the step that ends at t"
-    s = (t-1/T).clamp(min=0)
-    x0,xt_cpu = F.one_hot(x0, logits.shape[-1]).cpu().double(),xt.cpu()  # float64, which not every device has
-    q = corruption.reverse_posterior(x0, xt_cpu, s, t)
-    qhat = corruption.reverse_posterior(logits.cpu().double().softmax(-1), xt_cpu, s, t)
+    device = 'cpu' if logits.device.type=='mps' else logits.device    # MPS has no float64
+    s,xt = (t-1/T).clamp(min=0),xt.to(device)
+    certain = F.one_hot(x0.to(device), logits.shape[-1]).double()
+    q = corruption.reverse_posterior(certain, xt, s, t)
+    qhat = corruption.reverse_posterior(logits.to(device).double().softmax(-1), xt, s, t)
     log_ratio = q.clamp(min=1e-300).log()-qhat.clamp(min=1e-300).log()
     nats = T*torch.where(q>0, q*log_ratio, 0.).sum(-1)
     return nats.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
@@ -307,24 +308,15 @@ def insertion_jump(
 
 # %% ../../nbs/diffusion/24_objective.ipynb #e343cb51
 @patch
-def bound_integrand(self:Corruption,
+def token_integrand(self:Corruption,
     logits:Tensor, # Logits of the clean tokens, (B, L, V)
-    noisy:NoisyBatch, # Noisy sequences, from `corrupt`
+    x0:Tensor, # Clean ids, (B, L)
+    xt:Tensor, # Noisy ids, (B, L)
     t:Tensor, # Times, (B,)
-    gap_logits:Tensor|None=None, # Gap logits, (B, L+1), where tokens are deleted
-)->Tensor: # Nats per sequence, (B,)
-    "Return the integrand of the bound at one time, summed over each sequence, without the end terms"
-    tokens = hybrid_nelbo(logits, noisy.x0, noisy.xt, t, self)
-    return torch.where(noisy.attention_mask, tokens, 0.).sum(1)
+)->Tensor: # Nats per symbol, (B, L)
+    "Return the integrand of the bound at one time for each symbol, without the end terms"
+    return hybrid_nelbo(logits, x0, xt, t, self)
 
 @patch
-def bound_integrand(self:MaskingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
-    tokens = masked_nelbo(logits, noisy.x0, noisy.xt, t, self.schedule, self.T)
-    return torch.where(noisy.attention_mask, tokens, 0.).sum(1)
-
-@patch
-def bound_integrand(self:DeletingCorruption, logits, noisy, t, gap_logits=None)->Tensor:
-    tokens = Corruption.bound_integrand(self, logits, noisy, t)
-    expected = 'gap logits: deletion needs a network with gap_head=True'
-    check(gap_logits is not None, 'gap_logits', gap_logits, expected)
-    return tokens + insertion_nelbo(gap_logits, noisy.gaps, gap_mask(noisy.attention_mask), t, self).sum(1)
+def token_integrand(self:MaskingCorruption, logits, x0, xt, t)->Tensor:
+    return masked_nelbo(logits, x0, xt, t, self.schedule, self.T)

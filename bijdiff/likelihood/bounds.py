@@ -12,39 +12,45 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check, check_ids, check_seed, check_whole
+from ..checks import check, check_bools, check_ids, check_seed, check_whole
 from ..diffusion.schedules import low_discrepancy_times, Schedule
 from ..diffusion.corruption import Corruption, DeletingCorruption, MaskingCorruption
 from ..diffusion.objective import as_corruption, binomial_log_prior, gap_mask, insertion_jump
 from ..diffusion.objective import length_term, prior_term, reconstruction_term
 from ..model.denoiser import canonical, check_denoiser, Denoiser, eval_mode, to_canonical
-from ..model.predictions import any_schedule, call_denoiser, clean_logits, output_integrand
-from ..model.predictions import output_kind
+from ..model.predictions import any_schedule, call_features, clean_logits, output_kind
+from ..model.predictions import logits_of
+from ..model.scoring import masked_nll, output_integrand, ScoredRows, token_terms
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #133d66b2
 @patch
 def prior_sampler(self:Corruption,
     model:Denoiser, # The denoiser, with canonical ids
     x:Tensor, # Clean ids, (B, L)
+    given:Tensor|None=None, # True at given positions, on which the prior depends, (B, L); none if None
 ): # Function of a torch.Generator that returns nats per sequence, (B,)
     "Return a function that draws the prior term of the bound"
     def draw(g):
-        noisy = self.corrupt(x, torch.ones(len(x)), g)
+        noisy = self.corrupt(x, torch.ones(len(x)), g, given=given)
         xt = self.pure_noise(noisy.attention_mask, g)
-        logits = output_kind(model).pure_noise_logits(model, xt, self.padding_mask(noisy))
-        return torch.where(noisy.attention_mask, prior_term(logits, noisy.x0, self), 0.).sum(1)
+        if given is not None: xt = torch.where(given, x, xt)
+        h,head = output_kind(model).pure_noise(model, xt, self.padding_mask(noisy))
+        rows = ScoredRows(noisy.attention_mask, noisy.x0, xt, torch.ones(len(x)), self.vocab_size)
+        return token_terms(head, h, rows, lambda logits,x0,*_: prior_term(logits, x0, self)).sum(1)
     return draw
 
 @patch
-def prior_sampler(self:MaskingCorruption, model, x):
-    masks = torch.full((1, x.shape[1]), model.mask_id, device=x.device)
-    logits = call_denoiser(model, masks, torch.ones(1)).logits
-    nats = prior_term(logits.expand(len(x), -1, -1), x, self).sum(1)
+def prior_sampler(self:MaskingCorruption, model, x, given=None):
+    if given is not None:
+        conditional = Corruption.prior_sampler(self, model, x, given)(torch.Generator())
+        return lambda g: conditional
+    nats = masked_nll(model, x).sum(1)
+    nats = nats*self.schedule.alpha(torch.ones((), dtype=torch.float64)).to(nats)
     return lambda g: nats
 
 @patch
-def prior_sampler(self:DeletingCorruption, model, x):
-    symbols,L = Corruption.prior_sampler(self, model, x),x.shape[1]
+def prior_sampler(self:DeletingCorruption, model, x, given=None):
+    symbols,L = Corruption.prior_sampler(self, model, x, given),x.shape[1]
     length = length_term(torch.tensor([L]), self, binomial_log_prior(L, self))
     def draw(g):
         nats = symbols(g)
@@ -57,9 +63,10 @@ def prior_nats(
     x:Tensor, # Clean ids, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
     g:torch.Generator|None=None, # Source of the noise at time 1, where it is random
+    given:Tensor|None=None, # True at given positions, on which the prior depends, (B, L); none if None
 )->Tensor: # (B,), nats per sequence
     "Return the prior term of the bound, one draw of it where noise is random, the length included"
-    return as_corruption(noise, model.noise.vocab_size).prior_sampler(model, x)(g)
+    return as_corruption(noise, model.noise.vocab_size).prior_sampler(model, x, given)(g)
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #fde43d83
 def _put_back(noisy, mask_id):
@@ -76,7 +83,7 @@ def insert_missing(self:DeletingCorruption,
     noisy, # Noisy sequences at time 0
 )->tuple[Tensor,Tensor]: # Nats per sequence, (B,), and ids with masks for the missing tokens, (B, L)
     "Return the code length of inserting the tokens that are missing at time 0, and the result"
-    out = call_denoiser(model, noisy.xt, torch.zeros(len(noisy.xt)), noisy.attention_mask)
+    out = call_features(model, noisy.xt, torch.zeros(len(noisy.xt)), noisy.attention_mask)
     nats = insertion_jump(out.gap_logits, noisy.gaps, gap_mask(noisy.attention_mask), self).sum(1)
     return nats, _put_back(noisy, model.mask_id)
 
@@ -86,23 +93,28 @@ def reconstruction_nats(
     x:Tensor, # Clean ids, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
     g:torch.Generator, # Source of the noise at time 0
+    given:Tensor|None=None, # True at given positions, which cost nothing, (B, L); none if None
 )->Tensor: # (B,), nats per sequence
     "Draw the reconstruction term of the bound once; 0 for schedules without noise at time 0"
     zero,noise = torch.zeros(len(x)),as_corruption(noise, model.noise.vocab_size)
     state_probs = noise.state_probs(zero.double())
     if (state_probs.kept==1).all(): return zero.to(x.device)
-    nats,z = noise.insert_missing(model, noise.corrupt(x, zero, g))
-    logits = clean_logits(model, call_denoiser(model, z, zero).logits, z, state_probs)
-    return nats + reconstruction_term(logits, x, z, noise).sum(1)
+    nats,z = noise.insert_missing(model, noise.corrupt(x, zero, g, given=given))
+    counted = torch.ones_like(z).bool() if given is None else ~given
+    rows = ScoredRows(noise.scored_positions(z, counted), x, z, zero, noise.vocab_size)
+    def term(logits, x, z, t):
+        return reconstruction_term(clean_logits(model, logits, z, noise.state_probs(t)), x, z, noise)
+    h = call_features(model, z, zero).hidden
+    return nats + token_terms(lambda o: logits_of(model, o), h, rows, term).sum(1)
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #f1141606
-def _one_draw(model, x, noise, prior, g):
+def _one_draw(model, x, noise, prior, g, given=None):
     "Integrand at one random time per sequence, and end terms, nats per sequence, (B,)"
     t = low_discrepancy_times(len(x), noise.T, g)[torch.randperm(len(x), generator=g)]
-    noisy = noise.corrupt(x, t, g)
-    out = call_denoiser(model, noisy.xt, t, noise.padding_mask(noisy))
-    nats = output_integrand(model, out, noisy, t, noise) + reconstruction_nats(model, x, noise, g)
-    return nats + prior(g)
+    noisy = noise.corrupt(x, t, g, given=given)
+    out = call_features(model, noisy.xt, t, noise.padding_mask(noisy))
+    nats = output_integrand(model, out, noisy, t, noise)
+    return nats + reconstruction_nats(model, x, noise, g, given) + prior(g)
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #5b851ace
 def _scored_noise(model, schedule, T):
@@ -122,17 +134,19 @@ def nelbo_draws(
     schedule:str|Schedule|None=None, # For masking without time conditioning: any, half_cosine if None
     T:int|None=None, # Number of steps; continuous time if None
     seed:int=0, # Seed of times and noise
+    given:Tensor|None=None, # True at given positions, such as those of a prompt, (B, L); none if None
 )->Tensor: # (n, B), nats per sequence
-    "Return independent draws of the bound on the negative log-likelihood, end terms included"
+    "Return draws of the bound on the negative log-likelihood of the tokens that are not given, end terms included"
     view = canonical(model)
     x = to_canonical(view, check_ids(x, view.n_ids-1, 'x').to(view.device))
     check_ids(x, view.mask_id-1, 'x')
     check_whole('n', n)
+    if given is not None: given = check_bools('given', given, *x.shape).to(x.device)
     noise = _scored_noise(view, schedule, T)
     g = torch.Generator().manual_seed(check_seed(seed))
     with eval_mode(model):
-        prior = noise.prior_sampler(view, x)
-        return torch.stack([_one_draw(view, x, noise, prior, g) for _ in range(n)]).cpu()
+        prior = noise.prior_sampler(view, x, given)
+        return torch.stack([_one_draw(view, x, noise, prior, g, given) for _ in range(n)]).cpu()
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #1d1bc617
 class Estimate(NamedTuple):
@@ -154,10 +168,11 @@ def nelbo(
     schedule:str|Schedule|None=None, # For masking without time conditioning: any, half_cosine if None
     T:int|None=None, # Number of steps; continuous time if None
     seed:int=0, # Seed of times and masks
+    given:Tensor|None=None, # True at given positions, such as those of a prompt, (B, L); none if None
 )->Estimate: # Of an upper bound, nats per sequence
     "Estimate the bound on the negative log-likelihood of each sequence, with its standard error"
     check_whole('n', n, 2)
-    return mean_and_error(nelbo_draws(model, x, n, schedule, T, seed).double())
+    return mean_and_error(nelbo_draws(model, x, n, schedule, T, seed, given).double())
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #ae2c8373
 class Score(NamedTuple):

@@ -17,7 +17,8 @@ from ..checks import check, check_floats, check_ids, check_keys, check_lengths, 
 from ..checks import check_one_of, check_seed, check_type, check_whole, is_whole
 from ..diffusion.schedules import get_schedule, Schedule, schedule_from_dict, schedule_to_dict
 from ..model.denoiser import canonical, Denoiser
-from ..model.predictions import predict_at
+from ..model.predictions import call_features, logits_of
+from ..model.scoring import chunk_rows
 
 # %% ../../nbs/sampling/50_rules.ipynb #023fefa1
 def check_tempered(
@@ -218,6 +219,18 @@ def reveal_ranks(
     return first.gather(1, keys.argsort(dim=1, stable=True)).argsort(dim=1)
 
 # %% ../../nbs/sampling/50_rules.ipynb #33404e72
+def _features_at(model, x, where, lengths):
+    "Features of a network at some positions, (number of positions, D)"
+    mask = torch.arange(x.shape[1]) < lengths[:,None]
+    hidden = ((x==model.mask_id)&mask).sum(1).double()/lengths.clamp(min=1)
+    t = model.noise.schedule.t(1-hidden)
+    h = call_features(model, x.to(model.device), t, None if mask.all() else mask.to(model.device)).hidden
+    return h[where.to(h.device)]
+
+def _probs(model, h, rule, rows=slice(None)):
+    "Distributions in float64 on the CPU, (number of rows, V), from features; logits are computed for all"
+    return token_probs(logits_of(model, h).cpu()[rows], rule.temperature, rule.top_p)
+
 def conditional_probs(
     model:Denoiser, # The denoiser, with canonical ids
     x:Tensor, # Ids, masks where something is hidden, (n, L), on the CPU
@@ -226,12 +239,7 @@ def conditional_probs(
     lengths:Tensor, # Number of tokens of each sequence, (n,)
 )->Tensor: # (number of positions, V), float64, on the CPU
     "Return the distribution of the token at some positions"
-    mask = torch.arange(x.shape[1]) < lengths[:,None]
-    hidden = ((x==model.mask_id)&mask).sum(1).double()/lengths.clamp(min=1)
-    t = model.noise.schedule.t(1-hidden)
-    padding = None if mask.all() else mask.to(model.device)
-    logits = predict_at(model, x.to(model.device), t, where, padding)
-    return token_probs(logits.cpu(), rule.temperature, rule.top_p)
+    return _probs(model, _features_at(model, x, where, lengths), rule)
 
 # %% ../../nbs/sampling/50_rules.ipynb #c59b6778
 def check_unmasking(
@@ -271,13 +279,21 @@ def _counts(masks, rule):
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, True)[which+1]
 
+def _most_confident(model, x, masked, rule, lengths, keys, count):
+    "Positions that an adaptive rule reveals, (n, L), and their distributions, (number of positions, V)"
+    h = _features_at(model, x, masked, lengths)
+    n_rows = chunk_rows(len(h), model.noise.vocab_size)
+    chunks = h.split(n_rows)
+    found = torch.cat([confidence(_probs(model, o, rule), rule.rule) for o in chunks])
+    confidences = torch.full(x.shape, -math.inf, dtype=found.dtype).masked_scatter(masked, found)
+    now = masked & (reveal_ranks(masked, keys, confidences)<count)
+    chosen = now[masked].split(n_rows)
+    return now, torch.cat([_probs(model, o, rule, k) for o,k in zip(chunks, chosen) if k.any()])
+
 def _step(model, x, masked, rule, choose, lengths, keys, count):
     "Reveal `count` (n, 1) masks of each sequence at one function evaluation"
     if not rule.adaptive:
         now = masked & (reveal_ranks(masked, keys)<count)
         return x.masked_scatter(now, choose(conditional_probs(model, x, now, rule, lengths), now))
-    p = conditional_probs(model, x, masked, rule, lengths)
-    lowest = torch.full(x.shape, -math.inf, dtype=p.dtype)
-    confidences = lowest.masked_scatter(masked, confidence(p, rule.rule))
-    now = masked & (reveal_ranks(masked, keys, confidences)<count)
-    return x.masked_scatter(now, choose(p[now[masked]], now))
+    now,p = _most_confident(model, x, masked, rule, lengths, keys, count)
+    return x.masked_scatter(now, choose(p, now))

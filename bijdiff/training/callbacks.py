@@ -83,18 +83,23 @@ class BoundCallback(MonitorCallback):
     bits = se = float('nan')
     def __init__(self,
         counts:TextCounts|None=None, # Size of the held-out text; one of each unit if None
-    ): self.counts = counts or TextCounts(1, 1, 1, 1)
+        n_positions:int|None=None, # Positions of all its sequences, given ones included; its tokens if None
+    ):
+        self.counts = counts or TextCounts(1, 1, 1, 1)
+        self.n_positions = n_positions or self.counts.tokens
     def before_fit(self):
         super().before_fit()
         for cb in self.learn.cbs: self._minimise(cb)
     def before_validate(self): self.nats = []
     def after_loss(self):
         c,x0 = self.learn.corruption,self.yb[0]
-        loss = self.loss_func.per_sequence(self.pred, *self.yb)
-        loss = loss + self._end_terms(x0, c.corruption, noise_seed(c.seed, 3, self.iter))/x0.shape[1]
+        loss = self.loss_func.nats
+        if not c.is_partly_scored:                               # otherwise no bound
+            ends = self._end_terms(x0, c.corruption, noise_seed(c.seed, 3, self.iter))
+            loss = loss + ends/x0.shape[1]
         self.nats.append(self.learn.to_detach(loss.view(c.n_draws, -1).T.contiguous()))
     def after_validate(self):
-        tokens_per_char = self.counts.tokens/self.counts.characters
+        tokens_per_char = self.n_positions/self.counts.characters
         bits = torch.cat(self.nats).double() * tokens_per_char/math.log(2)                 # (texts, draws)
         n = bits.shape[1]
         self.bits = bits.mean().item()
@@ -114,7 +119,9 @@ def _end_terms(self:BoundCallback, x0, corruption, seed):
     "Return the prior and the reconstruction term of each sequence, nats, (B,)"
     model = base_model(self.model)
     g = torch.Generator().manual_seed(seed)
-    return prior_nats(model, x0, corruption, g) + reconstruction_nats(model, x0, corruption, g)
+    given = self.learn.corruption.given
+    prior = prior_nats(model, x0, corruption, g, given)
+    return prior + reconstruction_nats(model, x0, corruption, g, given)
 
 # %% ../../nbs/training/72_callbacks.ipynb #c72ad1e7
 @patch(as_prop=True)
@@ -241,8 +248,8 @@ def _swap(self:EMACallback):
     self.swapped = not self.swapped
 
 # %% ../../nbs/training/72_callbacks.ipynb #6df96d32
-_columns = dict(epoch='epoch', train_loss='train loss', bound='bound', se='±', log_det='log-det',
-                inverse_error='inverse error', tokens_per_s='tokens/s', time='time')
+_columns = dict(epoch='epoch', train_loss='train loss', bound='bound', answers='answers', se='±',
+                log_det='log-det', inverse_error='inverse error', tokens_per_s='tokens/s', time='time')
 
 def _cell(v):
     "Return a value as shown in the table"
@@ -263,10 +270,15 @@ class TableCallback(FitCallback):
     def close(self):
         if self.old_logger: self.learn.logger,self.old_logger = self.old_logger,None
     def _row(self, row):
-        if not self.rows: self._print((_columns | dict(epoch='step' if self.step_plan else 'epoch')).values())
+        names = self._names()
+        if not self.rows: self._print((names | dict(epoch='step' if self.step_plan else 'epoch')).values())
         self.rows += 1
         cells = dict(zip(self.recorder.metric_names, row))
-        self._print(_cell(cells.get(k, '')) for k in _columns)
+        self._print(_cell(cells.get(k, '')) for k in names)
+    def _names(self):
+        "Return the headings by column; a loss on answers stands in place of the bound"
+        hidden = 'bound' if 'answers' in self.recorder.metric_names else 'answers'
+        return {k:v for k,v in _columns.items() if k!=hidden}
     def _print(self, cells):
-        widths = [max(len(name), 7) for name in _columns.values()]
+        widths = [max(len(name), 7) for name in self._names().values()]
         print('  '.join(o.rjust(w) for o,w in zip(cells, widths)), flush=True)

@@ -12,12 +12,13 @@ import torch
 from fastai.basics import *
 from fastai.distributed import DistributedDL
 from torch import Tensor
-from ..checks import check_whole
+from ..checks import check, check_whole
 from ..diffusion.schedules import low_discrepancy_times
 from ..diffusion.packing import NoisyBatch
 from ..diffusion.corruption import Corruption
-from ..model.denoiser import BijectiveDenoiser
-from ..model.predictions import output_integrand
+from ..data.loaders import position_masks
+from ..model.denoiser import BijectiveDenoiser, DenoiserOutput, Features
+from ..model.scoring import integrand_sum, output_integrand
 
 # %% ../../nbs/training/71_noising.ipynb #7fc8617b
 def base_model(
@@ -29,21 +30,32 @@ def base_model(
 class DiffusionLoss:
     "Mean over tokens of the integrand of the bound, nats"
     reduction = 'mean'
+    nats = None # Nats per clean token of each sequence in the last call, (B,)
     def __init__(self,
         corruption:Corruption, # The noise
         model:BijectiveDenoiser, # The network whose outputs are scored
     ): store_attr()
 
-    def per_sequence(self, out, clean, xt, t, x0=None, mask=None, gaps=None):
-        "Return nats per clean token, (B,); x0, mask and gaps are needed where tokens are deleted"
+    def _batch(self, clean, xt, t, x0=None, mask=None, gaps=None):
+        "Noisy sequences, times and noise; x0, mask and gaps where tokens are deleted or given"
         if x0 is None: x0 = clean
         if mask is None: mask = torch.ones_like(xt, dtype=torch.bool)
-        noisy = NoisyBatch(xt, x0, mask, gaps, None)
-        return output_integrand(self.model, out, noisy, t, self.corruption)/clean.shape[1]
+        return NoisyBatch(xt, x0, mask, gaps, None), t, self.corruption
 
-    def __call__(self, out, *target)->Tensor:
-        loss = self.per_sequence(out, *target)
-        return loss if self.reduction=='none' else loss.mean()
+    def per_sequence(self, out, clean, *target):
+        "Return nats per clean token, (B,), from features or outputs of the network"
+        return output_integrand(self.model, out, *self._batch(clean, *target))/clean.shape[1]
+
+    def __call__(self, out, clean, *target)->Tensor:
+        if isinstance(out, Features):
+            total,nats = integrand_sum(self.model, out, *self._batch(clean, *target))
+            loss = total/clean.numel()
+            self.nats = nats/clean.shape[1]
+        else:
+            nats = self.per_sequence(out, clean, *target)
+            loss = nats.mean()
+            self.nats = nats.detach()
+        return nats if self.reduction=='none' else loss
 
 # %% ../../nbs/training/71_noising.ipynb #382168c7
 def _mean_over_processes(x):
@@ -63,6 +75,8 @@ class CorruptionCallback(Callback):
     "Turn a batch of clean ids into noisy ids, and clean ids, noisy ids and times"
     order = -5
     n_fits = 0 # Completed fits
+    given = None # True at given positions of the present batch, (B, L); None without any
+    is_partly_scored = False # True where positions of the present batch are corrupted and not scored
     def __init__(self,
         corruption:Corruption, # The noise
         seed:int=42, # Seed of noise, data order and dropout
@@ -71,6 +85,11 @@ class CorruptionCallback(Callback):
         check_whole('n_valid_draws', n_valid_draws)
         store_attr()
         self.generator = torch.Generator()
+
+    def before_fit(self):
+        scored = getattr(self.loss_func, 'model', base_model(self.model))
+        expected = 'the model of the learner, whose head the loss trains'
+        check(scored is base_model(self.model), 'the model of the loss', type(scored), expected)
 
     def before_train(self):
         if self.learn.step_plan and self.epoch>self.learn.first_epoch: return    # the states go on
@@ -87,16 +106,17 @@ class CorruptionCallback(Callback):
 
 # %% ../../nbs/training/71_noising.ipynb #751601ca
 @patch
-def _train_noise(self:CorruptionCallback, x):
+def _train_noise(self:CorruptionCallback, x, given):
     "Return times and noisy ids for the rows of this process in the batch of all processes"
     rank,world = rank_distrib(),max(num_distrib(), 1)
     rows = slice(rank*len(x), (rank+1)*len(x))
     t = low_discrepancy_times(len(x)*world, self.corruption.T, self.generator)
-    noisy = self.corruption.corrupt(x.repeat(world, 1), t, self.generator)
+    if given is not None: given = given.repeat(world, 1)
+    noisy = self.corruption.corrupt(x.repeat(world, 1), t, self.generator, given=given)
     return t[rows],[o[rows] for o in noisy]
 
 @patch
-def _valid_noise(self:CorruptionCallback, x, draw):
+def _valid_noise(self:CorruptionCallback, x, given, draw):
     "Return times and noisy ids that depend on the draw and the numbers of the texts alone"
     dl,n = self.learn.dl,len(x)
     N = len(getattr(dl, 'dataset', x))
@@ -104,7 +124,9 @@ def _valid_noise(self:CorruptionCallback, x, draw):
     first = rank_distrib()*math.ceil(N/max(num_distrib(), 1)) + self.iter*getattr(dl, 'bs', n)
     numbers = [(first+k)%N for k in range(n)]
     t = low_discrepancy_times(N, self.corruption.T, generator())[numbers]
-    noisy = [self.corruption.corrupt(x[k:k+1], t[k:k+1], generator(i)) for k,i in enumerate(numbers)]
+    row = lambda o, k: None if o is None else o[k:k+1]
+    noisy = [self.corruption.corrupt(row(x, k), row(t, k), generator(i), given=row(given, k))
+             for k,i in enumerate(numbers)]
     return t,[torch.cat(o) for o in zip(*noisy)]
 
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0d
@@ -115,33 +137,38 @@ def n_draws(self:CorruptionCallback):
 
 @patch
 def inputs(self:CorruptionCallback, noisy, t):
-    "Return the arguments of the model: noisy ids; times and valid positions where it needs them"
+    "Return the arguments of the model, which gives features, and in `get_preds` logits"
     timed = base_model(self.model).time_conditioning
     times = t.to(noisy.xt.device, torch.float32) if timed else None
-    given = [noisy.xt, times, self.corruption.padding_mask(noisy)]
-    while given[-1] is None:
-        given.pop()
-    return tuple(given)
+    features = not hasattr(self.learn, 'gather_preds')
+    return noisy.xt, times, self.corruption.padding_mask(noisy), features
 
 @patch
-def targets(self:CorruptionCallback, x, noisy, t):
+def targets(self:CorruptionCallback, x, noisy, t, given=None):
     "Return the arguments of the loss beside the outputs of the model"
-    return x, noisy.xt, t, *self.corruption.loss_targets(noisy)
+    if given is None: return x, noisy.xt, t, *self.corruption.loss_targets(noisy)
+    return x, noisy.xt, t, noisy.x0, noisy.attention_mask, noisy.gaps
 
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0e
 @patch
 def before_batch(self:CorruptionCallback):
     x = self.xb[0].as_subclass(Tensor)
-    if self.training: draws = [self._train_noise(x)]
-    else: draws = [self._valid_noise(x, d) for d in range(self.n_draws)]
+    given,scored = position_masks((*self.xb, *self.yb))
+    self.is_partly_scored = scored is not None
+    if self.training: draws = [self._train_noise(x, given)]
+    else: draws = [self._valid_noise(x, given, d) for d in range(self.n_draws)]
     times,noisy = zip(*draws)
     t,noisy = torch.cat(times),NoisyBatch(*map(torch.cat, zip(*noisy)))
+    if self.is_partly_scored:
+        counted = noisy.attention_mask & scored.repeat(len(draws), 1)
+        noisy = noisy._replace(attention_mask=counted)
     self.learn.xb = self.inputs(noisy, t)
-    self.learn.yb = self.targets(x.repeat(len(draws), 1), noisy, t)
+    self.given = None if given is None else given.repeat(len(draws), 1)
+    self.learn.yb = self.targets(x.repeat(len(draws), 1), noisy, t, self.given)
 
 @patch
 def after_pred(self:CorruptionCallback):
-    if isinstance(self.pred, tuple): self.learn.pred = tuple(self.pred)   # fastai rebuilds only plain tuples
+    if isinstance(self.pred, DenoiserOutput): self.learn.pred = tuple(self.pred) # fastai rebuilds only these
 
 # %% ../../nbs/training/71_noising.ipynb #d682a80c
 @patch

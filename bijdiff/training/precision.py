@@ -16,7 +16,7 @@ from .callbacks import FitCallback
 
 # %% ../../nbs/training/73_precision.ipynb #8809654d
 class AutocastCallback(Callback):
-    "Forward pass under autocast of the model's device"
+    "Forward pass and loss under autocast of the model's device"
     order = CorruptionCallback.order+2
     region = None
     def __init__(self,
@@ -26,7 +26,7 @@ class AutocastCallback(Callback):
         self.close()
         self.region = torch.autocast(next(self.model.parameters()).device.type, self.dtype)
         self.region.__enter__()
-    def after_pred(self): self.close()
+    def after_loss(self): self.close()
     def after_cancel_batch(self): self.close()
     def close(self):
         if self.region: self.region.__exit__(None, None, None)
