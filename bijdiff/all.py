@@ -29,6 +29,7 @@ from .data.sources import open_source
 from .data.stores import tokenise
 from .data.loaders import text_dls
 from .data.corpus_loaders import corpus_dls
+from .data.pairs import pair_dls
 from .model.config import DenoiserConfig
 from .model.denoiser import BijectiveDenoiser, canonical, Denoiser, DenoiserOutput, eval_mode
 from .model.denoiser import inverse_errors
@@ -38,8 +39,8 @@ from .sampling.rules import unmask, UnmaskingRule
 from .sampling.generate import infill_template, prompt_template, sample, samplers_for
 from .sampling.repair import self_correct
 from .likelihood.bounds import Estimate, nelbo, nelbo_draws, Score, score_ids
-from .likelihood.exact import all_orders_nats, char_bits, document_nll, latent_nats, log_prob
-from .likelihood.exact import order_bound, order_estimate, order_nats, token_nll
+from .likelihood.exact import all_orders_nats, answer_nll, char_bits, document_nll, latent_nats
+from .likelihood.exact import log_prob, order_bound, order_estimate, order_nats, token_nll
 from .likelihood.codec import compress, compress_file, decompress, decompress_file, fingerprint
 from .pictures import film_strip, plot_bits, plot_film_strip
 from .training.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend
@@ -53,11 +54,12 @@ from .training.experts import ExpertCallback
 from .training.instruments import BlockNormCallback, LatticeUsageCallback, ProbeCallback
 from .training.instruments import RunLogCallback, TensorBoardCallback
 from .training.logs import run_log
+from .documents import write_answers
 
 # %% ../nbs/99_all.ipynb #8aa05a07
 by_task = {
     'Data': ('From files and data sets to batches of token ids',
-        'load_corpus pydoc_corpus read_text split_text text_dls corpus_dls open_source tokenise '
+        'load_corpus pydoc_corpus read_text split_text text_dls corpus_dls pair_dls open_source tokenise '
         'BPETokenizer ByteTokenizer CharTokenizer get_tokenizer train_tokenizer load_tokenizer'),
     'Networks': (
         'A denoiser, its configuration, the protocol that any other network can follow, and adapters',
@@ -78,10 +80,10 @@ by_task = {
         'plot_runs plot_spectrum plot_trend seed_interval'),
     'Writing': ('Samples from nothing, after a prompt, into blanks, in any order; repairs',
         'infill_template prompt_template sample samplers_for UnmaskingRule unmask self_correct film_strip '
-        'plot_film_strip'),
+        'plot_film_strip write_answers'),
     'Likelihood': ('Bounds with error bars, exact likelihoods of a sampler, and the density of states',
-        'Estimate nelbo nelbo_draws Score score_ids all_orders_nats char_bits document_nll latent_nats '
-        'log_prob order_bound order_estimate order_nats token_nll plot_bits'),
+        'Estimate nelbo nelbo_draws Score score_ids all_orders_nats answer_nll char_bits document_nll '
+        'latent_nats log_prob order_bound order_estimate order_nats token_nll plot_bits'),
     'Compression': ('Files as small as their exact likelihood says',
         'compress compress_file decompress decompress_file fingerprint'),
     'Invertible layers': ('Bijections with log-determinants, alone or in stacks',

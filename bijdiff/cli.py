@@ -42,14 +42,21 @@ def _has_rows(options):
     is_table = path.endswith(('.parquet', '.jsonl', '.ndjson'))
     return _has_documents(options) and (is_table or not os.path.isfile(path))
 
+_no_pairs = lambda o: o['prompt_column'] is None
+
 _in_steps = lambda o: o['steps'] is not None
 
 # By option of bijdiff_train, whether it has an effect beside the others, and what it needs
 _needs_in_training = {
-    **dict.fromkeys(('config', 'split', 'column', 'valid_split'), (_has_rows, 'a data set as corpus')),
-    **dict.fromkeys(('no_pack', 'cache_dir', 'eval_tokens', 'num_workers'),
+    **dict.fromkeys(('config', 'split', 'valid_split', 'prompt_column', 'answer_column'),
+                    (_has_rows, 'JSON lines, Parquet or a data set as corpus')),
+    'column': (lambda o: _has_rows(o) and _no_pairs(o), 'a data set as corpus, and no prompt_column'),
+    'no_pack': (lambda o: _has_documents(o) and _no_pairs(o),
+                'a file, a folder or a data set as corpus, and no prompt_column'),
+    **dict.fromkeys(('cache_dir', 'eval_tokens', 'num_workers'),
                     (_has_documents, 'a file, a folder or a data set as corpus')),
-    'streaming': (lambda o: _has_documents(o) and _in_steps(o), 'steps, and another corpus than pydoc'),
+    'streaming': (lambda o: _has_documents(o) and _in_steps(o) and _no_pairs(o),
+                  'steps, another corpus than pydoc, and no prompt_column'),
     'valid_docs': (lambda o: o['streaming'], 'streaming as well'),
     'valid_pct': (lambda o: o['valid_split'] is None and not o['streaming'], 'no valid_split, no streaming'),
     'vocab_size': (lambda o: o['tokenizer']=='bpe', 'tokenizer bpe as well'),
@@ -57,6 +64,7 @@ _needs_in_training = {
     'eval_every': (_in_steps, 'steps as well; with epochs every epoch is evaluated'),
     'segment_length': (lambda o: o['enable_multiscale'], 'enable_multiscale as well'),
     'couple': (lambda o: o['n_experts'] is not None, 'n_experts as well'),
+    'fsdp': (lambda o: int(os.environ.get('WORLD_SIZE', 1))>1, 'several processes, as torchrun starts them'),
     'mask': (lambda o: o['mask']<=0 or o['substitute'] or o['delete'], 'substitute or delete as well'),
 }
 _not_with_init = lambda o: o['init'] is None
@@ -139,6 +147,8 @@ def bijdiff_train(
     config:str=None, # Configuration of a data set
     split:str='train', # Split of a folder or data set
     column:str='text', # Column of the rows, each a document
+    prompt_column:str=None, # Column of prompts, with answer_column: trains on pairs, and scores answers alone
+    answer_column:str=None, # Column of the answers, with prompt_column
     valid_split:str=None, # Split that is held out, in place of valid_pct
     valid_pct:float=0.1, # Fraction held out at the end, between 0 and 1
     valid_docs:int=None, # Documents held out at the beginning of a stream; 100 if not given
@@ -156,6 +166,7 @@ def bijdiff_train(
     resume:bool=False, # Continue the interrupted run in that folder
     device:str='auto', # auto, cpu, cuda or mps
     dtype:str='auto', # auto, float32 or bfloat16
+    fsdp:bool=False, # Divide weights, gradients and optimiser among the processes of torchrun (FSDP2)
     **kwargs,
 ):
     "Train a bijective denoiser and show what it has learned"

@@ -7,14 +7,14 @@ __all__ = ['pick_device', 'pick_bf16', 'BarCallback', 'check_unfinished', 'train
 
 # %% ../nbs/89_runs.ipynb #5a0c3e04
 import shutil, signal, sys, threading, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 import torch
 from .data.loaders import text_dls # before the rest of fastai, as it silences a warning
-from fastai.basics import Callback, default_device
+from fastai.basics import Callback, default_device, rank_distrib
 from tqdm.auto import tqdm
 from .checks import check, check_number, check_one_of, check_seed, check_whole, optional
 from .display import visible
@@ -32,7 +32,11 @@ from .training.checkpoint import CheckpointCallback
 from .training.best import BestModelCallback
 from .training.learner import diffusion_learner
 from .training.logs import run_log
-from .reports import report
+from .training.distributed import check_train_size, first_then_others, n_processes
+from .training.distributed import own_batch_size, own_device, process_group
+from .training.distributed import quiet_others, whole_model
+from .pair_runs import check_pairs, data_sizes, make_pairs
+from .reports import answers_before, report
 
 # %% ../nbs/89_runs.ipynb #0a00b9bc
 def pick_device(
@@ -167,6 +171,8 @@ def _make_dls(options, init, device):
     if options['corpus']=='pydoc': return _pydoc_dls(tokenizer, options, device)
     given = {name: options[name] for name in ('valid_docs', 'eval_tokens') if options[name]}
     given |= {name: options[name] for name in _data_options}
+    given['progress'] = False if rank_distrib() else None
+    if options['prompt_column'] is not None: return make_pairs(options, tokenizer, device=device, **given)
     pack = not options['no_pack']
     return corpus_dls(options['corpus'], tokenizer, pack=pack, device=device, **given)
 
@@ -204,12 +210,13 @@ def _print_start(options, learn, device, bf16):
     dls,model = learn.dls,learn.model
     n_parameters = sum(p.numel() for p in model.parameters())
     vocabulary = f'vocabulary of {dls.tokenizer.vocab_size}'
-    held_out = f'{dls.valid_counts.tokens:,} held out'
-    tokens = 'a stream' if options['streaming'] else f'{len(dls.train.dataset.ids):,} tokens'
-    print(f"{visible(options['corpus'])}: {tokens} for training, {held_out}, {vocabulary}")
+    trained_on,held_out = data_sizes(dls, options['streaming'])
+    print(f"{visible(options['corpus'])}: {trained_on} for training, {held_out} held out, {vocabulary}")
     place = f"on {device} in {'bfloat16' if bf16 else 'float32'}"
+    if n_processes()>1: place += f', {n_processes()} processes'
     print(f'{n_parameters:,} parameters, {model.backbone.extra_repr()}, {place}')
-    print('bound in bits per character; log-det in nats per token\n')
+    title = getattr(dls, 'valid_title', 'bound')
+    print(f'{title} in bits per character; log-det in nats per token\n')
 
 # %% ../nbs/89_runs.ipynb #ee0ea381
 def _fit_steps(learn, options):
@@ -221,7 +228,8 @@ def _fit_steps(learn, options):
 def _fit_epochs(learn, options):
     "Train for a number of epochs"
     epochs,warmup,given = options['epochs'],options['warmup'],{}
-    n_batches = epochs*len(learn.dls.train)
+    check_train_size(learn.dls)
+    n_batches = epochs*(len(learn.dls.train)//n_processes())
     n_steps = n_batches//options['accumulate']
     check(n_steps, 'accumulate', options['accumulate'], f'at most {n_batches}, the batches of all epochs')
     if warmup is not None:
@@ -233,19 +241,23 @@ def _keep_best(learn, out):
     "Remove the best model where it is the last one; say where it is otherwise"
     best = learn.best_model.best
     place = visible(str(out/'best'))
-    if learn.bound.bits>best: print(f'\nthe best model, with a bound of {best:.3f}: {place}')
+    title = getattr(learn.dls, 'valid_title', 'bound')
+    if learn.bound.bits>best: print(f'\nthe best model, {title} {best:.3f}: {place}')
     else: shutil.rmtree(out/'best', ignore_errors=True)
 
 def _fit(learn, checkpoints, options):
-    "Train, save the model, report; the checkpoint goes last"
-    out = checkpoints.folder
+    "Train; in the end the learner has a whole model in each process"
     with learn.no_bar(), _warnings_as_notes(), stop_on_signals(checkpoints):
         if options['steps'] is None: _fit_epochs(learn, options)
         else: _fit_steps(learn, options)
+    learn.model = whole_model(learn.model)
+
+def _finish(learn, out, options, before):
+    "Save the model and report; the checkpoint goes last"
     learn.model.save_pretrained(out)
     for name in ('film_strip.png', 'training.png'):
         (out/name).unlink(missing_ok=True)                     # of an earlier model
-    report(learn, out, options['seed'])
+    report(learn, out, options['seed'], before)
     _keep_best(learn, out)
     (out/CHECKPOINT).unlink()
 
@@ -253,9 +265,10 @@ def _fit(learn, checkpoints, options):
 # Options without influence on the result, or by which the data are found, which are compared themselves
 _free_when_resumed = {'save_every', 'num_workers', 'cache_dir', 'corpus', 'init'}
 
-def _checkpoints(out, options, bf16):
+def _checkpoints(out, options, bf16, fsdp):
     "Return the callback that saves a run, with the options that must be the same when it is resumed"
-    same = {k:v for k,v in options.items() if k not in _free_when_resumed} | dict(bf16=bf16)
+    same = {k:v for k,v in options.items() if k not in _free_when_resumed}
+    same |= dict(bf16=bf16, fsdp=fsdp or None)
     every = options['save_every']
     if every is not None and every.isdecimal(): every = int(every)
     return CheckpointCallback(out, same, save_every=every)
@@ -272,29 +285,41 @@ def _check_by_making(options):
     dls = text_dls('ab'*options['seq_len'], 'char', options['seq_len'], 1, valid_pct=.5, device='cpu')
     _make_learner(options, dls, None, [])
 
+def _prepare(options, checkpoints, device, bf16, fsdp):
+    "Return the learner of a training, and answers of the model it starts from, where there are prompts"
+    out,log = checkpoints.folder,options['log']
+    init = None if options['init'] is None else BijectiveDenoiser.from_pretrained(options['init'])
+    check_pairs(options, init)
+    if init is None: _check_by_making(options)
+    with _warnings_as_notes(): dls = first_then_others(lambda: _make_dls(options, init, device))
+    cbs = [TableCallback(), BarCallback(), BestModelCallback(out), checkpoints]
+    if log: cbs.append(run_log(log, out))
+    learn = _make_learner(options, dls, init, cbs)
+    before = None if rank_distrib() else answers_before(init, dls, options['seed'], device)
+    learn.model.to(device)
+    if bf16: learn.to_bf16()
+    _print_start(options, learn, device, bf16)
+    return learn.distribute(fsdp),before
+
 def train(
     out:Path, # Folder for the model and the pictures
     resume:bool, # Continue the interrupted run in that folder
     device:str, # auto, cpu, cuda or mps
     dtype:str, # auto, float32 or bfloat16
+    fsdp:bool=False, # Divide weights, gradients and optimiser among the processes
     **options, # All options that influence the result: those of bijdiff_train
 ):
     "Train a bijective denoiser, save it and report"
     _check_options(options)
-    device = pick_device(device)
+    own_options = options | dict(bs=own_batch_size(options['bs']))
+    device = own_device(pick_device(device))
     bf16 = pick_bf16(dtype, device)
-    init = None if options['init'] is None else BijectiveDenoiser.from_pretrained(options['init'])
-    checkpoints = _checkpoints(out, options, bf16)
-    log = [run_log(options['log'], out)] if options['log'] else []
-    with checkpoints.lock:
-        checkpoints.resume = check_unfinished(out, resume)
-        _remove_leftovers(out, checkpoints.resume)
-        with _saying_how_to_resume(out):
-            if init is None: _check_by_making(options)
-            with _warnings_as_notes(): dls = _make_dls(options, init, device)
-            cbs = [TableCallback(), BarCallback(), BestModelCallback(out), checkpoints, *log]
-            learn = _make_learner(options, dls, init, cbs)
-            learn.model.to(device)
-            if bf16: learn.to_bf16()
-            _print_start(options, learn, device, bf16)
+    checkpoints = _checkpoints(out, options, bf16, fsdp)
+    lock = nullcontext() if rank_distrib() else checkpoints.lock
+    with quiet_others(), lock, _saying_how_to_resume(out):
+        with process_group(device):
+            checkpoints.resume = first_then_others(lambda: check_unfinished(out, resume))
+            if not rank_distrib(): _remove_leftovers(out, checkpoints.resume)
+            learn,before = _prepare(own_options, checkpoints, device, bf16, fsdp)
             _fit(learn, checkpoints, options)
+        if not rank_distrib(): _finish(learn, out, options, before)

@@ -10,7 +10,7 @@ root = Path(__file__).parent.parent
 PINNED = {
     'Data': (
         'BPETokenizer ByteTokenizer CharTokenizer corpus_dls get_tokenizer load_corpus load_tokenizer '
-        'open_source pydoc_corpus read_text split_text text_dls tokenise train_tokenizer'),
+        'open_source pair_dls pydoc_corpus read_text split_text text_dls tokenise train_tokenizer'),
     'Networks': (
         'BijectiveDenoiser call_denoiser canonical clean_posterior Denoiser DenoiserConfig DenoiserOutput '
         'eval_mode inverse_errors MDLMAdapter SEDDAdapter'),
@@ -28,10 +28,10 @@ PINNED = {
         'plot_runs plot_spectrum plot_trend seed_interval'),
     'Writing': (
         'film_strip infill_template plot_film_strip prompt_template sample samplers_for self_correct '
-        'unmask UnmaskingRule'),
+        'unmask UnmaskingRule write_answers'),
     'Likelihood': (
-        'all_orders_nats char_bits document_nll Estimate latent_nats log_prob nelbo nelbo_draws '
-        'order_bound order_estimate order_nats plot_bits Score score_ids token_nll'),
+        'all_orders_nats answer_nll char_bits document_nll Estimate latent_nats log_prob nelbo '
+        'nelbo_draws order_bound order_estimate order_nats plot_bits Score score_ids token_nll'),
     'Compression': (
         'compress compress_file decompress decompress_file fingerprint'),
     'Invertible layers': (

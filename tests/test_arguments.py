@@ -194,9 +194,10 @@ CALLS = {
     'token_probs': (token_probs, tempered | dict(logits=('some_logits', logits))),
 
     'nelbo': (nelbo, any_model | x_arg | dict(
-        n=('count2', 3), schedule=('schedule', None), T=('some', None), seed=('seed', 1))),
+        n=('count2', 3), schedule=('schedule', None), T=('some', None), seed=('seed', 1),
+        given=('mask', mask))),
     'nelbo_draws': (nelbo_draws, any_model | x_arg | dict(
-        n=('count', 3), schedule=('schedule', None), T=('some', 4), seed=('seed', 1))),
+        n=('count', 3), schedule=('schedule', None), T=('some', 4), seed=('seed', 1), given=('mask', mask))),
     'score_ids': (score_ids, any_model | dict(
         ids=('row', x0[0]), n=('count2', 3), T=('some', 4), bs=('count', 2), seed=('seed', 1))),
     'token_nll': (token_nll, any_model | x_arg | tempered | dict(
@@ -325,6 +326,7 @@ ELSEWHERE = set('''
     diffusion_learner TableCallback CheckpointCallback LatticeUsageCallback
     compress_file decompress_file plot_runs plot_spectrum plot_trend
     open_source tokenise corpus_dls train_tokenizer load_tokenizer BestModelCallback run_log
+    pair_dls answer_nll write_answers
 '''.split())
 
 def test_every_public_function_is_here_or_tested_elsewhere():

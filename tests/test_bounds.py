@@ -9,14 +9,15 @@ from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
 from bijdiff.diffusion.schedules import Geometric, HalfCosine, Polynomial
 from bijdiff.likelihood import bounds
 from bijdiff.likelihood.bounds import nelbo, nelbo_draws, prior_nats, reconstruction_nats, score_ids
-from bijdiff.model import predictions
+from bijdiff.model import predictions, scoring
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 
 # Functions of the package that planted faults replace, where they are looked up; and names inside the network
 MASKED_NELBO,HYBRID_NELBO = (objective, 'masked_nelbo'),(objective, 'hybrid_nelbo')
-INSERTION_NELBO,SCORE_ENTROPY = (objective, 'insertion_nelbo'),(predictions, 'score_entropy')
+INSERTION_NELBO,SCORE_ENTROPY = (scoring, 'insertion_nelbo'),(predictions, 'score_entropy')
 RECONSTRUCTION,PRIOR_TERM = (bounds, 'reconstruction_nats'),(bounds, 'prior_term')
+MASKED_NLL = bounds, 'masked_nll'
 LENGTH_TERM,LENGTH_PRIOR = (bounds, 'length_term'),(bounds, 'binomial_log_prior')
 INSERTION_JUMP,PUT_BACK = (bounds, 'insertion_jump'),(bounds, '_put_back')
 CLEAN_LOGITS = bounds, 'clean_logits'
@@ -410,7 +411,7 @@ def test_seeds_fix_the_draws(name):
 def scaled(f, by=1.08): return lambda *a, **kw: f(*a, **kw)*by
 def scaled_more(f): return scaled(f, 1.1)
 def left_out(f): return scaled(f, 0.)
-def of_another_time(corrupt): return lambda self, x, t, g=None: corrupt(self, x, t*.8, g)
+def of_another_time(corrupt): return lambda self, x, t, g=None, **given: corrupt(self, x, t*.8, g, **given)
 def masks_alone(pure_noise): return lambda self, text, g: torch.full(text.shape, self.mask_id)
 def missing_at_the_end(put_back): return lambda noisy, mask_id: noisy.xt
 def scores_as_logits(clean_logits): return lambda model, out, xt, state_probs: out
@@ -433,7 +434,7 @@ FAULTS = [
     ('hybrid, geometric', RECONSTRUCTION, left_out),
     ('uniform, scores, geometric', RECONSTRUCTION, left_out),
     ('all three, geometric', RECONSTRUCTION, left_out),
-    ('mask', PRIOR_TERM, left_out),
+    ('mask', MASKED_NLL, left_out),
     ('hybrid, weak', PRIOR_TERM, left_out),
     ('all three, weak', PRIOR_TERM, left_out),
     ('mask, delete', LENGTH_TERM, left_out),

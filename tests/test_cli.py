@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
+from bijdiff.data.tokens import ByteTokenizer
 from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.testing import tiny_denoiser
 from bijdiff.training.checkpoint_file import CHECKPOINT
 
 quick = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3'.split()
@@ -467,6 +469,58 @@ def test_a_training_starts_from_a_saved_model(books, tmp_path):
     succeed('bijdiff_train', *where, *size, '--init', str(tmp_path/'a'), '--steps', '1', '--lr', '1e-30')
     a,b = (BijectiveDenoiser.from_pretrained(tmp_path/name).state_dict() for name in 'ab')
     assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-20) for k in a)
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    "A file of prompts and answers"
+    rows = [dict(q=f'go {i}:', a='the crew sang'[:i%9+1]) for i in range(40)]
+    path = tmp_path_factory.mktemp('pairs')/'pairs.jsonl'
+    path.write_text(''.join(json.dumps(row)+'\n' for row in rows))
+    return path
+
+@pytest.fixture(scope='module')
+def base(books, tmp_path_factory):
+    "A model of bytes, trained on documents"
+    out = tmp_path_factory.mktemp('base')/'m'
+    on_books(books, out, '--tokenizer', 'byte', '--steps', '2')
+    return out
+
+def on_pairs(pairs, out, *args, run=succeed):
+    "Run a short training on the pairs"
+    where = ['--corpus', str(pairs), '--cache_dir', str(pairs.parent/'cache'), '--out', str(out)]
+    columns = ['--prompt_column', 'q', '--answer_column', 'a']
+    return run('bijdiff_train', *where, *columns, '--steps', '2', *args)
+
+def test_a_saved_model_is_fine_tuned_on_pairs(base, pairs, tmp_path):
+    printed = on_pairs(pairs, tmp_path/'m', '--init', str(base), *SMALL[6:])
+    assert '36 pairs for training, 4 held out' in printed
+    for words in ('exact, of 4 held-out answers', 'before training: 0 of 4', 'right: 0 of 4', '⟧'):
+        assert words in printed
+    assert 'written from nothing' not in printed and (tmp_path/'m'/'film_strip.png').exists()
+    text = succeed('bijdiff_sample', str(tmp_path/'m'), '--prompt', 'go', '--n', '3', '--seed', '1')
+    assert text.count('go')>=3 and '␄' not in text
+
+def test_data_that_do_not_fit_the_model_to_start_from_are_named(base, pairs, tmp_path):
+    assert 'the seq_len of the data' in on_pairs(pairs, tmp_path/'m', '--init', str(base), '--seq_len', '512', run=fail)
+
+def test_pairs_are_trained_on_without_a_model(pairs, tmp_path):
+    printed = on_pairs(pairs, tmp_path/'m', '--tokenizer', 'byte', *SMALL)
+    assert 'before training' not in printed and 'answers exactly right' in printed
+
+@pytest.mark.parametrize('options, found', [
+    ('--answer_column x', 'answer_column'), ('--seq_len 8', 'seq_len'), ('--column q', 'column'),
+    ('--no_pack', 'no_pack'), ('--streaming', 'streaming'), ('--delete .5', 'delete')])
+def test_mistakes_in_the_options_of_pairs_are_one_line(pairs, tmp_path, options, found):
+    err = on_pairs(pairs, tmp_path/'m', '--tokenizer', 'byte', *SMALL, *options.split(), run=fail)
+    assert found in err and not (tmp_path/'m').exists()
+
+def test_one_column_alone_and_a_model_without_an_end_token_are_rejected(pairs, tmp_path):
+    model = tiny_denoiser(256, 16)
+    model.tokenizer = ByteTokenizer()
+    model.save_pretrained(tmp_path/'base')
+    out = ['--out', str(tmp_path/'m')]
+    assert 'answer_column' in fail('bijdiff_train', '--corpus', str(pairs), '--prompt_column', 'q', *out)
+    assert 'end token' in on_pairs(pairs, tmp_path/'m', '--init', str(tmp_path/'base'), run=fail)
 
 @pytest.mark.parametrize('options, found', [
     ('--column body', 'column'), ('--column number', 'number'), ('--valid_split dev', 'valid_split'),

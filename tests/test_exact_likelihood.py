@@ -26,7 +26,7 @@ from bijdiff.testing import random_weights, tiny_denoiser
 
 # Functions of the package that planted faults replace, where they are looked up
 TOKEN_PROBS,CONFIDENCE = (rules, 'token_probs'),(rules, 'confidence')
-RULE_PROBS,LIKELIHOOD_PROBS = (rules, 'conditional_probs'),(likelihood, 'conditional_probs')
+RULE_FEATURES,LIKELIHOOD_PROBS = (rules, '_features_at'),(likelihood, 'conditional_probs')
 RULE_RANKS,LIKELIHOOD_RANKS = (rules, 'reveal_ranks'),(likelihood, 'reveal_ranks')
 RULE_COUNTS,LIKELIHOOD_COUNTS = (rules, 'reveal_counts'),(likelihood, 'reveal_counts')
 LATENT_NOISE,LATENT_FORWARD = (LatentDensity, 'noise'),(LatentDensity, 'forward')
@@ -431,18 +431,18 @@ def assert_total_is_one(rule='confidence', **kw):
 class Peeking:
     "Faults of a rule whose confidence is the probability of the token to be scored: it knows the text"
     def __init__(self): self.texts = iter(X) # each begins when all of its tokens are masked
-    def remember_places(self, conditional_probs):
-        def right(model, x, where, rule, lengths):
+    def remember_places(self, features_at):
+        def right(model, x, where, lengths):
             if (x==V).all(): self.text = next(self.texts)
             self.where = where[0]
-            return conditional_probs(model, x, where, rule, lengths)
+            return features_at(model, x, where, lengths)
         return right
     def of_true_token(self, confidence):
         return lambda p, rule: p.gather(-1, self.text[self.where][:,None])[:,0]
 
 def test_the_sum_notices_a_rule_that_knows_the_text(monkeypatch):
     peeking = Peeking()
-    plant_fault(monkeypatch, RULE_PROBS, peeking.remember_places)
+    plant_fault(monkeypatch, RULE_FEATURES, peeking.remember_places)
     assert_total_is_one()
     peeking.texts = iter(X)
     plant_fault(monkeypatch, CONFIDENCE, peeking.of_true_token)
@@ -698,7 +698,7 @@ def test_mode_and_batches(name, monkeypatch):
     m.eval()
     for bs in (1, 7, 64): assert (f(m, x, bs=bs)-want).abs().max()<1e-12
     m.train()
-    for target in (RULE_PROBS, LIKELIHOOD_PROBS): monkeypatch.setattr(*target, interrupted)
+    for target in (RULE_FEATURES, LIKELIHOOD_PROBS): monkeypatch.setattr(*target, interrupted)
     with pytest.raises(KeyboardInterrupt): f(m, x)
     assert m.training
 

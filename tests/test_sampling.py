@@ -16,7 +16,8 @@ from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
 from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
 from bijdiff.model.adapters import MDLMAdapter, SEDDAdapter
 from bijdiff.model.config import DenoiserConfig
-from bijdiff.model.predictions import LogitOutputs, output_integrand, ScoreOutputs
+from bijdiff.model.predictions import LogitOutputs, ScoreOutputs
+from bijdiff.model.scoring import output_integrand
 from bijdiff.pictures import film_strip
 from bijdiff.sampling import generate, rules, samplers
 from bijdiff.sampling.generate import sample, samplers_for

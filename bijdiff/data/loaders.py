@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TokenIds', 'ids_fingerprint', 'ChunkDataset', 'DocumentDataset', 'interleave', 'ChunkDL', 'StepDL', 'step_loader',
-           'warn_unknown', 'text_dls', 'noisy_pairs']
+           'warn_unknown', 'text_dls', 'PositionMasks', 'position_masks', 'noisy_pairs']
 
 # %% ../../nbs/data/36_loaders.ipynb #98d52854
 import hashlib, json, random, warnings
 from functools import lru_cache
+from typing import NamedTuple
 import numpy as np
 import torch
 with warnings.catch_warnings():
@@ -249,20 +250,36 @@ def text_dls(
     dls.valid_counts = count_text(dls.valid_text, len(ids['held-out']))
     return dls
 
+# %% ../../nbs/data/36_loaders.ipynb #8805238b
+class PositionMasks(NamedTuple):
+    "Positions of a batch with a role of their own"
+    given:Tensor|None = None # True at positions that are never corrupted or scored, (B, L); None for none
+    scored:Tensor|None = None # True at positions that are scored, (B, L); None for all that are not given
+
+def position_masks(
+    batch, # Tensors of a batch: ids, and after them boolean masks of given and of scored positions, or none
+)->PositionMasks:
+    "Return the masks of a batch, such as those of prompts and of answers"
+    return PositionMasks(*(o.as_subclass(Tensor) for o in batch[1:] if o.dtype==torch.bool))
+
 # %% ../../nbs/data/36_loaders.ipynb #0264f604
 def noisy_pairs(
     ids:Tensor, # Clean ids, (B, L)
     tokenizer:Tokenizer, # Tokenizer of the ids
     n:int=6, # Number of sequences, at most
     seed:int=0, # Seed of the noise
+    given:Tensor|None=None, # True at given positions, which stay clean, (B, L); none if None
 )->list: # Tuples of time, noisy text and clean text
     "Corrupt the first sequences of a batch with masks, at evenly spaced times"
     x0 = ids[:n].as_subclass(Tensor).cpu()
     t = (torch.arange(len(x0))+.5)/len(x0)
     corruption = Corruption(tokenizer.vocab_size, schedule=HalfCosine())
-    xt = corruption(x0, t, torch.Generator().manual_seed(check_seed(seed)))
+    given = None if given is None else given[:n].cpu()
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    noisy = corruption.corrupt(x0, t, generator, given=given)
     decode = tokenizer.decode
-    return [(f'{time:.2f}', decode(noisy), decode(clean)) for time,noisy,clean in zip(t.tolist(), xt, x0)]
+    rows = zip(t.tolist(), noisy.xt, x0)
+    return [(f'{time:.2f}', decode(noisy), decode(clean)) for time,noisy,clean in rows]
 
 # %% ../../nbs/data/36_loaders.ipynb #c542c29d
 @patch
@@ -273,4 +290,5 @@ def show_batch(self:ChunkDL,
 ):
     "Print noisy texts beside clean ones"
     if b is None: b = self.one_batch()
-    show_pairs(noisy_pairs(b[0], self.tokenizer, max_n), ('t', 'noisy', 'clean'))
+    rows = noisy_pairs(b[0], self.tokenizer, max_n, given=position_masks(b).given)
+    show_pairs(rows, ('t', 'noisy', 'clean'))

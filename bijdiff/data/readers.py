@@ -153,6 +153,13 @@ class Rows:
                 check(False, self._name(i), value, expected)
             yield Part(value, True)
 
+    def name_of(self,
+        i:int, # Number of the document in the range
+    )->str:
+        "Return the name of a document, which reads the rows before it"
+        number,_ = next(self._rows(self.start+i, self.start+i+1))
+        return self._name(number)
+
     def _name(self, i):
         "Return the name of a row"
         return f'column {self.column!r} in {self._unit} {i} of {self.place}'
@@ -203,7 +210,7 @@ class JsonRows(Rows):
             try: row = json.loads(line.decode('utf-8-sig'))
             except (ValueError, RecursionError): row = None
             if not isinstance(row, dict): _reject_line(f'line {i} of {self.place}', line)
-            check_column(self.column, row, self.place)
+            check_column(self.column, row, f'line {i} of {self.place}')
             yield i,row[self.column]
 
     def content(self):
@@ -309,7 +316,7 @@ class StreamRows(Rows):
         "Yield number and value of each row in a range"
         rows = self.dataset.shard(self.dataset.num_shards, self.shard)
         for i,row in enumerate(islice(rows, start, stop), start):
-            check_column(self.column, row, self.place)
+            check_column(self.column, row, f'row {i} of {self.place}')
             yield i,row[self.column]
 
     def content(self):

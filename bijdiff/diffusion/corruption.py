@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import Tensor
-from ..checks import check, check_ids, check_keys, check_lengths, check_number, check_T
-from ..checks import check_times, check_type, check_whole
+from ..checks import check, check_bools, check_ids, check_keys, check_lengths
+from ..checks import check_number, check_T, check_times, check_type, check_whole
 from .schedules import get_schedule, HalfCosine, LogLinear, Schedule
 from .schedules import schedule_from_dict, schedule_to_dict, short_repr
-from .packing import count_gaps, NoisyBatch, pack
+from .packing import count_gaps, keep_given, NoisyBatch, pack
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #8c1dfca0
 class StateProbs(NamedTuple):
@@ -218,6 +218,7 @@ def corrupt(self:Corruption,
     t:Tensor, # Times in [0, 1], (B,)
     generator:torch.Generator|None=None, # Source of randomness
     lengths:Tensor|None=None, # Lengths of the sequences, (B,); positions after the end are ignored; L if None
+    given:Tensor|None=None, # True at positions that are neither corrupted nor scored, (B, L); none if None
 )->NoisyBatch:
     "Draw noisy sequences at given times, with alignment and gap counts"
     x0 = check_ids(x0, self.vocab_size-1)
@@ -226,12 +227,15 @@ def corrupt(self:Corruption,
     clean = positions < check_lengths(lengths, x0).to(device)[:,None]
     z = _draw_symbols(x0, self.state_probs(check_times(t, len(x0))), V, generator).to(device)
     surviving = clean&(z<=V)
-    return NoisyBatch(
+    noisy = NoisyBatch(
         xt=pack(z, surviving, V),
         x0=pack(x0, surviving, 0),
         attention_mask=pack(clean, surviving, 0).bool(),
         gaps=count_gaps(surviving, clean),
         position=pack(positions.expand_as(x0), surviving, 0))
+    if given is None: return noisy
+    check(not self.deletes, 'given', 'a mask', f'None for noise with deletion; the noise is {self.weights}')
+    return keep_given(noisy, x0, check_bools('given', given, *x0.shape).to(device))
 
 @patch
 def __call__(self:Corruption,

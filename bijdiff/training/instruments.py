@@ -19,6 +19,7 @@ from ..records import check_count, check_float, dict_of, list_of, record_of
 from ..layers.lattice import lattice_limit
 from ..layers.block import layer_by_layer
 from ..diffusion.packing import NoisyBatch
+from ..data.loaders import position_masks
 from ..model.denoiser import eval_mode
 from ..pictures import closed_subplots
 from .noising import base_model
@@ -57,14 +58,18 @@ class ProbeCallback(StepCallback):
 def _fixed_batch(self:ProbeCallback):
     "Return the arguments of the network and of the loss for the first held-out texts"
     c,data = self.learn.corruption,self.dls.valid.dataset
-    x = torch.stack([data[i][0] for i in range(min(self.n_texts, len(data)))]).as_subclass(Tensor)
+    items = zip(*(data[i] for i in range(min(self.n_texts, len(data)))))
+    batch = [torch.stack(o).as_subclass(Tensor) for o in items]
+    x,(given,scored) = batch[0],position_masks(batch)
     t = (torch.arange(len(x))+.5)/len(x)
     T = c.corruption.T
     if T: t = (t*T).ceil()/T
     g = torch.Generator().manual_seed(int(self.seed))
-    noisy = NoisyBatch(*(o.to(self.dls.device) for o in c.corruption.corrupt(x, t, g)))
+    noisy = c.corruption.corrupt(x, t, g, given=given)
+    if scored is not None: noisy = noisy._replace(attention_mask=scored)
+    noisy = NoisyBatch(*(o.to(self.dls.device) for o in noisy))
     x,t = x.to(self.dls.device),t.to(self.dls.device)
-    return c.inputs(noisy, t),c.targets(x, noisy, t)
+    return c.inputs(noisy, t),c.targets(x, noisy, t, given)
 
 @patch
 @torch.no_grad()

@@ -115,7 +115,7 @@ def _check_init(model, dls):
     length = model.config.seq_len
     check(dls.seq_len<=length, 'the seq_len of the data', dls.seq_len, f'at most {length}, as in init')
 
-def _init_config(model, config, corruption, fields):
+def _init_config(model, config, corruption, fields, seq_len):
     "Return the configuration of the network that a training starts from, with the fields that may differ"
     check(config is None, 'config', config, 'None, as init has one')
     own = asdict(model.config)
@@ -125,14 +125,16 @@ def _init_config(model, config, corruption, fields):
     noise = model.noise.to_dict()
     same = corruption is None or corruption.to_dict()==noise
     check(same, 'corruption', corruption, f'None or the noise of init, {model.noise}')
-    return replace(model.config, noise=noise, **{k:v for k,v in fields.items() if k in _free})
+    return replace(model.config, noise=noise, seq_len=seq_len, **{k:v for k,v in fields.items() if k in _free})
 
 def _start(dls, init, config, corruption, fields):
     "Return the configuration, noise and weights that a training starts from, with init those of the model"
     if init is None: return config,corruption,None
     model = _read_init(init)
     _check_init(model, dls)
-    return _init_config(model, config, corruption, fields),None,plain_weights(model)
+    is_pairs = hasattr(dls, 'valid_positions')             # of no other length than it was trained with
+    seq_len = dls.seq_len if is_pairs else model.config.seq_len
+    return _init_config(model, config, corruption, fields, seq_len),None,plain_weights(model)
 
 def _network(config, seed, tokenizer, weights):
     "Return a network with weights, or with fresh ones by the seed"
@@ -202,10 +204,12 @@ class MonitorMetric(Metric):
         return None if self.learn is None else getattr(getattr(self.learn, self.callback), self.attr)
 
 # %% ../../nbs/training/80_learner.ipynb #1b29a552
-def _metrics():
+def _metrics(dls):
     "Return the columns of the table that is printed in training"
-    columns = dict(bound=('bound', 'bits'), se=('bound', 'se'), log_det=('log_det', 'value'),
-                   inverse_error=('invertibility', 'value'), tokens_per_s=('throughput', 'value'))
+    title = getattr(dls, 'valid_title', 'bound')
+    columns = {
+        title: ('bound', 'bits'), 'se': ('bound', 'se'), 'log_det': ('log_det', 'value'),
+        'inverse_error': ('invertibility', 'value'), 'tokens_per_s': ('throughput', 'value')}
     return [MonitorMetric(k, *v) for k,v in columns.items()]
 
 def _counts(dls):
@@ -216,7 +220,8 @@ def _counts(dls):
 def _callbacks(dls, corruption, seed, n_valid_draws):
     "Return the callbacks that make up the noise and the table"
     noise = CorruptionCallback(corruption, seed, n_valid_draws)
-    return L(noise, BoundCallback(_counts(dls)), LogDetCallback(), InvertibilityCallback(),
+    bound = BoundCallback(_counts(dls), getattr(dls, 'valid_positions', None))
+    return L(noise, bound, LogDetCallback(), InvertibilityCallback(),
              ThroughputCallback(), OscillationCallback())
 
 # %% ../../nbs/training/80_learner.ipynb #1b29a551
@@ -259,5 +264,5 @@ def diffusion_learner(
     cbs += _step_callbacks(risky, grad_clip, accumulate, ema, compile)
     kwargs = _optimizer(optimizer, opt_func, betas) | dict(wd=wd, cbs=cbs) | kwargs
     learn = DiffusionLearner(dls, model, DiffusionLoss(corruption, model), **kwargs)
-    learn.metrics = _metrics() + learn.metrics
+    learn.metrics = _metrics(dls) + learn.metrics
     return learn
