@@ -501,7 +501,8 @@ def test_a_saved_model_is_fine_tuned_on_pairs(base, pairs, tmp_path):
     assert text.count('go')>=3 and '␄' not in text
 
 def test_data_that_do_not_fit_the_model_to_start_from_are_named(base, pairs, tmp_path):
-    assert 'the seq_len of the data' in on_pairs(pairs, tmp_path/'m', '--init', str(base), '--seq_len', '512', run=fail)
+    err = on_pairs(pairs, tmp_path/'m', '--init', str(base), '--seq_len', '512', run=fail)
+    assert 'the seq_len of the data' in err
 
 def test_pairs_are_trained_on_without_a_model(pairs, tmp_path):
     printed = on_pairs(pairs, tmp_path/'m', '--tokenizer', 'byte', *SMALL)

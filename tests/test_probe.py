@@ -60,10 +60,10 @@ def other_noise(x, t, g): return x, t, g.manual_seed(SEED+1)
 @pytest.mark.parametrize('fault', [other_sequences, other_times, other_noise])
 def test_a_probe_of_something_else_is_seen(fault, monkeypatch):
     corrupt = Corruption.corrupt
-    def planted(self, x, t, g=None, *args):
+    def planted(self, x, t, g=None, *args, **kwargs):
         by_instruments = sys._getframe(1).f_code.co_filename==instruments.__file__
         if by_instruments and len(x)==N_TEXTS and g.initial_seed()==SEED: x,t,g = fault(x, t, g)
-        return corrupt(self, x, t, g, *args)
+        return corrupt(self, x, t, g, *args, **kwargs)
     monkeypatch.setattr(Corruption, 'corrupt', planted)
     with pytest.raises((AssertionError, ValueError)):           # ValueError: noisy ids of another sequence
         check_probe('masks')

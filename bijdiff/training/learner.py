@@ -125,7 +125,8 @@ def _init_config(model, config, corruption, fields, seq_len):
     noise = model.noise.to_dict()
     same = corruption is None or corruption.to_dict()==noise
     check(same, 'corruption', corruption, f'None or the noise of init, {model.noise}')
-    return replace(model.config, noise=noise, seq_len=seq_len, **{k:v for k,v in fields.items() if k in _free})
+    free = {k:v for k,v in fields.items() if k in _free}
+    return replace(model.config, noise=noise, seq_len=seq_len, **free)
 
 def _start(dls, init, config, corruption, fields):
     "Return the configuration, noise and weights that a training starts from, with init those of the model"
