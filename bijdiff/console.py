@@ -121,11 +121,11 @@ def _only_the_first_prints():
     with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         try: yield
         except SystemExit as e:
-            if e.code: _leave_the_word()
+            if e.code: _let_the_first_print()
             raise
 
-def _leave_the_word(seconds=10):
-    "Wait until the first process has printed the error of all, as a launcher ends the others with the first"
+def _let_the_first_print(seconds=10):
+    "Wait while the first process prints the error that all have; the launcher then ends this one"
     time.sleep(seconds)
 
 def _run(f, argv):
@@ -138,7 +138,7 @@ def _run(f, argv):
     except BrokenPipeError: _close_stdout()
     except Exception as e:
         if getattr(e, 'is_silent', not _is_first_process()):
-            _leave_the_word()
+            _let_the_first_print()
             sys.exit(2)
         reason = _of_user(e)
         if reason is None: raise

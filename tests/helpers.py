@@ -1,4 +1,5 @@
 """Helpers that several test files share. None of them needs fastai."""
+import time
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -197,3 +198,9 @@ def record_calls(monkeypatch, model, note=ids_and_time):
     for name in ('forward', 'hidden'):
         monkeypatch.setattr(model, name, spy_on(getattr(model, name)))
     return calls
+
+def wait_for(path, process):
+    "Wait until a file is there or a process has ended"
+    for _ in range(3000):
+        if path.exists() or process.poll() is not None: return
+        time.sleep(.05)

@@ -6,8 +6,11 @@ from unittest import mock
 import pytest, torch
 from fastai.basics import Adam, RMSProp
 from bijdiff.data.corpora import pydoc_corpus
+from bijdiff.data.loaders import text_dls
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.training import distributed
+from bijdiff import console
+from bijdiff.training import distributed, stopping
+from helpers import wait_for
 from training_helpers import rejects, tiny_learner
 
 JOB = Path(__file__).parent/'distributed_job.py'
@@ -142,12 +145,6 @@ def test_an_error_is_reported_by_one_process_and_ends_all(name, args, corpus, tm
     assert err.count('bijdiff_train: error')==1 and 'three texts' not in printed
     assert not (tmp_path/'m').exists()
 
-def wait_for(path, process):
-    "Wait until a file is there or a process has ended"
-    for _ in range(3000):
-        if path.exists() or process.poll() is not None: return
-        time.sleep(.05)
-
 def test_sigterm_ends_all_processes_and_one_process_refuses_their_checkpoint(corpus, tmp_path):
     out = tmp_path/'m'
     args = COMMAND, '--corpus', corpus, '--out', out, *SIZES, '--steps', 100_000, '--save_every', 5
@@ -199,3 +196,41 @@ def test_the_parts_of_a_loader_are_as_many_batches_as_it_says(n, bs):
                 assert len(batches)==len(dl)
             seen += [int(row[0]) for x in batches for row in x]
         assert set(seen)==set(whole) and len(seen)-len(whole) in (0, 1)
+
+# What a process does alone
+
+def test_a_lost_connection_is_named():
+    "And other errors stay as they are"
+    for message,kind in (('Connection closed by peer', ConnectionError), ('a mistake', RuntimeError)):
+        with pytest.raises(Exception) as e, distributed._naming_lost_processes(): raise RuntimeError(message)
+        assert type(e.value) is kind and message in str(e.value)
+
+class Checkpoints:
+    "Notes what stops a training"
+    request = None
+    def stop(self, error): self.request = error
+
+@pytest.mark.parametrize('n, is_ignored', [(1, False), (2, True)])
+def test_a_repeated_signal_ends_one_process_at_once_and_several_in_order(n, is_ignored, monkeypatch):
+    monkeypatch.setattr(stopping, 'num_distrib', lambda: n)
+    passed = []
+    with pytest.raises(stopping.TrainingStopped), stopping.stop_on_signals(Checkpoints()):
+        for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)
+        passed.append(True)
+    assert bool(passed)==is_ignored
+
+def test_workers_of_a_part_begin_like_those_of_the_loader():
+    dl = text_dls('abcd'*40, seq_len=4, bs=2, device='cpu').train
+    dl.wif = stopping.ignore_stop_signals
+    assert distributed._part_of(dl).wif is stopping.ignore_stop_signals
+
+@pytest.mark.parametrize('rank, waits', [('0', []), ('1', [10])])
+def test_other_processes_wait_while_the_first_prints_an_error(rank, waits, monkeypatch, capsys):
+    "Both an error of the options and one of the function"
+    def f(n:int): raise ValueError('n is 3; expected 4') # n
+    for argv in (['--n', 'x'], ['--n', '3']):
+        waited = []
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setattr(console.time, 'sleep', waited.append)
+        with pytest.raises(SystemExit): console._run(f, argv)
+        assert waited==waits and bool(capsys.readouterr().err)==(rank=='0')

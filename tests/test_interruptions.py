@@ -4,9 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 import pytest
+from helpers import wait_for
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.testing import tiny_denoiser
 
@@ -88,12 +88,6 @@ def test_a_run_that_stops_in_its_report_has_a_whole_model_and_goes_on(name, corp
     assert status==2 and 'finished' in err
 
 # Two at once, and SIGTERM
-
-def wait_for(path, process):
-    "Wait until a file is there or a process has ended"
-    for _ in range(3000):
-        if path.exists() or process.poll() is not None: return
-        time.sleep(.05)
 
 def test_a_folder_belongs_to_one_training_until_it_ends(corpus, tmp_path):
     "The second one is refused; SIGTERM ends the first with a status of its own; a third goes on with it"

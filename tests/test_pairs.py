@@ -266,15 +266,17 @@ def test_the_bound_in_training_has_end_terms_of_the_answers_alone(load, without_
     assert abs(learn.bound.bits-bits)<4*learn.bound.se<.05*bits
 
 def test_the_loss_on_answers_in_training_is_in_bits_per_character(load):
-    "With constant logits it is minus the log-probability of answers and their end tokens"
-    dls = load(valid_pct=.5)
-    learn = diffusion_learner(dls, config_kwargs=SMALL, n_valid_draws=1000)
+    "With constant logits it is minus the log-probability of the scored tokens, times alpha(0)-alpha(1)"
+    dls,schedule = load(valid_pct=.5),Geometric(.1, 1.)
+    noise = Corruption(13, schedule=schedule)
+    learn = diffusion_learner(dls, corruption=noise, config_kwargs=SMALL, n_valid_draws=1000)
     logits = torch.linspace(-1, 1, 13)
     with torch.no_grad(): learn.model.output_head.bias.copy_(logits)
     with learn.no_bar(), learn.no_logging(): learn.validate()
     x = torch.stack([o[0].as_subclass(Tensor) for o in dls.valid.dataset])
     nats = -logits.log_softmax(0).double()[x[scored_by_hand(x)]].sum().item()
-    bits = nats/math.log(2)/dls.valid_counts.characters
+    first,last = schedule.alpha(torch.tensor([0., 1.]).double()).tolist()
+    bits = nats*(first-last)/math.log(2)/dls.valid_counts.characters
     assert abs(learn.bound.bits-bits)<4*learn.bound.se<.05*bits
     assert 'answers' in learn.recorder.metric_names and 'bound' not in learn.recorder.metric_names
 

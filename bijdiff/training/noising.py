@@ -10,7 +10,6 @@ import math, random
 import numpy as np
 import torch
 from fastai.basics import *
-from fastai.distributed import DistributedDL
 from torch import Tensor
 from ..checks import check, check_whole
 from ..diffusion.schedules import low_discrepancy_times
@@ -169,11 +168,3 @@ def before_batch(self:CorruptionCallback):
 @patch
 def after_pred(self:CorruptionCallback):
     if isinstance(self.pred, DenoiserOutput): self.learn.pred = tuple(self.pred) # fastai rebuilds only these
-
-# %% ../../nbs/training/71_noising.ipynb #d682a80c
-@patch
-def _broadcast(self:DistributedDL, t, rank):
-    "Send the order of the data to all processes, on the device of the batches"
-    t = torch.tensor(t, device=self.device)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
