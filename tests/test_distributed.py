@@ -42,7 +42,8 @@ def run_job(launcher=TORCHRUN, **options):
 
 CASES = {
     'plain': {},
-    'off the lattice': dict(config=dict(lattice_bits=None)),
+    'Adam': dict(optimizer='adam'),
+    'Adam, off the lattice': dict(optimizer='adam', config=dict(lattice_bits=None)),
     'all options': dict(accumulate=2, ema=.9, grad_clip=.5, wd=.1, noise=(1, 1),
                         config=dict(enable_multiscale=True)),
 }
@@ -52,13 +53,16 @@ def alone(name): return run_job((), **CASES[name])
 
 @pytest.mark.parametrize('name, fsdp', [('all options', False), *((name, True) for name in CASES)])
 def test_two_processes_train_like_one(name, fsdp):
-    "Up to the order of summation; the number of held-out sequences is odd"
+    """Up to the order of summation, which Muon's bfloat16 makes larger
+
+    The number of held-out sequences is odd."""
     one,two = alone(name),run_job(**CASES[name], fsdp=fsdp)
+    rel = 1e-5 if 'optimizer' in CASES[name] else 2e-4
     assert len(one['losses'])==len(two['losses'])>=15
-    assert two['losses']==pytest.approx(one['losses'], rel=1e-5)
-    assert two['bits']==pytest.approx(one['bits'], abs=1e-5)
+    assert two['losses']==pytest.approx(one['losses'], rel=rel)
+    assert two['bits']==pytest.approx(one['bits'], rel=rel)
     assert two['se']==pytest.approx(one['se'], rel=1e-3)
-    assert two['weights']==pytest.approx(one['weights'], rel=1e-5)
+    assert two['weights']==pytest.approx(one['weights'], rel=rel)
 
 @pytest.mark.parametrize('fsdp', (False, True), ids=('ddp', 'fsdp'))
 def test_two_processes_go_on_within_a_step(fsdp, tmp_path):
@@ -79,7 +83,8 @@ def corpus(tmp_path_factory):
 
 def train(corpus, out, *args, launcher=TORCHRUN):
     "Run the command; return status, stdout and stderr"
-    return run(COMMAND, '--corpus', corpus, '--out', out, *SIZES, *args, launcher=launcher)
+    same = '--tokenizer','char','--optimizer','adam','--dropout','0'      # dropout differs between processes
+    return run(COMMAND, '--corpus', corpus, '--out', out, *SIZES, *same, *args, launcher=launcher)
 
 def log_rows(out):
     "Rows of a log without the speed"
@@ -108,10 +113,11 @@ def test_the_command_trains_in_two_processes_like_in_one(name, corpus, one_proce
     out = tmp_path/'m'
     status,printed,err = train(corpus, out, unit, n, '--warmup', 4, *args, launcher=launcher)
     assert status==0, err
-    for words in ('for training', 'three texts', 'inverse error  tokens/s'): assert printed.count(words)==1
+    for words in ('for training', 'written from nothing', 'inverse error  tokens/s'):
+        assert printed.count(words)==1
     rows,expected = log_rows(out),log_rows(one_process[unit])
     assert [row.keys() for row in rows]==[row.keys() for row in expected] and len(rows)>=2
-    for row,alone in zip(rows, expected): assert row==pytest.approx(alone, rel=1e-4, abs=1e-5)
+    for row,alone in zip(rows, expected): assert row==pytest.approx(alone, rel=2e-4, abs=1e-5)
     found = BijectiveDenoiser.from_pretrained(out).state_dict()
     weights = BijectiveDenoiser.from_pretrained(one_process[unit]).state_dict()
     assert all(torch.allclose(found[k], v, atol=1e-4) for k,v in weights.items())
@@ -132,7 +138,7 @@ def test_streams_and_pairs_are_divided_too(options, tmp_path):
         assert status==0, err
         found[name] = log_rows(tmp_path/name)
     assert len(found['one'])==len(found['two'])>=2
-    for row,alone in zip(found['two'], found['one']): assert row==pytest.approx(alone, rel=1e-4, abs=1e-5)
+    for row,alone in zip(found['two'], found['one']): assert row==pytest.approx(alone, rel=2e-4, abs=1e-5)
 
 def command_errors(err): return re.findall(r'^bijdiff_train: .*$', err, re.M)
 
@@ -142,7 +148,7 @@ def command_errors(err): return re.findall(r'^bijdiff_train: .*$', err, re.M)
 def test_an_error_is_reported_by_one_process_and_ends_all(name, args, corpus, tmp_path):
     status,printed,err = train(corpus, tmp_path/'m', *args)
     assert status and len(command_errors(err))==1 and name in command_errors(err)[0]
-    assert err.count('bijdiff_train: error')==1 and 'three texts' not in printed
+    assert err.count('bijdiff_train: error')==1 and 'written from nothing' not in printed
     assert not (tmp_path/'m').exists()
 
 def test_sigterm_ends_all_processes_and_one_process_refuses_their_checkpoint(corpus, tmp_path):

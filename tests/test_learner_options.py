@@ -92,7 +92,7 @@ def test_where_a_token_can_cost_much_gradients_are_clipped_anyway():
     assert clip(corruption=small_noise(.5, .5), grad_clip=3.)==[3.]
 
 def test_betas_are_those_of_both_moments_in_all_steps():
-    learn = fit(StepGradients(), betas=(.7, .8), epochs=1)
+    learn = fit(StepGradients(), optimizer='adam', betas=(.7, .8), epochs=1)
     assert set(learn.recorder.hps['mom'])=={.7}
     first,second = torch.zeros(()),torch.zeros(())
     for g in learn.step_gradients.grads:
@@ -104,10 +104,17 @@ def test_betas_are_those_of_both_moments_in_all_steps():
 def test_without_betas_the_first_moment_has_its_cycle():
     assert min(fit(epochs=1).recorder.hps['mom'])<.86
 
-def test_adam_is_the_default():
-    plain = fit()
-    for kwargs in (dict(optimizer='adam'), dict(opt_func=partial(Adam, eps=1e-8))):
-        assert same_weights(plain, fit(**kwargs))
+def test_betas_of_muon_are_its_momentum_and_those_of_adam():
+    learn = fit(optimizer='muon', betas=(.7, .8), epochs=1)
+    assert set(learn.recorder.hps['mom'])=={.7}
+    assert {h['sqr_mom'] for h in learn.opt.hypers}=={.8}
+
+def test_muon_is_the_default():
+    assert same_weights(fit(), fit(optimizer='muon'))
+    assert not same_weights(fit(), fit(optimizer='adam'))
+
+def test_adam_has_a_small_eps():
+    assert same_weights(fit(optimizer='adam'), fit(opt_func=partial(Adam, eps=1e-8)))
 
 def test_sgd_has_momentum_and_learns():
     learn = fit(StepGradients(), optimizer='sgd', epochs=6, lr=3e-2)

@@ -40,7 +40,8 @@ KINDS = { # weights of masking, substitution and deletion; steps
 def check_probe(kind):
     "Compare the losses of a probe after every step with those by hand"
     weights,T = KINDS[kind]
-    learn = tiny_learner(ProbeCallback(1, N_TEXTS, SEED), corruption=small_noise(*weights, T=T))
+    noise = small_noise(*weights, T=T)
+    learn = tiny_learner(ProbeCallback(1, N_TEXTS, SEED), corruption=noise, optimizer='adam')
     t,noisy = probe_input(learn, N_TEXTS, T)
     want = []
     learn.add_cb(OnEvent('after_batch', lambda l: want.append(batch_loss(l, noisy, t, weights, T))))

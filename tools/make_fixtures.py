@@ -34,7 +34,7 @@ class StopAfter(Callback):
 def learner(*cbs):
     "A small learner on a fixed text"
     dls = text_dls(TEXT, seq_len=16, bs=8, device='cpu')
-    return diffusion_learner(dls, config_kwargs=SIZES, cbs=list(cbs))
+    return diffusion_learner(dls, optimizer='adam', config_kwargs=SIZES, cbs=list(cbs))
 
 def uniform_model():
     "A denoiser whose logits are 0 on every machine, with its tokenizer"

@@ -25,6 +25,7 @@ from ..model.denoiser import BijectiveDenoiser
 from ..model.saving import is_sharded, plain_weights, whole_tensor
 from .noising import base_model
 from .loop import DiffusionLearner
+from .optimizers import muon
 
 # %% ../../nbs/training/85_distributed.ipynb #55713f38
 def n_processes()->int:
@@ -213,8 +214,8 @@ def _check_shardable(learn):
     check(n>1, 'the number of processes', n, 'at least 2 for fsdp')
     check(learn.opt is None, 'the optimiser', 'made already', 'none yet: call distribute before a fit')
     func = getattr(learn.opt_func, 'func', learn.opt_func)
-    expected = 'Adam or SGD with fsdp, where an optimiser sees parts of weights'
-    check(func in (Adam, SGD), 'opt_func', getattr(func, '__name__', func), expected)
+    expected = 'muon, Adam or SGD with fsdp, where an optimiser sees parts of weights'
+    check(func in (muon, Adam, SGD), 'opt_func', getattr(func, '__name__', func), expected)
 
 @patch
 def distribute(self:DiffusionLearner,

@@ -240,14 +240,19 @@ _most_at_first = 1e8
 
 @torch.no_grad()
 def _gradient_norms(opt):
-    "Return the norm of the gradients, that of the steps before by Adam's average, and the number of steps"
+    """Return the norm of the gradients, that of the steps before by averages, and the number of steps
+
+    Adam has averages of squares, Muon one of gradients, which is somewhat smaller."""
     params = list(opt.all_params(with_grad=True))
-    now = whole_tensor(get_total_norm([p.grad for p,*_ in params])).item()
-    squares = [state['sqr_avg'] for *_,state,_ in params if 'sqr_avg' in state]
-    n = max((state.get('step', 0) for *_,state,_ in params), default=0)
+    states = [state for *_,state,_ in params]
+    norm = lambda tensors, power=2: whole_tensor(get_total_norm(tensors, power)).item() if tensors else 0.
+    now = norm([p.grad for p,*_ in params])
+    squares = [state['sqr_avg'] for state in states if 'sqr_avg' in state]
+    n = max((state.get('step', 0) for state in states), default=0)
     if not squares or not n: return now, 0., n
+    averages = [s['grad_avg'] for s in states if 'grad_avg' in s and 'sqr_avg' not in s]
     debias = 1-opt.hypers[0]['sqr_mom']**n
-    return now, (whole_tensor(get_total_norm(squares, 1)).item()/debias)**.5, n
+    return now, (norm(squares, 1)/debias + norm(averages)**2)**.5, n
 
 @patch
 def _step(self:DiffusionLearner):
