@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from ..checks import check, check_fraction, check_whole, is_whole
-from .coupling import zero_padding
+from .coupling import Dropout, zero_padding
 
 # %% ../../nbs/layers/07_attention.ipynb #be97278f
 def rotary_angles(
@@ -87,7 +87,7 @@ class BidirectionalAttention(nn.Module):
         check_fraction('dropout', dropout)
         self.qkv = nn.Linear(d_model, 3*d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.normal_(self.qkv.weight, std=d_model**-0.5)
         nn.init.zeros_(self.out.weight)
 
