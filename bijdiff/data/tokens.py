@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASK_CHAR', 'END_CHAR', 'Tokenizer', 'check_texts', 'CharTokenizer', 'ByteTokenizer', 'cut_text', 'SubwordTokenizer',
-           'library_errors', 'exact_ids']
+           'library_errors', 'exact_ids', 'whole_characters']
 
 # %% ../../nbs/data/30_tokens.ipynb #01176798
 import hashlib, json, re
@@ -247,3 +247,28 @@ def exact_ids(
     kind = getattr(tokenizer, 'kind', type(tokenizer).__name__)
     name = f'the text that the {kind} tokenizer gives back, from position {at} on,'
     check(False, name, back[at:at+10], repr(text[at:at+10]))
+
+# %% ../../nbs/data/30_tokens.ipynb #dc5ab2f2
+def _text_after(tokenizer, before, ids):
+    "Text that ids add to that of the ids before them"
+    if not before: return tokenizer.decode(ids)
+    return tokenizer.decode(before+ids)[len(tokenizer.decode(before)):] or tokenizer.decode(ids)
+
+def _first_run(tokenizer, before, ids):
+    "The first ids that make whole characters, and their text; the first one alone if none do"
+    for n in range(1, len(ids)+1):
+        text = _text_after(tokenizer, before, ids[:n])
+        if '�' not in text or list(tokenizer.encode(text))==ids[:n]: return ids[:n], text
+    return ids[:1], _text_after(tokenizer, before, ids[:1])
+
+def whole_characters(
+    tokenizer, # Any object with encode and decode
+    ids, # Ids of a sequence, masks among them, a list or a tensor, (L,)
+): # Iterator of pairs: a list of ids, and their text
+    "Yield runs of tokens that make whole characters; a byte that is a part of none is a run with text �"
+    ids,start,before = [int(i) for i in ids],0,[]
+    while start<len(ids):
+        run,text = _first_run(tokenizer, before, ids[start:start+4])
+        yield run, text
+        start += len(run)
+        before = [] if '�' in text else run
