@@ -4,75 +4,38 @@
     python benchmarks/generation.py PATH/TO/tinyshakespeare.txt MODELS_FOLDER --models masked --steps 8,16
 
 Models are the sub-folders written by tinyshakespeare.py --out; n texts are written as one batch. They are
-judged by
+judged as defined in bijdiff.likelihood.quality, by
 - a character n-gram model of the training text (interpolated Witten-Bell), in bits per character;
 - their words: the fraction of runs of letters, not cut off at an end of the text, that occur in the training
-  text;
-- their variety: the fraction of different 5-grams among the 5-grams of all n texts, as repetitive texts are
-  easy to predict.
+  text, here those of one and two letters too;
+- their variety: the fraction of different n-grams among the n-grams of all n texts, and the entropy of the
+  words of a text, which older rows lack, as repetitive texts are easy to predict.
 
 So are as much held-out text and as many shuffled training characters, in chunks of the same length. Masking
 is undone by the cosine schedule, where the model has none of its own. `network_passes` counts function
 evaluations of the whole batch. Writes benchmarks/results/generation.json after every combination.
 Combinations that are there, with the same weights, are skipped: remove the file to begin again."""
-import math
 import random
-import re
 import time
-from collections import Counter
 import torch
 from bijdiff.console import command
 from bijdiff.data.corpora import load_corpus, split_text
+from bijdiff.likelihood.quality import TextQuality
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.sampling.generate import sample, samplers_for
-from common import describe, find_models, has_row, result_path, resume, run_record, save, text_hash
+from common import (describe, find_models, has_row, result_path, resume, rounded, run_record, save,
+                    text_hash)
 
 # How texts are judged
 
-class NGrams:
-    """A model of characters by the last order-1 ones (Witten & Bell 1991)
-
-    p(c|h) = (n(hc) + kinds(h) p(c|h'))/(n(h) + kinds(h)), and the uniform distribution at the end, when h is
-    empty; n counts, h' is h without its first character, kinds(h) the number of characters seen after h"""
-    def __init__(self, text, order, vocab_size):
-        self.order,self.vocab_size = order,vocab_size
-        self.n,self.total,self.kinds = Counter(),Counter(),Counter()
-        for k in range(1, order+1): self.n.update(text[i:i+k] for i in range(len(text)-k+1))
-        for gram,n in self.n.items():
-            self.total[gram[:-1]] += n
-            self.kinds[gram[:-1]] += 1
-
-    def prob(self, before, c):
-        "Return the probability of a character after others"
-        p = 1/self.vocab_size
-        for k in range(min(len(before), self.order-1)+1):
-            h = before[len(before)-k:]
-            if h not in self.total: break
-            p = (self.n[h+c] + self.kinds[h]*p)/(self.total[h]+self.kinds[h])
-        return p
-
-    def bits(self, text):
-        "Return the bits of a text"
-        return -sum(math.log2(self.prob(text[max(i-self.order+1, 0):i], c)) for i,c in enumerate(text))
-
-def ratio(a, b):
-    "Return the sum of a over the sum of b and its standard error over texts, None where the latter is 0"
-    n,total = len(b),sum(b)
-    if not total: return None,None
-    r = sum(a)/total
-    squares = sum((x-r*y)**2 for x,y in zip(a, b))
-    return round(r, 4), round(math.sqrt(n/max(n-1, 1)*squares)/total, 4)
-
-def judge(texts, ngrams, words):
+def judge(texts, quality):
     "Return bits, words and variety of texts"
-    found = [re.findall('(?<=[^A-Za-z])[A-Za-z]+(?=[^A-Za-z])', o) for o in texts]
-    lengths = [len(o) for o in texts]
-    grams = [o[i:i+5] for o in texts for i in range(len(o)-4)]
-    res = dict(mean_length=round(sum(lengths)/len(texts), 1))
-    res['bits_per_char'],res['bits_se'] = ratio([ngrams.bits(o) for o in texts], lengths)
-    n_known = [sum(w in words for w in ws) for ws in found]
-    res['known_words'],res['known_words_se'] = ratio(n_known, [len(ws) for ws in found])
-    res['distinct_5grams'] = round(len(set(grams))/len(grams), 4) if grams else None
+    o = quality(texts)
+    res = dict(mean_length=round(o.mean_length, 1))
+    res['bits_per_char'],res['bits_se'] = rounded(o.ngram_bits)
+    res['known_words'],res['known_words_se'] = rounded(o.known_words)
+    res['distinct_5grams'] = rounded([o.distinct])[0]
+    res['word_entropy'],res['word_entropy_se'] = rounded(o.entropy)
     return res
 
 def chunks(text, length):
@@ -140,10 +103,9 @@ def generation(
     train,valid = split_text(text)
     settings = dict(n=n, length=length, seed=seed, order=order, threads=threads, text_sha256=text_hash(text))
     old = resume(target, settings)
-    ngrams = NGrams(train, order, len(set(train))+1) # One more for characters outside of the training text
-    words = set(re.findall('[A-Za-z]+', train))
+    quality = TextQuality(train, order, min_letters=1)
     texts = reference_texts(train, valid, n, length, seed)
-    references = {k:judge(o, ngrams, words) for k,o in texts.items()}
+    references = {k:judge(o, quality) for k,o in texts.items()}
     for k,v in references.items(): print(k, v, flush=True)
     res = dict(rows=old.get('rows', []), models=old.get('models', {}), references=references)
     res |= run_record(__file__, old=old, **settings)
@@ -155,7 +117,7 @@ def generation(
         if todo: sample(model, n, steps=1, length=length, seed=seed) # Warm up
         for sampler,k in todo:
             written,cost = write(model, sampler, k, n, length, seed)
-            row = dict(model=name, sampler=sampler, steps=k, **cost, **judge(written, ngrams, words))
+            row = dict(model=name, sampler=sampler, steps=k, **cost, **judge(written, quality))
             print(row, flush=True)
             if k in (None, 128): row['sample'] = written[0][:200]
             res['rows'].append(row)

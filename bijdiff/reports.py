@@ -17,9 +17,10 @@ from .data.pairs import PairDataset
 from .model.predictions import any_schedule
 from .model.denoiser import inverse_errors
 from .model.saving import write_atomically
-from .sampling.generate import sample
+from .sampling.generate import sample, samplers_for
 from .likelihood.bounds import score_ids
 from .likelihood.exact import answer_nll
+from .likelihood.quality import Judge, print_judgement, print_quality, TextQuality
 from .pictures import plot_film_strip
 from .documents import png_bytes, terminal_bar, write_answers
 
@@ -62,36 +63,98 @@ def _print_inverse_errors(model, ids):
         print(f'worst inverse error, {kind:17} {error:g}')
 
 # %% ../nbs/88_reports.ipynb #5a0c1e28
-def _shown(text): return visible(text.rstrip(END_CHAR), keep='\n\t')
+_by_rule = dict(rule='left_to_right', temperature=.9) # Options of sample for models of masking alone
+_n_texts = 4            # Texts that are measured; the first of them is shown
+_n_reference = 2**18    # Tokens of the training text that they are compared with, at most
+
+def _writing(model):
+    "Return the options of sample for the texts that are shown"
+    if model.noise.masks_only: return _by_rule
+    return dict(sampler=samplers_for(model)[0], temperature=1., steps=128)
+
+def _print_title(title, model):
+    "Print what a text is, and with which options it is written"
+    options = ' '.join(f'--{name} {value}' for name,value in _writing(model).items())
+    _print_heading(f'{title}, {options}')
+
+def _plain(text): return text.rstrip(END_CHAR)
+
+def _shown(text): return visible(_plain(text), keep='\n\t')
 
 def _print_samples(model, seed):
-    "Print three texts; return the frames of the sampler"
+    "Print the first of some unconditional texts; return all of them"
+    _print_title('written from nothing', model)
+    written = sample(model, _n_texts, seed=seed, **_writing(model))
+    texts = [model.tokenizer.decode(ids) for ids in written]
+    print(_shown(texts[0]))
+    return [*map(_plain, texts)]
+
+def _film(model, seed):
+    "Return the frames of a text by the default sampler, which writes everywhere at once"
     frames = []
-    _print_heading('three texts, written from nothing')
-    for i,ids in enumerate(sample(model, 3, seed=seed, frames=frames), 1):
-        print(f'[{i}] {_shown(model.tokenizer.decode(ids))}\n')
+    sample(model, seed=seed, frames=frames)
     return frames
 
-def _print_infill(model, ids, seed):
-    "Print a held-out sequence whose middle third is written by the model"
-    L,decode = len(ids),model.tokenizer.decode
-    begin,end = L//3,2*L//3
-    template = ids.clone()
+def _print_filled(model, ids, begin, end, seed):
+    "Print a held-out sequence of which one part is written by the model, in brackets"
+    template,decode = ids.clone(),model.tokenizer.decode
     template[begin:end] = model.mask_id
-    _print_heading('beginning and ending given, middle written')
-    written = sample(model, template=template, seed=seed)[0]
-    end += len(written)-L                                      # a middle of another length moves the ending
+    written = sample(model, template=template, seed=seed, **_writing(model))[0]
+    end += len(written)-len(ids)                               # a part of another length moves the ending
     parts = (_shown(decode(part)) for part in (written[:begin], written[begin:end], written[end:]))
     print('{}⟦{}⟧{}'.format(*parts))
 
-def _report_texts(learn, seed):
+def _words_end(ids, tokenizer):
+    "Return the position from an eighth of a sequence on where a word ends and white space begins"
+    start,texts = len(ids)//8,[tokenizer.decode(ids[i:i+1]) for i in range(len(ids))]
+    is_end = lambda i: texts[i][:1].isspace() and not texts[i-1][-1:].isspace()
+    return next(filter(is_end, range(max(start, 1), len(ids))), start)
+
+def _print_continued(model, ids, seed):
+    "Print the first words of a held-out sequence, and what the model writes after them"
+    _print_title('beginning given', model)
+    _print_filled(model, ids, _words_end(ids, model.tokenizer), len(ids), seed)
+
+def _print_infill(model, ids, seed):
+    "Print a held-out sequence whose middle third is written by the model"
+    _print_title('middle written', model)
+    _print_filled(model, ids, len(ids)//3, 2*len(ids)//3, seed)
+
+# %% ../nbs/88_reports.ipynb #e50d7aeb
+def _held_out_texts(dls, n):
+    "Return some held-out sequences as texts, evenly spaced"
+    ds = dls.valid.dataset
+    n = min(n, len(ds))
+    return [_plain(dls.tokenizer.decode(ds[i*len(ds)//n][0].as_subclass(Tensor))) for i in range(n)]
+
+def _print_table(dls, texts):
+    "Print measures of texts by their title"
+    ids = dls.train.dataset.ids[:_n_reference]
+    reference = dls.tokenizer.decode(ids)
+    quality = TextQuality(reference)
+    _print_heading(f'quality of {_n_texts} texts')
+    print_quality({title: quality(o) for title,o in texts.items()})
+    print(f'words and n-grams of {len(reference):,} characters of the training text')
+
+def _print_text_quality(learn, written, judge=None):
+    "Print measures of written texts beside those of held-out ones, and their scores by a judge"
+    texts = {'written': written, 'held out': _held_out_texts(learn.dls, len(written))}
+    texts = {title:o for title,o in texts.items() if any(o)}
+    if hasattr(learn.dls.train.dataset, 'ids'): _print_table(learn.dls, texts)
+    if judge is None: return
+    judge = Judge(judge, learn.model.device)
+    for title,o in texts.items(): print_judgement(title, judge, judge(o))
+
+def _report_texts(learn, seed, judge):
     "Print numbers and texts; return the frames of the sampler"
     ids = learn.dls.valid.dataset[0][0].as_subclass(Tensor)
     _print_scores(learn)
     _print_inverse_errors(learn.model, ids)
-    frames = _print_samples(learn.model, seed)
+    texts = _print_samples(learn.model, seed)
+    _print_continued(learn.model, ids, seed)
     _print_infill(learn.model, ids, seed)
-    return frames
+    _print_text_quality(learn, texts, judge)
+    return _film(learn.model, seed)
 
 # %% ../nbs/88_reports.ipynb #0a4cea95
 class HeldOutAnswer(NamedTuple):
@@ -173,7 +236,7 @@ def _report_pairs(learn, seed, before):
 def _save_pictures(learn, out, frames):
     "Save a film strip of the first text, and the loss if it has a trend"
     valid = [(n, values[1]) for n,values in zip(learn.recorder.iters, learn.recorder.values)]
-    pictures = {'film_strip.png': png_bytes(plot_film_strip(frames, learn.model.tokenizer))}
+    pictures = {'film_strip.png': png_bytes(plot_film_strip(frames, learn.model.tokenizer, n=4, width=96))}
     if learn.oscillation.trend: pictures['training.png'] = png_bytes(learn.oscillation.plot(valid=valid))
     write_atomically(out, pictures)
     _print_heading('saved')
@@ -184,9 +247,11 @@ def report(
     out, # Folder for the pictures, a Path
     seed:int, # Seed of the texts
     before:list|None=None, # Held-out answers of the model before it was fine-tuned, if it was
+    judge:str|None=None, # Name or folder of a model of Hugging Face that scores the texts
 ):
-    "Print bound, perplexities, inverse errors and texts or answers, and save pictures"
+    "Print bound, perplexities, inverse errors and texts with their quality, or answers, and save pictures"
     learn.model.eval()
     is_pairs = isinstance(learn.dls.valid.dataset, PairDataset)
-    frames = _report_pairs(learn, seed, before) if is_pairs else _report_texts(learn, seed)
+    if is_pairs: frames = _report_pairs(learn, seed, before)
+    else: frames = _report_texts(learn, seed, judge)
     _save_pictures(learn, out, frames)

@@ -151,8 +151,8 @@ def nelbo_draws(
 # %% ../../nbs/likelihood/60_bounds.ipynb #1d1bc617
 class Estimate(NamedTuple):
     "An estimate with its standard error"
-    mean:Tensor # Estimates, (B,), nats per sequence
-    se:Tensor # Standard errors, (B,), nats per sequence
+    mean:Tensor|float # Estimates, (B,), nats per sequence; or one number, in the unit its function states
+    se:Tensor|float # Standard errors, of the same shape and unit
 
 def mean_and_error(
     draws:Tensor, # Independent draws, (n, B), n at least 2

@@ -14,7 +14,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 from ..checks import as_tensor, check, check_bools, check_floats, check_ids, check_lengths
 from ..checks import check_seed, check_type, check_whole, is_whole
-from ..data.tokens import Tokenizer
+from ..data.tokens import Tokenizer, whole_characters
 from ..model.denoiser import BijectiveDenoiser, canonical, Denoiser, eval_mode, to_canonical
 from ..sampling.rules import check_unmasking, conditional_probs, get_rule, reveal_counts
 from ..sampling.rules import reveal_ranks, rule_options, unmask, UnmaskingRule
@@ -171,11 +171,6 @@ def document_nll(
     return nats
 
 # %% ../../nbs/likelihood/61_exact.ipynb #f6c83885
-def _is_part(tokenizer, ids, text):
-    "True for ids that are a part of a character; a character may be a � itself"
-    if getattr(tokenizer, 'kind', None)=='char' or '�' not in text: return False
-    return tokenizer.encode(text)!=ids.tolist()
-
 def char_bits(
     tokenizer:Tokenizer, # Tokenizer of the model
     ids:Tensor, # Ids, (N,)
@@ -186,12 +181,10 @@ def char_bits(
     ids = check_ids(ids, 2**62, 'ids', ('N',)) # a tokenizer may have any number of ids
     nats = check_floats('nats', nats, len(ids))
     chars,start = [],0
-    for end in range(1, len(ids)+1):
-        text = tokenizer.decode(ids[start:end])
-        if end-start<4 and end<len(ids) and _is_part(tokenizer, ids[start:end], text): continue
-        bits = nats[start:end].sum().item()/math.log(2)
+    for run,text in whole_characters(tokenizer, ids):
+        bits = nats[start:start+len(run)].sum().item()/math.log(2)
         chars += [(c, bits/len(text)) for c in text]
-        start = end
+        start += len(run)
     return chars
 
 # %% ../../nbs/likelihood/61_exact.ipynb #8122549d
