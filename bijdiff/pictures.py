@@ -8,13 +8,13 @@ __all__ = ['closed_subplots', 'film_strip', 'plot_film_strip', 'plot_bits']
 # %% ../nbs/69_pictures.ipynb #31347472
 import math, unicodedata, warnings
 from functools import lru_cache
-from itertools import zip_longest
 import matplotlib.pyplot as plt
 import torch
 from matplotlib import font_manager
+from matplotlib.collections import PolyCollection
 from .checks import check, check_number, check_whole
 from .display import visible
-from .data.tokens import MASK_CHAR, Tokenizer
+from .data.tokens import MASK_CHAR, Tokenizer, whole_characters
 
 # %% ../nbs/69_pictures.ipynb #4835d1ec
 def closed_subplots(
@@ -38,6 +38,29 @@ def _check_frames(frames, tokenizer, n, which):
     check_whole('n', n)
     check_whole('which', which, 0, len(frames[0])-1)
 
+def _widths(runs):
+    "Number of cells of each token: all those of a character belong to its first token"
+    return [n for ids,text in runs for n in (len(text), *[0]*(len(ids)-1))]
+
+def _in_cells(runs, widths):
+    "Number of tokens and text of each run, with a character for each of its cells"
+    start = 0
+    for ids,text in runs:
+        n = sum(widths[start:start+len(ids)])
+        yield len(ids), text*n if text==MASK_CHAR else text.rjust(n)[:n]
+        start += len(ids)
+
+def _laid_out(frames, tokenizer):
+    "Yield the runs of tokens of each frame, with their numbers of tokens and their texts"
+    frames = [o.tolist() for o in frames]
+    masks = {i for i in {*sum(frames, [])} if tokenizer.decode([i])==MASK_CHAR}
+    clearest = min(reversed(frames), key=lambda o: sum(i in masks for i in o))
+    widths = _widths(whole_characters(tokenizer, clearest))
+    for o in frames:
+        runs = [*whole_characters(tokenizer, o)]
+        fits = len(o)==len(clearest) and all(i==j or i in masks for i,j in zip(o, clearest))
+        yield [*_in_cells(runs, widths if fits else _widths(runs))]
+
 def film_strip(
     frames:list, # Ids after each step, each (n, L), collected by sample
     tokenizer:Tokenizer, # Tokenizer of the model
@@ -46,7 +69,8 @@ def film_strip(
 )->str: # One frame a line, line breaks shown as ⏎, other control characters as signs
     "Show in text how a sequence appears"
     _check_frames(frames, tokenizer, n, which)
-    return '\n'.join(visible(tokenizer.decode(f[which])) for f in _evenly_chosen(frames, n))
+    shown = [f[which] for f in _evenly_chosen(frames, n)]
+    return '\n'.join(visible(''.join(text for _,text in runs)) for runs in _laid_out(shown, tokenizer))
 
 # %% ../nbs/69_pictures.ipynb #19967780
 # Fonts whose characters are not those of their code points, or are boxes
@@ -87,36 +111,55 @@ def _draw_char(ax, x, y, char, fonts, **kwargs):
     ax.text(x, y, shown, **options, **kwargs)
 
 # %% ../nbs/69_pictures.ipynb #568d4a5f
-def _char_colour(char, is_old):
-    "Return grey for a mask, black for a character of the frame before, red for a new one"
-    if char==MASK_CHAR: return '#cccccc'
-    return 'black' if is_old else '#d62728'
+def _bars(cell, n, width):
+    "Corners of the bars of a mask of n cells, one in each line that it stands in"
+    end = cell+n
+    while cell<end:
+        line,x = divmod(cell, width)
+        right = min(end-line*width, width)-.6
+        yield [(x-.4, -line-.3), (x-.4, -line+.3), (right, -line+.3), (right, -line-.3)]
+        cell = (line+1)*width
 
-def _draw_frame(ax, new, old, tokenizer, width, fonts):
-    "Draw the characters of one frame on a grid, new ones in colour"
-    for i,(a,b) in enumerate(zip_longest(new.tolist(), old.tolist()[:len(new)])):
-        char = _drawable(tokenizer.decode([a]))
-        _draw_char(ax, i%width, -(i//width), char, fonts, color=_char_colour(char, a==b))
-    ax.set(xlim=(-1, width), ylim=(-math.ceil(len(new)/width)+.4, .6))
-    ax.axis('off')
+def _draw_frame(ax, runs, is_new, width, fonts):
+    "Draw the runs of one frame on a grid, new ones in red; masks are bars"
+    cell,start,bars = 0,0,[]
+    for n,text in runs:
+        colour = '#d62728' if any(is_new[start:start+n]) else 'black'
+        if text.strip(MASK_CHAR)=='': bars += _bars(cell, len(text), width)
+        else:
+            for k,char in enumerate(_drawable(text), cell):
+                if char!=' ': _draw_char(ax, k%width, -(k//width), char, fonts, color=colour)
+        cell += len(text)
+        start += n
+    ax.add_collection(PolyCollection(bars, facecolors='#dddddd'))
+
+# %% ../nbs/69_pictures.ipynb #6b79d321
+def _changed(new, old):
+    "True for each token that is not that of the frame before"
+    old = old.tolist()
+    return [i>=len(old) or o!=old[i] for i,o in enumerate(new.tolist())]
 
 def plot_film_strip(
     frames:list, # Ids after each step, each (n, L), collected by sample
-    tokenizer:Tokenizer, # Tokenizer of the model, with one character per token
+    tokenizer:Tokenizer, # Tokenizer of the model
     n:int=6, # Frames shown, at most
     which:int=0, # Index of the sequence shown
     width:int=64, # Characters of a line
 ):
-    "Show in a picture how a sequence appears; characters new since the frame before are red"
+    "Show in a picture how a sequence appears; tokens new since the frame before are red"
     _check_frames(frames, tokenizer, n, which)
     check_whole('width', width)
     shown = [f[which] for f in _evenly_chosen(frames, n)]
-    n_lines = math.ceil(max(map(len, shown))/width)
+    laid_out = [*_laid_out(shown, tokenizer)]
+    texts = [''.join(text for _,text in runs) for runs in laid_out]
+    n_lines = math.ceil(max(map(len, texts))/width)
     figsize = width*.08, len(shown)*(n_lines*.16+.1)
     fig,axs = closed_subplots(len(shown), 1, figsize=figsize, squeeze=False)
-    fonts = _fonts_for(_drawable(''.join(map(tokenizer.decode, shown))))
-    for ax,new,old in zip(axs[:,0], shown, shown[:1]+shown[:-1]):
-        _draw_frame(ax, new, old, tokenizer, width, fonts)
+    fonts = _fonts_for(_drawable(''.join(texts)))
+    for ax,runs,new,old in zip(axs[:,0], laid_out, shown, shown[:1]+shown[:-1]):
+        _draw_frame(ax, runs, _changed(new, old), width, fonts)
+        ax.set(xlim=(-1, width), ylim=(-n_lines+.4, .6))
+        ax.axis('off')
     fig.subplots_adjust(0, 0, 1, 1, hspace=.02)
     return fig
 

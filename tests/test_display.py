@@ -1,14 +1,16 @@
 """Texts for people: no character steers the terminal, whatever the model or the file has in it."""
-import io, subprocess, sys, unicodedata, warnings
+import io, math, subprocess, sys, unicodedata, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 import pytest, torch
 from bijdiff.data.loaders import text_dls
+from bijdiff.data.subwords import BPETokenizer
 from bijdiff.data.tokens import CharTokenizer
 from bijdiff.display import visible
 from bijdiff.documents import print_scores, write_texts
+from bijdiff.likelihood.exact import char_bits
 from bijdiff.pictures import film_strip, plot_bits, plot_film_strip
-from bijdiff.reports import _print_infill, _print_samples
+from bijdiff.reports import _print_continued, _print_infill, _print_samples
 from bijdiff.testing import run_command, small_learner, tiny_denoiser
 
 STEERING = '\x1b\a\b\r\0\x7f\x85\x9b\u061c\u200e\u200f\u202a\u202e\u2066\u2069\u2028\u2029\ufeff\ud800'
@@ -43,6 +45,7 @@ PRINTED = {
     'show_results': lambda model,dls: small_learner(dls=dls).show_results(),
     'film_strip': lambda model,dls: print(film_strip([ids(model.tokenizer)[None]], model.tokenizer)),
     'samples of a report': lambda model,dls: _print_samples(model, 0),
+    'beginning of a report': lambda model,dls: _print_continued(model, ids(model.tokenizer), 0),
     'infill of a report': lambda model,dls: _print_infill(model, ids(model.tokenizer), 0),
     'table of scores': lambda model,dls: print_scores([ROW], True),
 }
@@ -111,3 +114,61 @@ def test_importing_warns_of_nothing(module):
 
 def test_the_warning_would_be_seen():
     assert 'FutureWarning' in error_of_import('fastai.layers')
+
+# Tokens of several characters
+
+PAIRS = BPETokenizer.train('the cat sat on the mat, and the dog on the other mat\n'*20, 290)
+MASK = PAIRS.vocab_size
+
+def frames_of(text, n=6):
+    "Frames in which the tokens of a text appear in random order"
+    ids = torch.tensor(PAIRS.encode(text))
+    at = torch.rand(len(ids), generator=torch.Generator().manual_seed(0))
+    return [torch.where(at<k/(n-1), ids, MASK)[None] for k in range(n)]
+
+@pytest.mark.parametrize('text', ['the cat on the other mat\nsat', 'été “日本” 👩 the', 'a\ufffdb'])
+def test_a_text_does_not_move_while_it_is_written(text):
+    lines = film_strip(frames_of(text), PAIRS).split('\n')
+    assert lines[-1]==visible(text)
+    for line in lines:
+        assert len(line)==len(text)
+        assert all(a in ('░', '\ufffd', b) for a,b in zip(line, lines[-1]))
+
+def drawn(fig):
+    "Place of each character of each frame, and its colour"
+    return [{t.get_position(): (t.get_text(), t.get_color()) for t in ax.texts} for ax in fig.axes]
+
+def test_every_character_has_a_cell_and_new_tokens_are_red_as_a_whole():
+    text = 'the cat on the other mat'
+    ids = torch.tensor(PAIRS.encode(text))[None]
+    hidden = ids.clone()
+    hidden[0,1] = MASK                                                                       # ' cat'
+    first,second = drawn(plot_film_strip([hidden, ids], PAIRS, width=10))
+    cells = {(i%10, -(i//10)): c for i,c in enumerate(text) if c!=' '}
+    assert {at: c for at,(c,_) in second.items()}==cells
+    new = {(i, 0) for i in (4, 5, 6)}
+    assert {at for at,(_,colour) in second.items() if colour!='black'}==new
+    assert first.keys()==cells.keys()-new
+
+def test_masks_are_bars_as_wide_as_their_tokens():
+    "That of ' other' is cut in two by the end of the line"
+    ids = torch.tensor(PAIRS.encode('the cat on the other mat'))[None]
+    fig = plot_film_strip([torch.full_like(ids, MASK), ids], PAIRS, width=17)
+    boxes = [path.get_extents() for path in fig.axes[0].collections[0].get_paths()]
+    widths = [round(box.width+.2) for box in boxes]
+    assert widths==[3, 4, 3, 4, 3, 3, 4] and [round(box.y0+.3) for box in boxes]==[0]*5+[-1]*2
+
+def test_replaced_and_inserted_tokens_have_cells_of_their_own():
+    texts = 'the cat', 'the other cat', 'on the mat'
+    frames = [torch.tensor(PAIRS.encode(text))[None] for text in texts]
+    assert film_strip(frames, PAIRS)=='\n'.join(texts)
+
+def test_a_byte_of_no_character_is_a_sign():
+    ids = torch.tensor([PAIRS.encode('é')[0], *PAIRS.encode('a')])[None]
+    assert film_strip([ids], PAIRS)=='\ufffda'
+
+def test_bits_of_a_token_are_those_of_its_characters_in_equal_parts():
+    ids = torch.tensor(PAIRS.encode('the é'))
+    chars,bits = zip(*char_bits(PAIRS, ids, torch.arange(1., len(ids)+1)*math.log(2)))
+    assert ''.join(chars)=='the é' and PAIRS.decode(ids[:1])=='the'
+    assert bits[:3]==pytest.approx([1/3]*3) and sum(bits)==pytest.approx(sum(range(1, len(ids)+1)))
