@@ -38,10 +38,12 @@ from .model.adapters import MDLMAdapter, SEDDAdapter
 from .sampling.rules import unmask, UnmaskingRule
 from .sampling.generate import infill_template, prompt_template, sample, samplers_for
 from .sampling.repair import self_correct
+from .sampling.prompts import heal_blanks, heal_prompt
 from .likelihood.bounds import Estimate, nelbo, nelbo_draws, Score, score_ids
 from .likelihood.exact import all_orders_nats, answer_nll, char_bits, document_nll, latent_nats
 from .likelihood.exact import log_prob, order_bound, order_estimate, order_nats, token_nll
 from .likelihood.codec import compress, compress_file, decompress, decompress_file, fingerprint
+from .likelihood.quality import TextQuality
 from .pictures import film_strip, plot_bits, plot_film_strip
 from .training.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend
 from .training.dynamics import oscillation, oscillation_windows, plot_runs, plot_spectrum
@@ -79,8 +81,8 @@ by_task = {
         'area_under_curve compare_runs epochs_to_target fit_trend oscillation oscillation_windows '
         'plot_runs plot_spectrum plot_trend seed_interval'),
     'Writing': ('Samples from nothing, after a prompt, into blanks, in any order; repairs',
-        'infill_template prompt_template sample samplers_for UnmaskingRule unmask self_correct film_strip '
-        'plot_film_strip write_answers'),
+        'infill_template prompt_template heal_blanks heal_prompt sample samplers_for UnmaskingRule unmask '
+        'self_correct film_strip plot_film_strip write_answers TextQuality'),
     'Likelihood': ('Bounds with error bars, exact likelihoods of a sampler, and the density of states',
         'Estimate nelbo nelbo_draws Score score_ids all_orders_nats answer_nll char_bits document_nll '
         'latent_nats log_prob order_bound order_estimate order_nats token_nll plot_bits'),

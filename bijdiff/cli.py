@@ -59,12 +59,14 @@ _needs_in_training = {
                   'steps, another corpus than pydoc, and no prompt_column'),
     'valid_docs': (lambda o: o['streaming'], 'streaming as well'),
     'valid_pct': (lambda o: o['valid_split'] is None and not o['streaming'], 'no valid_split, no streaming'),
-    'vocab_size': (lambda o: o['tokenizer']=='bpe', 'tokenizer bpe as well'),
+    'vocab_size': (lambda o: o['tokenizer'] in (None, 'bpe') and o['init'] is None,
+                   'tokenizer bpe, and no init'),
     'epochs': (lambda o: not _in_steps(o), 'no steps'),
     'eval_every': (_in_steps, 'steps as well; with epochs every epoch is evaluated'),
     'segment_length': (lambda o: o['enable_multiscale'], 'enable_multiscale as well'),
     'couple': (lambda o: o['n_experts'] is not None, 'n_experts as well'),
     'fsdp': (lambda o: int(os.environ.get('WORLD_SIZE', 1))>1, 'several processes, as torchrun starts them'),
+    'judge': (_no_pairs, 'no prompt_column'),
     'mask': (lambda o: o['mask']<=0 or o['substitute'] or o['delete'], 'substitute or delete as well'),
 }
 _not_with_init = lambda o: o['init'] is None
@@ -91,7 +93,7 @@ def network_options(
     k_active:int=None, # Experts that act at a position; all if not given
     couple:str='final', # Where the experts are coupled: final, or every block
     router_balance:float=0., # Weight of the balance term of the routers, with k_active
-    dropout:float=0., # Probability of dropping a feature in training; with init that of the model if 0
+    dropout:float=None, # Probability of dropping a feature in training; if not given 0.1, with init its own
 )->dict:
     "Return the options of the network, by name"
     return dict(locals())
@@ -116,13 +118,13 @@ def noise_options(
 # %% ../nbs/92_cli.ipynb #ff3ee3e2
 @delegates(noise_options)
 def fit_options(
-    epochs:int=5, # Number of times the corpus is read
+    epochs:int=12, # Number of times the corpus is read
     steps:int=None, # Number of updates of the weights, in place of epochs
     eval_every:int=None, # Steps between two evaluations; a tenth of all steps if not given
     save_every:str=None, # Steps, or minutes as in 10min, between checkpoints beside those at evaluations
-    lr:float=3e-3, # Peak learning rate
+    lr:float=None, # Peak learning rate; if not given 0.01, with another optimiser or with init 0.003
     warmup:int=None, # Steps until the peak; a quarter of all steps if not given
-    optimizer:str='adam', # Optimiser: adam or sgd
+    optimizer:str='muon', # Optimiser: muon, adam or sgd
     beta1:float=None, # Decay of the average of gradients, with beta2; a cycle from 0.95 to 0.85 if not given
     beta2:float=None, # Decay of the average of squared gradients, with beta1; 0.99 if not given
     weight_decay:float=None, # Weight decay of matrices but embeddings; if not given 0.01, and 0 for sgd
@@ -154,7 +156,7 @@ def bijdiff_train(
     valid_docs:int=None, # Documents held out at the beginning of a stream; 100 if not given
     streaming:bool=False, # Read a data set while training, without a copy of it; with steps
     cache_dir:str=None, # Folder for copies and tokens; that of the datasets library if not given
-    tokenizer:str=None, # char, byte, bpe, or a Hugging Face tokenizer: name or path; char if not given
+    tokenizer:str=None, # char, byte, bpe, or a Hugging Face tokenizer: name or path; bpe if not given
     vocab_size:int=None, # Tokens of bpe, end of document not counted; 1,024 if not given
     seq_len:int=256, # Length of the sequences, in tokens
     no_pack:bool=False, # Cut each document alone, filled up with end tokens, in place of one long sequence
@@ -167,6 +169,7 @@ def bijdiff_train(
     device:str='auto', # auto, cpu, cuda or mps
     dtype:str='auto', # auto, float32 or bfloat16
     fsdp:bool=False, # Divide weights, gradients and optimiser among the processes of torchrun (FSDP2)
+    judge:str=None, # Causal language model of Hugging Face, name or folder, that scores the texts at the end
     **kwargs,
 ):
     "Train a bijective denoiser and show what it has learned"
@@ -193,11 +196,12 @@ def bijdiff_sample(
     steps:int=None, # Steps from noise to text; 128 if not given, and one token a step by a rule
     sampler:str=None, # ancestral, tweedie, euler, first_hitting or insertion; a fitting one if not given
     rule:str=None, # In place of a sampler: left_to_right, random, spread, block, confidence or entropy
-    prompt:str=None, # Beginning of the text
-    infill:str=None, # A text with blanks, ____, that are to be filled
+    prompt:str=None, # Beginning of the text; without an end token it may end in a space or within a word
+    infill:str=None, # A text with blanks, ____: four subwords, or a part of the rest; ____{12}: 12 tokens
     temperature:float=1., # Temperature: below 1 favours likely tokens, above 1 gives more variety
     top_p:float=1., # Draw from the most probable tokens that together have this probability
     seed:int=0, # Seed of all random numbers
+    judge:str=None, # Causal language model of Hugging Face, name or folder: prints the texts' perplexity
 ):
     "Write texts with a trained model"
     options = dict(locals())

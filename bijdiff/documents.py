@@ -24,11 +24,12 @@ from .data.tokens import exact_ids
 from .data.corpora import read_text
 from .model.denoiser import BijectiveDenoiser
 from .sampling.rules import get_rule
-from .sampling.generate import cut_at_end, infill_template, prompt_template, sample
-from .sampling.generate import samplers_for
+from .sampling.generate import cut_at_end, prompt_template, sample, samplers_for
+from .sampling.prompts import heal_blanks, heal_prompt
 from .likelihood.bounds import score_ids
 from .likelihood.exact import char_bits, document_nll
 from .likelihood.codec import fingerprint
+from .likelihood.quality import Judge, print_judgement
 from .pictures import plot_bits
 
 # %% ../nbs/87_documents.ipynb #5a0c1e07
@@ -49,10 +50,11 @@ def independent_seed(
     return random.Random(f'{seed} {i}').randrange(2**32) if i else seed
 
 # %% ../nbs/87_documents.ipynb #5a0c1e35
-def _template(model, prompt, infill):
-    "Ids with masks to be filled, from the beginning of a text or from a text with blanks"
-    if infill is None: return prompt_template(model, prompt or '')
-    return infill_template(model, infill, 8 if _inserts(model) else None)
+def _templates(model, n, prompt, infill, **kwargs):
+    "Ids with masks to be filled, (n, L), from the beginning of a text or from a text with blanks"
+    if infill is not None: return heal_blanks(model, infill, n, 8 if _inserts(model) else None, **kwargs)
+    if model.tokenizer.eod_id is None: return heal_prompt(model, prompt or '', n, **kwargs)
+    return torch.tensor(prompt_template(model, prompt or '')).repeat(n, 1)
 
 def _sample_batches(model, n, seed, numbers=2**25):
     "Yield size and seed of batches of n texts, whose logits have so many numbers at most"
@@ -70,25 +72,31 @@ def write_texts(
     folder, # Folder of a saved model
     n:int=1, # Number of texts
     prompt:str|None=None, # Beginning of the texts
-    infill:str|None=None, # A text with blanks, ____, that are to be filled
+    infill:str|None=None, # A text with blanks, ____ or ____{12} for twelve tokens, that are to be filled
     seed:int=0, # Seed of all random numbers
+    judge:str|None=None, # Name or folder of a model of Hugging Face that scores the texts
     **kwargs, # Options of sample
 ):
-    "Print texts that a saved model writes"
+    "Print texts that a saved model writes, and on standard error their perplexity under a judge"
     check_whole('n', n)
     check_seed(seed)
     if prompt is not None and infill is not None:
         raise ValueError('prompt and infill are both given; expected one of them')
-    model = load_model(folder)
-    template,tokenizer = _template(model, prompt, infill),model.tokenizer
+    model,texts = load_model(folder),[]
+    if judge is not None: judge = Judge(judge, model.device)
+    tokenizer = model.tokenizer
     is_ended = prompt is not None and tokenizer.eod_id is not None
-    n_prompt = len(tokenizer.encode(prompt)) if is_ended else 0
     if is_ended: kwargs = _to_the_end(model, kwargs)
     length_steps = 64 if infill is not None and _inserts(model) else 0
+    tempered = {k:kwargs[k] for k in ('temperature','top_p') if k in kwargs}
     for size,seed in _sample_batches(model, n, seed):
+        template = _templates(model, size, prompt, infill, seed=seed, **tempered)
         for ids in sample(model, size, template=template, length_steps=length_steps, seed=seed, **kwargs):
-            if is_ended: ids = cut_at_end(ids, tokenizer.eod_id, n_prompt)
-            print_text(tokenizer.decode(ids) + '\n')
+            if is_ended: ids = cut_at_end(ids, tokenizer.eod_id)
+            texts.append(tokenizer.decode(ids))
+            print_text(texts[-1] + '\n')
+    if judge is not None and any(texts):
+        print_judgement('the texts', judge, judge(texts), file=sys.stderr)
 
 # %% ../nbs/87_documents.ipynb #17ff7ae0
 def _answer(tokenizer, template, ids):

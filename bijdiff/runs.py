@@ -25,7 +25,9 @@ from .data.corpora import load_corpus, split_text
 from .data.corpus_loaders import corpus_dls
 from .model.config import DenoiserConfig
 from .model.denoiser import BijectiveDenoiser
+from .likelihood.quality import load_judge_tokenizer
 from .training.callbacks import TableCallback
+from .training.precision import has_fast_bf16
 from .training.stopping import stop_on_signals, TrainingStopped
 from .training.checkpoint_file import CHECKPOINT
 from .training.checkpoint import CheckpointCallback
@@ -53,19 +55,13 @@ def pick_device(
         expected = 'expected auto, cpu, cuda or mps'
         raise ValueError(f'device is {name!r}, which cannot be used here ({reason}); {expected}') from None
 
-def _has_bf16(device):
-    "Return True where the hardware computes in bfloat16"
-    if device.type=='cuda': return torch.cuda.is_bf16_supported()
-    has_avx512 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
-    return device.type=='cpu' and has_avx512()
-
 def pick_bf16(
     dtype:str, # auto, float32 or bfloat16
     device:torch.device, # Where training runs
 )->bool: # True for bfloat16 autocast
     "Choose the precision of training"
     check_one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
-    return _has_bf16(device) if dtype=='auto' else dtype=='bfloat16'
+    return has_fast_bf16(device) if dtype=='auto' else dtype=='bfloat16'
 
 # %% ../nbs/89_runs.ipynb #8e36349b
 class BarCallback(Callback):
@@ -112,8 +108,9 @@ def _check_options(options):
     check_whole('num_workers', options['num_workers'], 0)
     _check_log(options['log'])
     optional(partial(check_number, least=0))('weight_decay', options['weight_decay'])
+    if options['judge'] is not None: load_judge_tokenizer(options['judge'])
     check_seed(options['seed'])
-    check_number('lr', options['lr'], above=0)
+    optional(partial(check_number, above=0))('lr', options['lr'])
 
 # %% ../nbs/89_runs.ipynb #ba9030e9
 def _stop_at_once(signum, frame): raise TrainingStopped(signum)
@@ -153,7 +150,7 @@ def _warnings_as_notes():
 def _given_tokenizer(name, init):
     "Return the tokenizer of the model to start from, a kind that is to be trained, or one of Hugging Face"
     if name is None and init is not None: return init.tokenizer
-    name = name or 'char'
+    name = name or 'bpe'
     return name if name in ('char', 'byte', 'bpe') else load_tokenizer(name)
 
 def _pydoc_dls(tokenizer, options, device):
@@ -195,9 +192,9 @@ def _make_learner(options, dls, init, cbs):
     same |= dict(betas=_betas(options['beta1'], options['beta2']))
     network = _network_options(options)
     if init is not None:
-        free = ['reversible']+['dropout']*(network['dropout']>0)
-        network = {name: network[name] for name in free}
+        network = {name: network[name] for name in ('reversible', 'dropout') if network[name] is not None}
         return diffusion_learner(dls, init=init, config_kwargs=network, **same)
+    if network['dropout'] is None: network['dropout'] = .1
     weights = [options[name] for name in ('mask', 'substitute', 'delete')]
     schedule = get_schedule(options['schedule'])
     corruption = Corruption(dls.tokenizer.vocab_size, *weights, schedule, options['T'])
@@ -219,11 +216,16 @@ def _print_start(options, learn, device, bf16):
     print(f'{title} in bits per character; log-det in nats per token\n')
 
 # %% ../nbs/89_runs.ipynb #ee0ea381
+def _rate(options):
+    "Return the peak learning rate"
+    if options['lr'] is not None: return options['lr']
+    return 1e-2 if options['optimizer']=='muon' and options['init'] is None else 3e-3
+
 def _fit_steps(learn, options):
     "Train for a number of steps"
     steps = options['steps']
     eval_every = options['eval_every'] or max(steps//10, 1)
-    learn.fit_steps(steps, options['lr'], eval_every=eval_every, warmup=options['warmup'])
+    learn.fit_steps(steps, _rate(options), eval_every=eval_every, warmup=options['warmup'])
 
 def _fit_epochs(learn, options):
     "Train for a number of epochs"
@@ -235,7 +237,7 @@ def _fit_epochs(learn, options):
     if warmup is not None:
         check_whole('warmup', warmup, 0, n_steps)
         given = dict(pct_start=warmup/n_steps)
-    learn.fit_one_cycle(epochs, options['lr'], **given)
+    learn.fit_one_cycle(epochs, _rate(options), **given)
 
 def _keep_best(learn, out):
     "Remove the best model where it is the last one; say where it is otherwise"
@@ -257,13 +259,13 @@ def _finish(learn, out, options, before):
     learn.model.save_pretrained(out)
     for name in ('film_strip.png', 'training.png'):
         (out/name).unlink(missing_ok=True)                     # of an earlier model
-    report(learn, out, options['seed'], before)
+    report(learn, out, options['seed'], before, options['judge'])
     _keep_best(learn, out)
     (out/CHECKPOINT).unlink()
 
 # %% ../nbs/89_runs.ipynb #1ae1bdb0
 # Options without influence on the result, or by which the data are found, which are compared themselves
-_free_when_resumed = {'save_every', 'num_workers', 'cache_dir', 'corpus', 'init'}
+_free_when_resumed = {'save_every', 'num_workers', 'cache_dir', 'corpus', 'init', 'judge'}
 
 def _checkpoints(out, options, bf16, fsdp):
     "Return the callback that saves a run, with the options that must be the same when it is resumed"

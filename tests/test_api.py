@@ -27,8 +27,8 @@ PINNED = {
         'area_under_curve compare_runs epochs_to_target fit_trend oscillation oscillation_windows '
         'plot_runs plot_spectrum plot_trend seed_interval'),
     'Writing': (
-        'film_strip infill_template plot_film_strip prompt_template sample samplers_for self_correct '
-        'unmask UnmaskingRule write_answers'),
+        'film_strip heal_blanks heal_prompt infill_template plot_film_strip prompt_template sample '
+        'samplers_for self_correct TextQuality unmask UnmaskingRule write_answers'),
     'Likelihood': (
         'all_orders_nats answer_nll char_bits document_nll Estimate latent_nats log_prob nelbo '
         'nelbo_draws order_bound order_estimate order_nats plot_bits Score score_ids token_nll'),

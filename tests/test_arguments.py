@@ -13,6 +13,7 @@ from torch import nn
 import bijdiff.all as everything
 from bijdiff.all import *
 from bijdiff.diffusion.schedules import get_schedule
+from bijdiff.sampling.prompts import heal_blanks, heal_prompt
 from bijdiff.sampling.rules import public_order, reveal_counts, spread_order, token_probs
 from helpers import seeded_weights
 
@@ -180,6 +181,10 @@ CALLS = {
     'prompt_template': (prompt_template, any_model | dict(prompt=('string', 'ab'), length=('some', 3))),
     'infill_template': (infill_template, any_model | dict(
         text=('string', 'a___b'), blank=('some', 2), length=('some', 4))),
+    'heal_prompt': (heal_prompt, any_model | tempered | dict(
+        prompt=('string', 'ab'), n=('count', 2), length=('some', 3), seed=('seed', 1))),
+    'heal_blanks': (heal_blanks, any_model | tempered | dict(
+        text=('string', 'a___b'), n=('count', 2), blank=('some', 2), length=('some', 4), seed=('seed', 1))),
     'UnmaskingRule': (UnmaskingRule, by_rule | tempered | dict(
         tokens=('count', 2), block_length=('count', 2), schedule=('schedule', 'cosine'))),
     'unmask': (unmask, any_model | dict(
@@ -326,7 +331,7 @@ ELSEWHERE = set('''
     diffusion_learner TableCallback CheckpointCallback LatticeUsageCallback
     compress_file decompress_file plot_runs plot_spectrum plot_trend
     open_source tokenise corpus_dls train_tokenizer load_tokenizer BestModelCallback run_log
-    pair_dls answer_nll write_answers
+    pair_dls answer_nll write_answers TextQuality
 '''.split())
 
 def test_every_public_function_is_here_or_tested_elsewhere():

@@ -11,7 +11,7 @@ from bijdiff.testing import tiny_denoiser
 from bijdiff.training.checkpoint_file import CHECKPOINT
 
 quick = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3'.split()
-quick += '--device cpu --dtype float32'.split()
+quick += '--device cpu --dtype float32 --tokenizer char'.split()
 commands = [f'bijdiff_{name}' for name in ('train', 'sample', 'score', 'compress', 'decompress')]
 print_imports = """
 import sys
@@ -203,7 +203,7 @@ def test_options_have_the_defaults_of_the_configuration():
     from bijdiff.model.config import DenoiserConfig
     shared,different = different_defaults(bijdiff_train, DenoiserConfig)
     assert len(shared)>=14
-    assert different.keys()=={'vocab_size'}          # which has no default there
+    assert different.keys()=={'vocab_size', 'dropout'}  # no default there; that of the model to start from
 
 def test_another_default_is_seen():
     from bijdiff.model.config import DenoiserConfig
@@ -224,7 +224,8 @@ def test_another_default_is_seen():
     ('--delete 1 --T 50', 'T is 50'),
     ('--objective mse', "objective is 'mse'"),
     ('--substitute 1 --objective score_entropy', 'masking alone or substitution alone'),
-    ('--lambda_likelihood -1', 'lambda_likelihood is -1')])
+    ('--lambda_likelihood -1', 'lambda_likelihood is -1'),
+    ('--judge ./no_model', 'judge is ')])
 def test_bad_options(train, tmp_path, args, message):
     status,_,err = train(tmp_path/'never', *args.split(), run=run)
     assert status==2 and message in err.splitlines()[-1], err
@@ -236,8 +237,8 @@ def test_train_shows_what_it_promises(trained):
     out,printed = trained
     headings = 'epoch train loss bound ± log-det inverse error tokens/s time'.split()
     assert headings in [line.split() for line in printed.splitlines()]
-    promised = ('[1]', '[3]', '⟦', str(out), 'training.png', 'film_strip.png',
-                'lattice bfloat16  0\n', 'lattice float32   0\n')
+    promised = ('written from nothing', 'beginning given', 'middle written', '⟦', 'held out', str(out),
+                'training.png', 'film_strip.png', 'lattice bfloat16  0\n', 'lattice float32   0\n')
     assert all(o in printed for o in promised)
     assert (out/'training.png').read_bytes()[:4]==b'\x89PNG'
 
@@ -262,7 +263,7 @@ def test_the_error_bar_of_a_total(trained):
 @pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
 def test_terminals_with_few_characters(train, tmp_path, encoding):
     kw = dict(env={**os.environ, 'PYTHONIOENCODING':encoding}, encoding=encoding)
-    assert 'three texts' in train(tmp_path/'m', '--epochs', 1, **kw)
+    assert 'written from nothing' in train(tmp_path/'m', '--epochs', 1, **kw)
     assert succeed('bijdiff_sample', tmp_path/'m', '--steps', 8, '--prompt', 'The ', **kw).startswith('The ')
 
 def test_no_picture_of_a_former_run_is_left(train, trained, tmp_path):
@@ -378,7 +379,7 @@ def test_killed_and_resumed_is_bitwise_equal(train, tmp_path, extra):
 
     assert 'holds an interrupted run; continue it with --resume' in train(broken, *args, run=fail)
     err = train(broken, *args, '--resume', '--lr', '1e-4', run=fail)
-    assert 'different configuration: lr was 0.003 and is 0.0001' in err
+    assert 'different configuration: lr was None and is 0.0001' in err
     train(broken, *args, '--resume')
     a,b = (load_file(folder/'model.safetensors') for folder in (whole, broken))
     assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -461,6 +462,19 @@ def test_options_that_every_trainer_has(books, tmp_path, options):
     assert (tmp_path/'m'/'model.safetensors').exists() and not (tmp_path/'m'/CHECKPOINT).exists()
     assert ('jsonl' in options)==(tmp_path/'m'/'log.jsonl').exists()
 
+def test_the_default_is_byte_pairs_with_dropout_and_muon(books, tmp_path):
+    "As is `--vocab_size` without a tokenizer; the vocabulary has as many pairs as the text gives"
+    printed = on_books(books, tmp_path/'m', '--vocab_size', '270', '--steps', '2', '--log', 'jsonl')
+    model = BijectiveDenoiser.from_pretrained(tmp_path/'m')
+    assert (model.tokenizer.kind, model.config.vocab_size, model.config.dropout)==('bpe', 271, .1)
+    assert 'perplexity per token' in printed
+    on_books(books, tmp_path/'a', '--steps', '2', '--vocab_size', '270', '--optimizer', 'muon')
+    on_books(books, tmp_path/'b', '--steps', '2', '--vocab_size', '270', '--optimizer', 'adam')
+    matrix = 'backbone.blocks.0.f.mixer.attn.out.weight'
+    default,a,b = (BijectiveDenoiser.from_pretrained(tmp_path/k).state_dict()[matrix] for k in 'mab')
+    assert default.any()
+    assert torch.equal(default, a) and not torch.equal(default, b)
+
 def test_a_training_starts_from_a_saved_model(books, tmp_path):
     "At a rate of almost 0, the second model is the first"
     on_books(books, tmp_path/'a', '--tokenizer', 'byte', '--steps', '2')
@@ -527,7 +541,8 @@ def test_one_column_alone_and_a_model_without_an_end_token_are_rejected(pairs, t
     ('--column body', 'column'), ('--column number', 'number'), ('--valid_split dev', 'valid_split'),
     ('--steps 0', 'steps'), ('--tokenizer bpe --vocab_size 10', 'vocab_size'),
     ('--save_every soon', 'save_every'),
-    ('--steps 2 --warmup 3', 'warmup'), ('--vocab_size 300', 'vocab_size'), ('--streaming', 'streaming'),
+    ('--steps 2 --warmup 3', 'warmup'),
+    ('--tokenizer byte --vocab_size 300', 'vocab_size'), ('--streaming', 'streaming'),
     ('--eval_every 2', 'eval_every'), ('--steps 1 --accumulate 0', 'accumulate'),
     ('--optimizer best', 'optimizer'),
     ('--steps 1 --beta1 .9', 'beta1'), ('--steps 1 --ema 1', 'ema'), ('--steps 1 --log diary', 'log'),

@@ -141,7 +141,8 @@ def expected_runs(name, c):
     best = min(c['lrs'], key=distance_to_best)
     return {(name, lr, first) for lr in c['lrs']} | {(name, best, seed) for seed in others}
 
-LEARNER_KEYWORDS = {'lambda_likelihood', 'lambda_invert', 'schedule', 'T', 'objective'}
+LEARNER_KEYWORDS = {'lambda_likelihood', 'lambda_invert', 'schedule', 'T', 'objective', 'optimizer', 'moms',
+                    'ema', 'wd'}
 STUDY_NAMES = sorted(p.stem for p in study.STUDIES.glob('*.json'))
 
 @pytest.mark.parametrize('name', STUDY_NAMES)
