@@ -17,8 +17,8 @@ from common import Param, result_path, save, shared_run_record, spell_command
 
 COMMON = dict(
     valid_split='validation', tokenizer='bpe', vocab_size=4096, seq_len=256, bs=16, eval_tokens=2**15,
-    d_model=192, n_heads=4, n_layers=6, lr=3e-3, store_activations=True, save_every='5min',
-    log='jsonl', dtype='bfloat16')
+    d_model=192, n_heads=4, n_layers=6, lr=3e-3, optimizer='adam', dropout=0.,
+    store_activations=True, save_every='5min', log='jsonl', dtype='bfloat16')
 KINDS = dict(bijective=dict(), plain=dict(bijective_ratio=0.))
 
 def arguments(kind, **options):

@@ -2,6 +2,7 @@
 import gc
 import hashlib
 import json
+import math
 import platform
 import re
 import shlex
@@ -225,6 +226,10 @@ def mean_se(x, digits=3):
     "Return mean and standard error of the values, rounded"
     x = x.double()
     return dict(mean=round(x.mean().item(), digits), se=round(x.std().item()/len(x)**.5, digits))
+
+def rounded(numbers, digits=4):
+    "Return numbers rounded, and None in place of nan"
+    return [None if math.isnan(o) else round(o, digits) for o in numbers]
 
 def find_models(folder, names=''):
     "Return folders of saved models by name: those named, separated by commas, or all in a folder"

@@ -58,7 +58,7 @@ class AllEndsLoss(DiffusionLoss):
 
 def train(dls, steps, lr, seed, loss=DiffusionLoss, **kwargs):
     "Train, and return the learner and the seconds"
-    learn = diffusion_learner(dls, seed=seed, n_valid_draws=16, **kwargs)
+    learn = diffusion_learner(dls, seed=seed, n_valid_draws=16, optimizer='adam', **kwargs)
     learn.loss_func = loss(learn.corruption.corruption, learn.model)
     with learn.no_bar(), learn.no_logging(): _,seconds = timed(lambda: learn.fit_steps(steps, lr))
     return learn,seconds

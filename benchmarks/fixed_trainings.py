@@ -52,6 +52,8 @@ KINDS = dict(
     bpe=dict(tokenizer='bpe'),
     bfloat16=dict(bf16=True),
     average=dict(ema=True),
+    muon=dict(optimizer='muon'),
+    muon_mixture=dict(optimizer='muon', bf16=True, config_kwargs=dict(n_experts=2)),
 )
 
 def corruption_of(noise, vocab_size):
@@ -62,7 +64,7 @@ def corruption_of(noise, vocab_size):
 
 def learner_of(kind):
     "Return a learner for one of KINDS, before its training"
-    options = dict(KINDS[kind])
+    options = dict(optimizer='adam') | KINDS[kind]
     tokenizer = options.pop('tokenizer', 'char')
     bf16,ema = options.pop('bf16', False),options.pop('ema', False)
     dls = text_dls(pydoc_corpus()[:40000], tokenizer, seq_len=32, bs=8, device='cpu')

@@ -41,7 +41,8 @@ def train_clocked(config_kwargs, steps, seed, folder):
     dls = text_dls(pydoc_corpus()[:int(steps*BS*L/.9)+1], seq_len=L, bs=BS)
     cbs = [clocked(ProbeCallback), clocked(BlockNormCallback), clocked(LatticeUsageCallback),
            clocked(RunLogCallback, Path(folder)/'run.jsonl')]
-    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, config_kwargs=config_kwargs, cbs=cbs)
+    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, optimizer='adam',
+                              config_kwargs=config_kwargs, cbs=cbs)
     learn.remove_cb(OscillationCallback)
     cbs.append(clocked(OscillationCallback))
     learn.add_cb(cbs[-1])

@@ -70,7 +70,8 @@ def make_learner(dls, seed, d_model, gated=None, balance=0., uncoupled=False, **
     if gated is not None: config_kwargs['n_bijective_layers'] = 0
     cbs = [ProbeCallback()]
     if 'n_experts' in config_kwargs: cbs.append(ExpertCallback(every=50))
-    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, config_kwargs=config_kwargs, cbs=cbs)
+    learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, optimizer='adam',
+                              config_kwargs=config_kwargs, cbs=cbs)
     if uncoupled: freeze_couplers(learn.model)
     if gated is not None:
         make_gated(learn.model, *gated)

@@ -42,7 +42,9 @@ def first_below(losses, level, k=20):
 def train(dls, epochs, lr, seed, config_kwargs=None, **kwargs):
     "Train one variant; return the learner and its losses in bits"
     sizes = dict(d_model=128, n_heads=4, n_layers=4)
-    learn = diffusion_learner(dls, seed=seed, config_kwargs=sizes | (config_kwargs or {}), **kwargs)
+    optimizer = {} if 'opt_func' in kwargs else dict(optimizer='adam')
+    config_kwargs = sizes | (config_kwargs or {})
+    learn = diffusion_learner(dls, seed=seed, config_kwargs=config_kwargs, **optimizer | kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn, np.array(learn.oscillation.losses)/math.log(2)
 

@@ -13,8 +13,10 @@ benchmarks/results/studies/NAME.json has
   out;
 - `seq_len`, `bs`, `lrs`, `seeds`;
 - `fields`: those of DenoiserConfig that all networks have in common;
-- `configs`: what differs, by name: fields, `epochs` (of the same text), `lrs`, `seeds`, keywords of
-  diffusion_learner under `learner`, `standard_first` and `embed_scale` (see the functions).
+- `configs`: what differs, by name: fields, `epochs` (of the same text), `bs`, `lrs`, `seeds`, keywords of
+  diffusion_learner under `learner` (Adam is the optimiser unless it says otherwise), and of fit_one_cycle
+  under `fit`, or of fit_steps where `steps` are among them; `standard_first`, `embed_scale` and `mask_pairs`
+  (see the functions and classes).
 
 All runs of a seed see the same sequences in the same order with the same noise, and start from the same
 random numbers."""
@@ -30,16 +32,18 @@ from torch import nn
 from bijdiff.checks import check, check_one_of
 from bijdiff.console import command
 from bijdiff.data.loaders import text_dls
+from bijdiff.diffusion.schedules import low_discrepancy_times
 from bijdiff.layers.lattice import LatticeError, to_lattice
 from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.likelihood.bounds import score_ids
 from bijdiff.training.instruments import BlockNormCallback, LatticeUsageCallback, ProbeCallback
 from bijdiff.training.learner import diffusion_learner
+from bijdiff.training.noising import CorruptionCallback
 from common import n_params, Param, RESULTS, shared_run_record, spell_command
 from runs import append_row, best_runs, diverged, paired, read_rows, run_missing
 
 STUDIES = RESULTS/'studies'
-NOT_FIELDS = 'epochs','lrs','seeds','learner','standard_first','embed_scale'
+NOT_FIELDS = ('epochs','bs','lrs','seeds','learner','fit','standard_first','embed_scale','mask_pairs')
 
 # Grids and results
 
@@ -47,7 +51,7 @@ def read_grid(name):
     "Read a study and fill in what all configurations have in common"
     grid = json.loads((STUDIES/f'{name}.json').read_text())
     common = {k:grid[k] for k in ('epochs','lrs','seeds')}
-    grid['configs'] = {k:{**common, 'learner':{}, **c} for k,c in grid['configs'].items()}
+    grid['configs'] = {k:{**common, 'learner':{}, 'fit':{}, **c} for k,c in grid['configs'].items()}
     return grid
 
 def config_fields(grid, config):
@@ -74,7 +78,7 @@ def peak_mib(device):
     if device.type=='cuda': return torch.cuda.max_memory_allocated()/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
-def fit(learn, epochs, lr):
+def fit(learn, epochs, lr, **kwargs):
     """Train; return seconds, MiB and the error if states left the lattice
 
     MiB are all that tensors held on a GPU, and what the process grew by on a CPU. A rate that is too high for
@@ -83,7 +87,9 @@ def fit(learn, epochs, lr):
     before = 0 if device.type=='cuda' else peak_mib(device)
     start,error = time.time(),None
     try:
-        with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
+        with learn.no_bar():
+            if 'steps' in kwargs: learn.fit_steps(lr=lr, **kwargs)
+            else: learn.fit_one_cycle(epochs, lr, **kwargs)
     except LatticeError as e: error = str(e)
     return time.time()-start, peak_mib(device)-before, error
 
@@ -114,16 +120,37 @@ class ScaledEntry(nn.Module):
     def forward(self, h):
         return h*self.scale if self.bits is None else to_lattice(h*self.scale, self.bits)
 
+
+class MaskPairCallback(CorruptionCallback):
+    """Noise in which each training sequence stands in a batch twice, and each of its tokens is masked once
+
+    The second half of a batch has the masks that the first has not, and the times at which as few tokens are
+    masked as are not in the first; the batch has twice the rows of the loader"""
+    name = 'corruption'
+    def _train_noise(self, x, given):
+        t = low_discrepancy_times(len(x), None, self.generator)
+        noisy = self.corruption.corrupt(x, t, self.generator)
+        V = self.corruption.vocab_size
+        others = torch.where(noisy.xt==V, x, V)
+        alpha = self.corruption.schedule.alpha(t)
+        both = torch.cat([t, self.corruption.schedule.t(1-alpha)])
+        return both, noisy._replace(xt=torch.cat([noisy.xt, others]))
+
 def make_learner(grid, config, path, seed):
     "Return the learner of one configuration"
     n_chars = int(grid['steps']/grid['epochs']*grid['seq_len']*grid['bs']/.9)+1
-    dls = text_dls(Path(path).read_text()[:n_chars], seq_len=grid['seq_len'], bs=grid['bs'])
+    text = Path(path).read_text()[:n_chars]
+    dls = text_dls(text, seq_len=grid['seq_len'], bs=config.get('bs', grid['bs']))
     cbs = [ProbeCallback(), BlockNormCallback(50), LatticeUsageCallback()]
     learn = diffusion_learner(dls, seed=seed, n_valid_draws=1, config_kwargs=config_fields(grid, config),
-                              cbs=cbs, **config['learner'])
+                              cbs=cbs, **dict(optimizer='adam') | config['learner'])
     model = learn.model
     if config.get('standard_first'): standard_first(model)
     if config.get('embed_scale'): model.entry = ScaledEntry(config['embed_scale'], model.config.lattice_bits)
+    if config.get('mask_pairs'):
+        old = learn.corruption
+        learn.remove_cb(old)
+        learn.add_cb(MaskPairCallback(old.corruption, old.seed, old.n_valid_draws))
     learn.logger = lambda row: print(*row, flush=True)
     return learn
 
@@ -148,13 +175,13 @@ def train_one(study, path, name, lr, seed):
     grid = read_grid(study)
     config = grid['configs'][name]
     learn = make_learner(grid, config, path, seed)
-    seconds,memory,error = fit(learn, config['epochs'], lr)
+    seconds,memory,error = fit(learn, config['epochs'], lr, **config['fit'])
     bits,se = held_out_bits(learn, error)
     line = spell_command(__file__, 'one', study, 'tinyshakespeare.txt', name=name, lr=lr, seed=seed)
     return dict(study=study, name=name, seed=seed, lr=lr, bits_per_char=round(bits, 4), se=round(se, 4),
                 error=error, n_params=n_params(learn.model), epochs=config['epochs'],
                 seconds=round(seconds, 1), peak_mib=round(memory), **watched(learn),
-                config={k:v for k,v in config.items() if k not in ('lrs','seeds')},
+                config={k:v for k,v in config.items() if k not in ('lrs','seeds') and (v or k!='fit')},
                 fields=config_fields(grid, config)) | shared_run_record(__file__, default_device(), line)
 
 @command

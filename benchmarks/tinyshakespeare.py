@@ -1,6 +1,7 @@
 """Train on a text file (first 90% for training, last 10% held out) and score the whole held-out part.
 
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name bijective
+    python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name muon --optimizer muon --lr .008
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name standard --n_bijective_layers 0
     python benchmarks/tinyshakespeare.py PATH/TO/tinyshakespeare.txt --name '2 experts' --n_experts 2 \\
         --d_model 88 --n_heads 4 --n_layers 4
@@ -29,8 +30,10 @@ def make_learner(o):
     weights = o['mask'],o['substitute'],o['delete']
     corruption = Corruption(dls.tokenizer.vocab_size, *weights, get_schedule(o['schedule']))
     config_kwargs = {k:o[k] for k in SIZES} | dict(reversible=not o['store_activations'])
+    config_kwargs |= dict(dropout=o['dropout'])
     learn = diffusion_learner(dls, corruption=corruption, objective=o['objective'], seed=o['seed'],
-                              n_valid_draws=2, config_kwargs=config_kwargs)
+                              n_valid_draws=2, optimizer=o['optimizer'], ema=o['ema'],
+                              config_kwargs=config_kwargs)
     if not o['fp32']: learn.to_bf16()
     learn.logger = lambda row: print(*row, flush=True)
     return learn
@@ -43,7 +46,7 @@ def row_of(learn, o, seconds):
     "Score a trained learner; return its row"
     score = score_ids(learn.model, learn.dls.valid.dataset.ids, n=o['draws'])
     bits,se = score.bits(len(learn.dls.valid_text))
-    same = {k:o[k] for k in ('epochs','lr','bs','seq_len','schedule','seed')}
+    same = {k:o[k] for k in ('epochs','lr','bs','seq_len','schedule','seed','optimizer','dropout','ema')}
     return dict(name=o['name'], bits_per_char=round(bits, 4), se=round(se, 4), draws=o['draws'],
                 n_params=n_params(learn.model), seconds=round(seconds), **same,
                 shares=learn.model.noise.weights, objective=o['objective'], tokenizer=o['tokenizer'],
@@ -74,6 +77,9 @@ def tinyshakespeare(
     name:str='bijective', # Name of the result
     epochs:int=10, # Epochs
     lr:float=4e-3, # Peak learning rate
+    optimizer:str='adam', # muon, adam or sgd
+    dropout:float=0., # Probability of dropping a feature in training
+    ema:float=None, # Decay of an average of the weights; none if None
     bs:int=32, # Sequences of a batch
     seq_len:int=256, # Tokens of a sequence
     d_model:int=156, # Width of one stream
