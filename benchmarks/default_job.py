@@ -3,11 +3,11 @@
     python benchmarks/default_job.py --seeds 42,1,2
     python benchmarks/default_job.py --old CHECKOUT      # beside the job of an earlier version
 
-Each seed is a training in a process of its own, with the report at the end. Then the model writes 64 texts at
-temperature 1 by its default sampler, and others as `--settings` says, and they are measured by
-bijdiff.likelihood.quality against the training text. With `--old`, the folder of a checkout of an earlier
-version, the job of that version runs at the same time as each of ours, on a core of its own: every process
-has one thread. `seconds` are those of the whole command. Writes benchmarks/results/default_job.json after
+Each seed is a training in a process of its own, with the report at the end. Then the model writes 64 texts
+at temperature 1 by its default sampler, and they are measured by bijdiff.likelihood.quality against the
+training text. With `--old`, the folder of a checkout of an earlier version, the job of that version runs at
+the same time as each of ours, on a core of its own: every process has one thread. `seconds` are those of the
+whole command. Writes benchmarks/results/default_job.json after
 every training; seeds that are there are skipped."""
 import os
 import re
@@ -25,12 +25,6 @@ from common import add_row, has_row, ints, load, result_path, run_record, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = 'import sys; sys.argv[0] = "bijdiff_train"; from bijdiff.cli import bijdiff_train; bijdiff_train()'
-SETTINGS = {
-    'ancestral': dict(), 'ancestral, 0.8': dict(temperature=.8),
-    'left_to_right': dict(rule='left_to_right'),
-    'left_to_right, 0.9': dict(rule='left_to_right', temperature=.9),
-    'random': dict(rule='random'), 'confidence': dict(rule='confidence'), 'entropy': dict(rule='entropy'),
-}
 
 def start_job(checkout, seed, out):
     "Start the default job of a version in a process"
@@ -65,21 +59,16 @@ def measures(quality, texts):
     estimates = dict(known_words=o.known_words, ngram_bits=o.ngram_bits, entropy=o.entropy)
     return {k:rounded(v) for k,v in estimates.items()} | dict(distinct=round(o.distinct, 4))
 
-def quality_of_texts(folder, quality, settings, n, seed):
-    "Return the measures of n texts in each setting"
+def written_texts(folder, n, seed):
+    "Return texts that a saved model writes by its default sampler at temperature 1"
     model = BijectiveDenoiser.from_pretrained(folder)
-    rows = {}
-    for name in settings:
-        ids = sample(model, n, seed=seed, **SETTINGS[name])
-        rows[name] = measures(quality, [model.tokenizer.decode(o) for o in ids])
-    return rows
+    return [model.tokenizer.decode(ids) for ids in sample(model, n, seed=seed)]
 
 @command
 def default_job(
     seeds:str='42,1,2', # Seeds, separated by commas
     old:str=None, # Folder of a checkout of an earlier version, whose job runs beside this one
-    settings:str='ancestral;left_to_right, 0.9', # Settings, separated by semicolons; all if empty
-    n:int=64, # Texts in each setting
+    n:int=64, # Texts of each model
     keep:str=None, # Folder for the models; not kept if not given
     out:str=None, # Result file, instead of the one in benchmarks/results/
 ):
@@ -88,7 +77,6 @@ def default_job(
     res = load(target) if target.exists() else {}
     train,valid = split_text(load_corpus('pydoc'))
     quality = TextQuality(train)
-    names = settings.split(';') if settings else list(SETTINGS)
     rows = res.get('rows', [])
     reference = measures(quality, even_chunks(valid, n, 700))
     for seed in ints(seeds):
@@ -103,7 +91,7 @@ def default_job(
             row |= dict(seconds=round(seconds['new'], 1), bound=bound_of(printed['new']))
             if old: row |= dict(old_seconds=round(seconds['old'], 1), old_bound=bound_of(printed['old']))
             if old: row['ratio'] = round(seconds['new']/seconds['old'], 3)
-            row['texts'] = quality_of_texts(place, quality, names, n, seed)
+            row['texts'] = measures(quality, written_texts(place, n, seed))
         add_row(rows, row)
         record = run_record(__file__, n=n)
         save(target, dict(rows=rows, held_out=reference) | record)

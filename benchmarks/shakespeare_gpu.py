@@ -65,8 +65,7 @@ def shakespeare_gpu(
         cbs = [SaveModelCallback(monitor='bound'), TimeLimitCallback(minutes)]
         learn = make_learner(Path(path).read_text(), network, seq_len, bs, dropout, ema, seed, cbs)
         learn.path = Path(folder)
-        with learn.no_bar(): _,seconds = timed(lambda: learn.fit_one_cycle(epochs, lr))
-        learn.load('model', with_opt=False)
+        with learn.no_bar(): _,seconds = timed(lambda: learn.fit_one_cycle(epochs, lr))  # keeps the best
     score = score_ids(learn.model, learn.dls.valid.dataset.ids, n=draws)
     bits,se = score.bits(len(learn.dls.valid_text))
     curve = [round(v[2], 4) for v in learn.recorder.values]

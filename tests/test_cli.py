@@ -475,6 +475,13 @@ def test_the_default_is_byte_pairs_with_dropout_and_muon(books, tmp_path):
     assert default.any()
     assert torch.equal(default, a) and not torch.equal(default, b)
 
+@pytest.mark.parametrize('options, rate', [
+    ({}, 1e-2), (dict(optimizer='adam'), 3e-3), (dict(optimizer='sgd'), 3e-3), (dict(init='m'), 3e-3),
+    (dict(lr=.5), .5), (dict(lr=.5, init='m'), .5)], ids=str)
+def test_the_rate_that_is_not_given_depends_on_optimiser_and_start(options, rate):
+    from bijdiff.runs import _rate
+    assert _rate(dict(lr=None, optimizer='muon', init=None) | options)==rate
+
 def test_a_training_starts_from_a_saved_model(books, tmp_path):
     "At a rate of almost 0, the second model is the first"
     on_books(books, tmp_path/'a', '--tokenizer', 'byte', '--steps', '2')

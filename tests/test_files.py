@@ -1,4 +1,4 @@
-"""Outputs of the commands: tried before the work, private while they are written, and nothing of others is lost."""
+"""Outputs of the commands: tried before the work, private while they are written, nothing of others lost."""
 import json, os, stat, struct
 from pathlib import Path
 import pytest

@@ -1,4 +1,4 @@
-"""Files of earlier versions, written by tools/make_fixtures.py, are read: model, checkpoint, compressed text."""
+"""Files of earlier versions, by tools/make_fixtures.py, are read: model, checkpoint, compressed text."""
 import importlib.util
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Nothing is left behind: random numbers, figures, threads and warnings are after a call as they were before."""
+"""Nothing is left behind: random numbers, figures, threads and warnings are as they were before."""
 import random
 from functools import cache
 import matplotlib

@@ -1,4 +1,4 @@
-"""Trainings that are killed, told to stop, or out of disk, as a user meets them: other processes, real files."""
+"""Trainings that are killed, told to stop, or out of disk, in other processes with real files."""
 import json
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Options of `diffusion_learner` for the steps of a training, against what they say, alone and interrupted."""
+"""Options of `diffusion_learner` for the steps of a training, alone and interrupted."""
 import copy, json, math, os, re, shutil
 from functools import partial
 import pytest, torch

@@ -1,4 +1,4 @@
-"""The training loop: validations beside a training, rows of the record, steps that would spoil the optimiser."""
+"""The training loop: validations beside a training, rows of the record, steps that spoil the optimiser."""
 import csv
 import math
 import pytest

@@ -1,4 +1,4 @@
-"Measures of texts: words, n-grams and variety against counts by hand, and the perplexity under another model."
+"Measures of texts: words, n-grams and variety against counts by hand, and perplexity under another model."
 import importlib.util, math, random, re
 from collections import Counter
 from types import SimpleNamespace

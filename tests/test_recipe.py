@@ -41,7 +41,7 @@ def test_the_times_of_a_pair_are_those_of_its_masks(schedule):
     assert abs((masked-expected).mean())<.01
 
 @pytest.mark.filterwarnings('ignore:.*not in the vocabulary')
-def test_the_job_for_a_gpu_keeps_the_best_epoch(tmp_path):
+def test_the_job_for_a_gpu_writes_its_record(tmp_path):
     text = tmp_path/'text.txt'
     text.write_text(pydoc_corpus()[:6000])
     sizes = dict(d_model=16, n_heads=2, n_layers=1, seq_len=32, bs=8)

@@ -1,4 +1,4 @@
-"""The log of a training run, as lines of JSON, in TensorBoard and in Weights & Biases, against the learner."""
+"""The log of a training run, as JSON lines, in TensorBoard and in Weights & Biases, against the learner."""
 import json, math, sys, types
 from pathlib import Path
 import pytest, torch

@@ -1,4 +1,4 @@
-"""Logits of a few positions at a time against logits at all positions: nats, gradients, memory, and errors."""
+"""Logits of a few positions at a time against logits at all positions: nats, gradients, memory, errors."""
 from functools import lru_cache
 import pytest, torch
 from fastai.callback.core import Callback
