@@ -2,6 +2,7 @@
 
     python benchmarks/default_job.py --seeds 42,1,2
     python benchmarks/default_job.py --old CHECKOUT      # beside the job of an earlier version
+    python benchmarks/default_job.py --seeds 42 --options '--optimizer adam --lr .006'
 
 Each seed is a training in a process of its own, with the report at the end. Then the model writes 64 texts
 at temperature 1 by its default sampler, and they are measured by bijdiff.likelihood.quality against the
@@ -11,6 +12,7 @@ whole command. Writes benchmarks/results/default_job.json after
 every training; seeds that are there are skipped."""
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,10 +28,10 @@ from common import add_row, has_row, ints, load, result_path, run_record, save
 ROOT = Path(__file__).resolve().parent.parent
 RUN = 'import sys; sys.argv[0] = "bijdiff_train"; from bijdiff.cli import bijdiff_train; bijdiff_train()'
 
-def start_job(checkout, seed, out):
+def start_job(checkout, seed, out, options=''):
     "Start the default job of a version in a process"
     environment = os.environ | dict(PYTHONPATH=str(checkout), OMP_NUM_THREADS='1')
-    words = [sys.executable, '-c', RUN, '--seed', str(seed), '--out', str(out)]
+    words = [sys.executable, '-c', RUN, '--seed', str(seed), '--out', str(out), *shlex.split(options)]
     with open(f'{out}.txt', 'w') as log:
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=out.parent)
 
@@ -41,7 +43,7 @@ def run_jobs(jobs):
         for name,process in running.items():
             if process.poll() is not None: seconds.setdefault(name, time.perf_counter()-start)
         time.sleep(.1)
-    printed = {name:Path(f'{job[-1]}.txt').read_text() for name,job in jobs.items()}
+    printed = {name:Path(f'{job[2]}.txt').read_text() for name,job in jobs.items()}
     for name,process in running.items():
         if process.returncode: raise SystemExit(printed[name][-2000:])
     return printed,seconds
@@ -68,6 +70,7 @@ def written_texts(folder, n, seed):
 def default_job(
     seeds:str='42,1,2', # Seeds, separated by commas
     old:str=None, # Folder of a checkout of an earlier version, whose job runs beside this one
+    options:str='', # Options of bijdiff_train that differ from the defaults
     n:int=64, # Texts of each model
     keep:str=None, # Folder for the models; not kept if not given
     out:str=None, # Result file, instead of the one in benchmarks/results/
@@ -80,12 +83,12 @@ def default_job(
     rows = res.get('rows', [])
     reference = measures(quality, even_chunks(valid, n, 700))
     for seed in ints(seeds):
-        if has_row(rows, seed=seed): continue
+        if has_row(rows, seed=seed, options=options): continue
         with tempfile.TemporaryDirectory() as folder:
             place = Path(keep or folder).resolve()/f'seed_{seed}'
             place.parent.mkdir(parents=True, exist_ok=True)
-            row = dict(seed=seed)
-            jobs = dict(new=(ROOT, seed, place))
+            row = dict(seed=seed, options=options)
+            jobs = dict(new=(ROOT, seed, place, options))
             if old: jobs['old'] = (Path(old).resolve(), seed, Path(folder).resolve()/'old')
             printed,seconds = run_jobs(jobs)
             row |= dict(seconds=round(seconds['new'], 1), bound=bound_of(printed['new']))
@@ -93,7 +96,7 @@ def default_job(
             if old: row['ratio'] = round(seconds['new']/seconds['old'], 3)
             row['texts'] = measures(quality, written_texts(place, n, seed))
         add_row(rows, row)
-        record = run_record(__file__, n=n)
+        record = run_record(__file__, old=res, n=n)
         save(target, dict(rows=rows, held_out=reference) | record)
 
 if __name__=='__main__': default_job()
