@@ -127,7 +127,12 @@ class MaskPairCallback(CorruptionCallback):
     The second half of a batch has the masks that the first has not, and the times at which as few tokens are
     masked as are not in the first; the batch has twice the rows of the loader"""
     name = 'corruption'
+    def before_batch(self):
+        if self.training: self.learn.xb = (torch.cat([self.xb[0], self.xb[0]]),)
+        super().before_batch()
+
     def _train_noise(self, x, given):
+        x = x[:len(x)//2]
         t = low_discrepancy_times(len(x), None, self.generator)
         noisy = self.corruption.corrupt(x, t, self.generator)
         V = self.corruption.vocab_size

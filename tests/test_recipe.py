@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 import pytest
 import torch
+from fastai.callback.core import Callback
 from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import get_schedule
@@ -17,12 +18,17 @@ import study
 
 V = 7
 
+class SeenCallback(Callback):
+    "Call a function after each batch"
+    def __init__(self, f): self.f = f
+    def after_batch(self): self.f(self.learn)
+
 def mask_pairs(schedule, n=64, L=400):
     "Return clean sequences, (n, L), and their noisy pairs with the times, 2n each"
     cb = study.MaskPairCallback(Corruption(V, schedule=get_schedule(schedule)))
     cb.generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, V, (n, L), generator=torch.Generator().manual_seed(1))
-    t,noisy = cb._train_noise(x, None)
+    t,noisy = cb._train_noise(torch.cat([x, x]), None)
     return x,t,noisy
 
 def test_each_token_is_masked_once_in_a_pair():
@@ -39,6 +45,25 @@ def test_the_times_of_a_pair_are_those_of_its_masks(schedule):
     expected = 1-get_schedule(schedule).alpha(t)
     assert ((masked-expected).abs()<5*.5/400**.5).all()
     assert abs((masked-expected).mean())<.01
+
+@pytest.mark.filterwarnings('ignore:.*not in the vocabulary')
+def test_a_batch_of_a_training_has_each_sequence_twice(tmp_path):
+    "Clean ids are the same in both halves, and those that are not masked stand in the noisy ones"
+    text = tmp_path/'text.txt'
+    text.write_text(pydoc_corpus()[:6000])
+    grid = dict(steps=8, epochs=1, seq_len=16, bs=4, fields=dict(d_model=8, n_heads=2, n_layers=1))
+    learn = study.make_learner(grid, dict(mask_pairs=True, learner={}, fit={}), text, 0)
+    seen = []
+    learn.add_cb(SeenCallback(lambda learn: seen.append((learn.xb[0], learn.yb[0]))))
+    with learn.no_bar(): learn.fit(1, 1e-3)
+    n_train = len(learn.dls.train)
+    for xt,clean in seen[:n_train]:
+        mask = learn.model.mask_id
+        assert len(xt)==len(clean)==8
+        assert torch.equal(clean[:4], clean[4:])
+        assert torch.equal(torch.where(xt==mask, clean, xt), clean)
+        assert ((xt[:4]==mask) ^ (xt[4:]==mask)).all()
+    assert n_train>4
 
 @pytest.mark.filterwarnings('ignore:.*not in the vocabulary')
 def test_the_job_for_a_gpu_writes_its_record(tmp_path):
