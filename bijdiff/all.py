@@ -35,6 +35,8 @@ from .model.denoiser import BijectiveDenoiser, canonical, Denoiser, DenoiserOutp
 from .model.denoiser import inverse_errors
 from .model.predictions import call_denoiser, clean_posterior
 from .model.adapters import MDLMAdapter, SEDDAdapter
+from .model.foreign import ForeignDenoiser, load_denoiser
+from .model.published import load_published
 from .sampling.rules import unmask, UnmaskingRule
 from .sampling.generate import infill_template, prompt_template, sample, samplers_for
 from .sampling.repair import self_correct
@@ -66,7 +68,8 @@ by_task = {
     'Networks': (
         'A denoiser, its configuration, the protocol that any other network can follow, and adapters',
         'DenoiserConfig BijectiveDenoiser canonical Denoiser DenoiserOutput eval_mode inverse_errors '
-        'call_denoiser clean_posterior MDLMAdapter SEDDAdapter'),
+        'call_denoiser clean_posterior MDLMAdapter SEDDAdapter ForeignDenoiser load_denoiser '
+        'load_published'),
     'Noise': ('How sequences are corrupted, and when',
         'Corruption GIDDCorruption Cosine CosineSquared Geometric get_schedule HalfCosine LogLinear '
         'low_discrepancy_times Polynomial Schedule'),

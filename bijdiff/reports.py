@@ -21,8 +21,8 @@ from .sampling.generate import sample, samplers_for
 from .likelihood.bounds import score_ids
 from .likelihood.exact import answer_nll
 from .likelihood.quality import Judge, print_judgement, print_quality, TextQuality
-from .pictures import plot_film_strip
-from .documents import png_bytes, terminal_bar, write_answers
+from .pictures import plot_film_strip, png_bytes
+from .documents import terminal_bar, write_answers
 
 # %% ../nbs/88_reports.ipynb #5a0c1e27
 def _print_heading(title): print(f'\n── {title} '.ljust(76, '─'))

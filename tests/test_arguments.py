@@ -14,7 +14,8 @@ import bijdiff.all as everything
 from bijdiff.all import *
 from bijdiff.diffusion.schedules import get_schedule
 from bijdiff.sampling.prompts import heal_blanks, heal_prompt
-from bijdiff.sampling.rules import public_order, reveal_counts, spread_order, token_probs
+from bijdiff.sampling.conditionals import token_probs
+from bijdiff.sampling.rules import public_order, reveal_counts, spread_order
 from helpers import seeded_weights
 
 V,L = 5,4
@@ -57,6 +58,7 @@ def wrong_ids(x, shaped):
 
 WRONG = dict(
     ids=wrong_ids(x0, [x0[0], x0[None]]),
+    some_ids=wrong_ids(x0, [x0[0], x0[None]])[1:],
     row=wrong_ids(x0[0], [x0, 3]),
     template=wrong_ids(x0, [x0[None], x0[[0, 0, 0]]])[1:],
     times=[*not_tensors, ragged, .5, t*nan, t-1, t+1, t[:1], t[:,None], t+1j, t>.5],
@@ -189,7 +191,7 @@ CALLS = {
         tokens=('count', 2), block_length=('count', 2), schedule=('schedule', 'cosine'))),
     'unmask': (unmask, any_model | dict(
         x=('ids', xt), rule=('rule', 'spread'), choose=('function', lambda p, where: p.argmax(-1)),
-        lengths=('lengths', torch.tensor([4, 4])))),
+        lengths=('lengths', torch.tensor([4, 4])), known=('some_ids', x0))),
     'self_correct': (self_correct, some_model | x_arg | dict(
         error_rate=('inside', .2), steps=('count0', 2), per_step=('count', 2), fixed=('mask', ~mask))),
     'reveal_counts': (reveal_counts, dict(
@@ -331,7 +333,7 @@ ELSEWHERE = set('''
     diffusion_learner TableCallback CheckpointCallback LatticeUsageCallback
     compress_file decompress_file plot_runs plot_spectrum plot_trend
     open_source tokenise corpus_dls train_tokenizer load_tokenizer BestModelCallback run_log
-    pair_dls answer_nll write_answers TextQuality
+    pair_dls answer_nll write_answers TextQuality ForeignDenoiser load_denoiser load_published
 '''.split())
 
 def test_every_public_function_is_here_or_tested_elsewhere():

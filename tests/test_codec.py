@@ -16,14 +16,14 @@ from bijdiff.likelihood.codec import compress, compress_file, decompress, decomp
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.sampling import rules
+from bijdiff.sampling import conditionals
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.rules import UnmaskingRule
 from bijdiff.testing import random_weights
 
 # What only the package knows: names of functions that faults replace, and the layout of a file
 ENCODE,DECODE,UNMASK = (codec, '_encode'),(codec, '_decode'),(codec, 'unmask')
-GET_RULE,TOKEN_PROBS = (codec, 'get_rule'),(rules, 'token_probs')
+GET_RULE,TOKEN_PROBS = (codec, 'get_rule'),(conditionals, 'token_probs')
 OPEN,FSYNC,REPLACE,LINK = (files, 'open'),(files.os, 'fsync'),(files.os, 'replace'),(files.os, 'link')
 magic,version,checksum = codec._MAGIC,codec._VERSION,codec._checksum
 CHECKSUM_BYTES = 16

@@ -39,7 +39,7 @@ def model(tokenizer):
 def dls(): return text_dls(TEXT, seq_len=16, bs=4)
 
 ids = lambda tokenizer: torch.tensor(tokenizer.encode(TEXT[:64]))
-ROW = dict(file=TEXT[:25], tokens=1, characters=1, bits=1.)
+ROW = dict(file=TEXT[:25], tokens=1, characters=1, bytes=1, bits=1., is_changed=True)
 PRINTED = {
     'show_batch': lambda model,dls: dls.train.show_batch(),
     'show_results': lambda model,dls: small_learner(dls=dls).show_results(),

@@ -19,14 +19,14 @@ from bijdiff.likelihood.exact import order_nats, token_nll
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.layers.latent import LatentDensity
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.sampling import rules
+from bijdiff.sampling import conditionals, rules
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.rules import reveal_counts, UnmaskingRule
 from bijdiff.testing import random_weights, tiny_denoiser
 
 # Functions of the package that planted faults replace, where they are looked up
-TOKEN_PROBS,CONFIDENCE = (rules, 'token_probs'),(rules, 'confidence')
-RULE_FEATURES,LIKELIHOOD_PROBS = (rules, '_features_at'),(likelihood, 'conditional_probs')
+TOKEN_PROBS,CONFIDENCE = (conditionals, 'token_probs'),(conditionals, 'confidence')
+FEATURES,LIKELIHOOD_PROBS = (conditionals, '_features'),(likelihood, 'known_probs')
 RULE_RANKS,LIKELIHOOD_RANKS = (rules, 'reveal_ranks'),(likelihood, 'reveal_ranks')
 RULE_COUNTS,LIKELIHOOD_COUNTS = (rules, 'reveal_counts'),(likelihood, 'reveal_counts')
 LATENT_NOISE,LATENT_FORWARD = (LatentDensity, 'noise'),(LatentDensity, 'forward')
@@ -391,11 +391,11 @@ def test_the_chi_square_tells_rules_and_settings_apart(rule):
 
 # Faults of the likelihood alone
 
-def one_token_too_many_hidden(conditional_probs):
-    def wrong(model, x, where, rule, lengths):
+def one_token_too_many_hidden(known_probs):
+    def wrong(model, x, *args):
         visible = x<V
         first = visible&(visible.cumsum(1)==1)
-        return conditional_probs(model, x.masked_fill(first, V), where, rule, lengths)
+        return known_probs(model, x.masked_fill(first, V), *args)
     return wrong
 
 def one_step_late(reveal_ranks):
@@ -431,18 +431,18 @@ def assert_total_is_one(rule='confidence', **kw):
 class Peeking:
     "Faults of a rule whose confidence is the probability of the token to be scored: it knows the text"
     def __init__(self): self.texts = iter(X) # each begins when all of its tokens are masked
-    def remember_places(self, features_at):
-        def right(model, x, where, lengths):
+    def remember_places(self, features):
+        def right(model, x, lengths):
             if (x==V).all(): self.text = next(self.texts)
-            self.where = where[0]
-            return features_at(model, x, where, lengths)
+            self.where = x[0]==V
+            return features(model, x, lengths)
         return right
     def of_true_token(self, confidence):
         return lambda p, rule: p.gather(-1, self.text[self.where][:,None])[:,0]
 
 def test_the_sum_notices_a_rule_that_knows_the_text(monkeypatch):
     peeking = Peeking()
-    plant_fault(monkeypatch, RULE_FEATURES, peeking.remember_places)
+    plant_fault(monkeypatch, FEATURES, peeking.remember_places)
     assert_total_is_one()
     peeking.texts = iter(X)
     plant_fault(monkeypatch, CONFIDENCE, peeking.of_true_token)
@@ -698,7 +698,7 @@ def test_mode_and_batches(name, monkeypatch):
     m.eval()
     for bs in (1, 7, 64): assert (f(m, x, bs=bs)-want).abs().max()<1e-12
     m.train()
-    for target in (RULE_FEATURES, LIKELIHOOD_PROBS): monkeypatch.setattr(*target, interrupted)
+    monkeypatch.setattr(*FEATURES, interrupted)
     with pytest.raises(KeyboardInterrupt): f(m, x)
     assert m.training
 

@@ -125,7 +125,7 @@ def test_numbers_on_standard_output(folder):
     "The table goes to stderr then, so that another program can read the numbers"
     status,out,err = write('json_file', folder, '-')
     assert status==0 and json.loads(out)['rows'][0]['tokens']==len(TEXT)
-    assert 'bits per token' in err and not (folder/'-').exists() and not Path('-').exists()
+    assert 'bits per byte' in err and not (folder/'-').exists() and not Path('-').exists()
 
 # The folder of a model
 

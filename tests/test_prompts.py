@@ -6,7 +6,7 @@ import numpy as np
 import pytest, tokenizers, torch
 from hypothesis import given, settings, strategies as st
 from bijdiff.data.corpora import pydoc_corpus
-from bijdiff.data.subwords import _pack, BPETokenizer, HubTokenizer
+from bijdiff.data.subwords import BPETokenizer, HubTokenizer, pack_tokenizer
 from bijdiff.data.tokens import ByteTokenizer, CharTokenizer, whole_characters
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.documents import _templates, write_texts
@@ -125,7 +125,7 @@ def small_tokenizer():
     t = tokenizers.Tokenizer(tokenizers.models.BPE({s:i for i,s in enumerate(SMALL)}, MERGES))
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
-    return HubTokenizer(_pack(json.loads(t.to_str())))
+    return HubTokenizer(pack_tokenizer(json.loads(t.to_str())))
 
 def covering(ids, prompt, tokenizer):
     "The first ids whose text begins with a prompt"
@@ -180,14 +180,15 @@ def lower_words():
 @pytest.mark.parametrize('prompt', ['', 'the', 'the cat', 'the c', 'the ', 'The cat ', 'zzz'])
 def test_what_a_tokenizer_gives_back_of_a_prompt_begins_the_text(make, prompt):
     "Or more than that of the prompt, such as a space at its end"
-    model = model_of(HubTokenizer(_pack(json.loads(make().to_str()))), 12)
+    model = model_of(HubTokenizer(pack_tokenizer(json.loads(make().to_str()))), 12)
     back = model.tokenizer.decode(model.tokenizer.encode(prompt))
     for text in texts_of(model, heal_prompt(model, prompt, 8)): assert text.startswith((prompt, back))
     for ids in heal_blanks(model, prompt+'____ cat', 2): assert (ids==model.mask_id).any()
 
 @pytest.mark.parametrize('tokenizer', [
     BPE, ByteTokenizer(), CharTokenizer('aé日 \ufffd'), small_tokenizer(),
-    HubTokenizer(_pack(json.loads(metaspace().to_str())))], ids=['bpe', 'byte', 'char', 'small', 'metaspace'])
+    HubTokenizer(pack_tokenizer(json.loads(metaspace().to_str())))],
+    ids=['bpe', 'byte', 'char', 'small', 'metaspace'])
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_whole_characters_are_a_partition_of_the_tokens(tokenizer, seed):
@@ -211,7 +212,7 @@ def test_a_byte_of_no_character_stands_alone():
     assert [text for _,text in runs]==['\ufffd', '\ufffd', 'a', '\ufffd']
 
 def test_a_space_that_is_written_between_two_tokens_belongs_to_the_second():
-    tokenizer = HubTokenizer(_pack(json.loads(metaspace().to_str())))
+    tokenizer = HubTokenizer(pack_tokenizer(json.loads(metaspace().to_str())))
     assert [text for _,text in whole_characters(tokenizer, tokenizer.encode('the cat'))]==['the', ' cat']
 
 # Commands

@@ -19,7 +19,7 @@ from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.predictions import LogitOutputs, ScoreOutputs
 from bijdiff.model.scoring import output_integrand
 from bijdiff.pictures import film_strip
-from bijdiff.sampling import generate, rules, samplers
+from bijdiff.sampling import conditionals, generate, samplers
 from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.sampling.repair import self_correct
 from bijdiff.sampling.rules import UnmaskingRule
@@ -31,7 +31,7 @@ TOKEN_PROBS,REVEAL_PROBS = (samplers, 'token_probs'),(samplers, 'reveal_probs')
 CLEAN_LOGITS,SCORES = (LogitOutputs, 'clean_logits'),(ScoreOutputs, 'scores')
 ON_OBSERVED,TWEEDIE = (samplers, 'condition_on_observed'),(samplers, '_tweedie')
 SAMPLE_CATEGORICAL,PREDICT = (samplers, 'sample_categorical'),(SamplerState, 'predict')
-CONFIDENCE,FIRST_HITTING = (rules, 'confidence'),(generate, 'first_hitting')
+CONFIDENCE,FIRST_HITTING = (conditionals, 'confidence'),(generate, 'first_hitting')
 EVENT_RATES = Corruption, 'event_rates'
 SEDD_OUTPUTS,SEDD_FORWARD = (SEDDAdapter, 'outputs'),(SEDDAdapter, 'forward')
 MDLM_FORWARD = MDLMAdapter, 'forward'

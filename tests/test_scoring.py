@@ -11,7 +11,7 @@ from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, Features
 from bijdiff.model.predictions import call_features, output_kind
 from bijdiff.model.scoring import chunk_rows, integrand_sum, masked_nll, output_integrand, ScoredRows
-from bijdiff.sampling import rules
+from bijdiff.sampling import conditionals
 from bijdiff.testing import quiet_fit, random_weights, small_learner
 from bijdiff.training.noising import DiffusionLoss
 
@@ -182,7 +182,7 @@ def test_prior_of_masks_from_one_sequence_of_masks(monkeypatch):
 def test_adaptive_rules_give_the_same_in_chunks(rule, monkeypatch):
     m,x = network('masks'),torch.randint(0, V, (B, L), generator=seeded_generator(0))
     want = token_nll(m, x, rule, steps=3)
-    monkeypatch.setattr(rules, 'chunk_rows', lambda n, vocab_size: 4)
+    monkeypatch.setattr(conditionals, 'chunk_rows', lambda n, vocab_size: 4)
     assert_same(token_nll(m, x, rule, steps=3), want)
 
 # Precision

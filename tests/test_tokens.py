@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.tokens import ByteTokenizer, CharTokenizer, cut_text, END_CHAR, MASK_CHAR
-from bijdiff.data.subwords import _pack, BPETokenizer, get_tokenizer, HubTokenizer, load_tokenizer
+from bijdiff.data.subwords import BPETokenizer, get_tokenizer, HubTokenizer, load_tokenizer, pack_tokenizer
 from bijdiff.data.subwords import tokenizer_from_dict, train_tokenizer
 from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserConfig
@@ -63,7 +63,7 @@ def words():
     t.add_special_tokens(['<eos>'])
     return t
 
-def packed_gpt2(): return _pack(json.loads(gpt2_like().to_str()))
+def packed_gpt2(): return pack_tokenizer(json.loads(gpt2_like().to_str()))
 
 OTHERS = dict(gpt2=gpt2_like, t5=t5_like, bert=bert_like, words=words)
 
@@ -390,14 +390,14 @@ def test_a_panic_of_the_library_is_an_error():
     described = json.loads(gpt2_like().to_str())
     charsmap = base64.b64encode(b'\4\0\0\0abcdefgh').decode()
     described['normalizer'] = dict(type='Precompiled', precompiled_charsmap=charsmap)
-    tok = HubTokenizer(_pack(described))
+    tok = HubTokenizer(pack_tokenizer(described))
     with pytest.raises(ValueError, match='a text'): tok.encode('the cat')
 
 @pytest.mark.parametrize('vocab', [{}, {'a':2**31-1, '?':0}])
 def test_a_tokenizer_without_tokens_or_with_billions_is_an_error(vocab):
     described = json.loads(tokenizers.Tokenizer(models.WordLevel({'a':0}, '?')).to_str())
     described['model']['vocab'] = vocab
-    with pytest.raises(ValueError, match='the number of ids'): HubTokenizer(_pack(described))
+    with pytest.raises(ValueError, match='the number of ids'): HubTokenizer(pack_tokenizer(described))
 
 @pytest.mark.parametrize('packed', ['', 'abc!', 'YWJj', packed_gpt2()[:-8], None, 3])
 def test_a_packed_tokenizer_that_is_damaged_is_an_error(packed):

@@ -16,7 +16,8 @@ from ..checks import as_tensor, check, check_bools, check_floats, check_ids, che
 from ..checks import check_seed, check_type, check_whole, is_whole
 from ..data.tokens import Tokenizer, whole_characters
 from ..model.denoiser import BijectiveDenoiser, canonical, Denoiser, eval_mode, to_canonical
-from ..sampling.rules import check_unmasking, conditional_probs, get_rule, reveal_counts
+from ..sampling.conditionals import known_probs
+from ..sampling.rules import check_unmasking, get_rule, reveal_counts
 from ..sampling.rules import reveal_ranks, rule_options, unmask, UnmaskingRule
 from .bounds import check_document, chunk_batches, Estimate, mean_and_error
 
@@ -49,20 +50,14 @@ def _sequences(view, x, template, lengths):
     return x,mask&~given,lengths
 
 # %% ../../nbs/likelihood/61_exact.ipynb #653d5f85
-def _nll(p, ids):
-    "Nats of ids under their distributions; infinite where a probability is 0"
-    return -p.gather(-1, ids[:,None])[:,0].log()
-
 def _follow(model, x, free, lengths, rule, bs, progress):
     "Nats of each token, (B, L), step by step"
     nats = torch.zeros(x.shape, dtype=torch.float64)
     for i in range(0, len(x), bs):
         batch,rows = x[i:i+bs],nats[i:i+bs]
-        def choose(p, where):
-            rows[where] = _nll(p, batch[where])
-            return batch[where]
+        def note(p, where): rows[where] = -p.log()    # infinite where a probability is 0
         masked = batch.masked_fill(free[i:i+bs], model.mask_id)
-        unmask(model, masked, rule, choose, lengths[i:i+bs], progress)
+        unmask(model, masked, rule, note, lengths[i:i+bs], progress, batch)
     return nats
 
 # %% ../../nbs/likelihood/61_exact.ipynb #4e3e6175
@@ -84,9 +79,9 @@ def _all_steps(model, x, free, lengths, rule, bs, progress, order_keys=None, mos
         b,first,last = chunk[:,0],chunk[:,1:2],chunk[:,2:]
         hidden = free[b] & (ranks[b]>=first)
         now = hidden & (ranks[b]<last)
-        p = conditional_probs(model, x[b].masked_fill(hidden, model.mask_id), now, rule, lengths[b])
+        p = known_probs(model, x[b].masked_fill(hidden, model.mask_id), now, x[b], rule, lengths[b])
         rows,columns = now.nonzero().T
-        nats[b[rows],columns] = _nll(p, x[b][now])
+        nats[b[rows],columns] = -p.log()
     return nats
 
 # %% ../../nbs/likelihood/61_exact.ipynb #8954fd1c
@@ -257,8 +252,8 @@ def _probs_given(model, x, sets):
     revealed = torch.tensor([[i in s for i in range(L)] for s in sets])
     rows = torch.where(revealed, x, model.mask_id)
     everywhere,lengths = torch.ones_like(rows, dtype=torch.bool),torch.full((len(sets),), L)
-    p = conditional_probs(model, rows, everywhere, UnmaskingRule(), lengths).view(len(sets), L, -1)
-    return dict(zip(sets, p.gather(-1, x.expand(len(sets), -1)[...,None])[...,0]))
+    p = known_probs(model, rows, everywhere, x.expand(len(sets), -1), UnmaskingRule(), lengths)
+    return dict(zip(sets, p.view(len(sets), L)))
 
 def _sum_orders(model, x, counts):
     "Mean probability of one sequence over all orders"

@@ -19,7 +19,8 @@ from ..diffusion.corruption import Corruption, DeletingCorruption, MaskingCorrup
 from ..model.denoiser import canonical, check_denoiser, Denoiser, eval_mode, from_canonical
 from ..model.denoiser import to_canonical
 from ..model.predictions import any_schedule, output_kind
-from .rules import check_tempered, get_rule, token_probs, UnmaskingRule
+from .conditionals import check_tempered, token_probs
+from .rules import get_rule, UnmaskingRule
 from .samplers import ancestral, ancestral_masks, first_hitting, reverse_by_scores
 from .samplers import SamplerState, unmask_by_rule
 from .insertion import insertion

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_whole
 from ..diffusion.objective import expected_gaps
 from ..model.predictions import call_denoiser
-from .rules import token_probs
+from .conditionals import token_probs
 from .samplers import condition_on_observed, sample_categorical, SamplerState
 from .samplers import start_from_noise
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..checks import check_seed, check_whole
 from ..data.tokens import SubwordTokenizer
 from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
-from .rules import check_tempered, conditional_probs, token_probs, UnmaskingRule
+from .conditionals import check_tempered, conditional_probs, token_probs
+from .rules import UnmaskingRule
 from .generate import prompt_template, split_blanks
 
 # %% ../../nbs/sampling/56_prompts.ipynb #483fc564

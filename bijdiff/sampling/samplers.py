@@ -16,7 +16,8 @@ from ..diffusion.corruption import Corruption, MaskingCorruption, StateProbs
 from ..diffusion.transitions import marginal_probs
 from ..model.denoiser import Denoiser
 from ..model.predictions import is_time_conditioned, LogitOutputs, output_kind, ScoreOutputs
-from .rules import token_probs, unmask, UnmaskingRule
+from .conditionals import token_probs
+from .rules import unmask, UnmaskingRule
 
 # %% ../../nbs/sampling/51_samplers.ipynb #c6da83de
 def reveal_probs(
@@ -139,12 +140,18 @@ def unmask_by_rule(
     rule:str|UnmaskingRule|tuple, # Order of the masks: a rule, its name, or positions
 ):
     "Reveal masks in the order of a rule"
-    def choose(probs, where):
+    def choose(probs, where):    # called several times a step where there are many probabilities
         ids = sample_categorical(probs, run.g)
-        run.nfe += 1
-        run.write(where, ids)
+        run.x = run.x.masked_scatter(where, ids)
         return ids
-    unmask(run.model, run.x, rule, choose)
+
+    def recorded(steps):
+        for step in steps:
+            yield step
+            run.nfe += 1
+            run.record_frame()
+
+    unmask(run.model, run.x, rule, choose, progress=recorded)
 
 # %% ../../nbs/sampling/51_samplers.ipynb #e6ab6189
 def first_hitting(
