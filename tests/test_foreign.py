@@ -2,6 +2,7 @@
 
 Only the networks come from elsewhere: their likelihoods are summed over all sequences, their samples counted,
 their files decoded."""
+import importlib.util
 import json
 import math
 import sys
@@ -333,6 +334,58 @@ def test_code_of_a_model_is_not_run(tmp_path):
     (place/'own.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")')
     with pytest.raises(ValueError, match='hf:'): load_masked_lm(place)
     assert not (tmp_path/'ran').exists()
+
+OWN_CODE = '''
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+class OwnConfig(PretrainedConfig):
+    model_type = 'own'
+    def __init__(self, vocab_size=8, dim=16, max_sequence_length=16, mask_token_id=4, **kwargs):
+        self.vocab_size,self.dim,self.max_sequence_length = vocab_size,dim,max_sequence_length
+        super().__init__(**kwargs)
+        self.mask_token_id = mask_token_id
+
+class Own(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.mix = nn.Linear(config.dim, config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size)
+        self.post_init()
+    def forward(self, input_ids):
+        h = self.embed(input_ids)
+        return MaskedLMOutput(logits=self.head((h+self.mix(h).sum(1, keepdim=True)).tanh()))
+'''
+
+def own_model(place):
+    "A folder of a model with code of its own and no mask in its tokenizer, in the manner of LLaDA"
+    place.mkdir()
+    (place/'own.py').write_text(OWN_CODE)
+    spec = importlib.util.spec_from_file_location('own', place/'own.py')
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    torch.manual_seed(0)
+    network = own.Own(own.OwnConfig())
+    save(place, network, wrapped(letters().backend_tokenizer, mask_token=None))
+    config = json.loads((place/'config.json').read_text())
+    config |= dict(auto_map={'AutoConfig':'own.OwnConfig', 'AutoModel':'own.Own'})
+    (place/'config.json').write_text(json.dumps(config))
+    return network,place
+
+def test_a_model_with_code_of_its_own_is_loaded_if_it_is_trusted(tmp_path):
+    "Its logits are those of the network; the mask stands in its configuration"
+    network,place = own_model(tmp_path/'own_model')
+    with pytest.raises(ValueError, match='trust_remote_code'): load_denoiser(f'hf:{place}')
+    model = load_denoiser(f'hf:{place}', trust_remote_code=True)
+    assert (model.mask_id, model.seq_len)==(4, 14)
+    x = torch.tensor([[5, 4, 7]])
+    with torch.no_grad(): whole = network.eval()(torch.tensor([[2, 5, 4, 7, 3]])).logits[:,1:-1]
+    torch.testing.assert_close(model(x), whole)
+    judge_sums(model)
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)

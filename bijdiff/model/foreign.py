@@ -166,9 +166,10 @@ def _loading(name):
     log.setLevel(logging.ERROR)
     try: yield
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        reason = ' '.join(str(e).split())[:200]
+        reason = ' '.join(str(e).split())
+        if 'trust_remote_code' in reason: reason = 'it has code of its own, which trust_remote_code would run'
         expected = 'a masked model with safetensors and a tokenizer, as a folder or on the Hugging Face Hub'
-        raise ValueError(f'model is hf:{name}; expected {expected} ({reason})') from None
+        raise ValueError(f'model is hf:{name}; expected {expected} ({reason[:200]})') from None
     finally: log.setLevel(level)
 
 # %% ../../nbs/model/47_foreign.ipynb #645267d9
