@@ -7,12 +7,11 @@ layers) learn the training part of that corpus, with byte pairs of 1,024 tokens,
 transformers and its collator of masks: a fraction of the tokens is hidden, 0.15 as in BERT, 0.3 as in
 ModernBERT, or a random one as in masked diffusion. Each is saved and loaded again by
 `load_denoiser('hf:FOLDER')`. The first held-out characters are then scored in bits per byte, exactly, by
-several unmasking rules, and by the bound; MODEL likewise. `by_frequency` is what the frequencies of tokens
-alone give. Writes benchmarks/results/foreign.json after every
-model. Models that are there are skipped: remove the file to begin again."""
+several unmasking rules, and by the bound; MODEL likewise. `by_frequency` is the score by the frequencies of
+tokens alone. Writes benchmarks/results/foreign.json after every model. Models that are there are skipped:
+remove the file to begin again."""
 import math
 import tempfile
-from pathlib import Path
 import tokenizers
 import torch
 import transformers
@@ -50,7 +49,7 @@ def make_network(kind, tokenizer, length):
     return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**sizes, **ids))
 
 class RandomFraction(transformers.DataCollatorForLanguageModeling):
-    "Hide a fraction of the tokens of a batch that is drawn anew, all of them by the mask"
+    "Mask a random fraction of the tokens, another one in each batch"
     def torch_call(self, examples):
         self.mlm_probability = max(torch.rand(()).item(), .02)
         return super().torch_call(examples)

@@ -8,9 +8,8 @@ __all__ = ['load_model', 'independent_seed', 'write_texts', 'write_answers', 'Do
            'print_quantity', 'score_files']
 
 # %% ../nbs/87_documents.ipynb #5a0c1e04
-import json, math, os, random, sys
+import json, math, random, sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor

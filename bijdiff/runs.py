@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import torch
 from .data.loaders import text_dls # before the rest of fastai, as it silences a warning
-from fastai.basics import Callback, default_device, rank_distrib
+from fastai.basics import Callback, rank_distrib
 from tqdm.auto import tqdm
 from .checks import check, check_number, check_one_of, check_seed, check_whole, optional
 from .display import visible

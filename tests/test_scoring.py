@@ -4,7 +4,6 @@ import pytest, torch
 from fastai.callback.core import Callback
 from helpers import plant_fault, seeded_generator
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
-from bijdiff.diffusion.packing import NoisyBatch
 from bijdiff.likelihood.exact import token_nll
 from bijdiff.model import scoring
 from bijdiff.model.config import DenoiserConfig

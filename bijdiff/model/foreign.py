@@ -10,8 +10,6 @@ import importlib, json, logging, os
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn, Tensor
 from ..checks import check, check_ids, check_shape, check_type, check_whole
 from ..data.subwords import HubTokenizer, pack_tokenizer
