@@ -217,7 +217,10 @@ def text_hash(text):
 
 def spread_chunks(text, tokenizer, n, length):
     "Return n chunks that are evenly spread over a text, ids (n, length)"
-    ids = torch.tensor(tokenizer.encode(text, replace=True))
+    return spread_ids(torch.tensor(tokenizer.encode(text, replace=True)), n, length)
+
+def spread_ids(ids, n, length):
+    "Return n chunks that are evenly spread over the ids of a text, (n, length)"
     check(len(ids)>=n*length, 'number of tokens of the text', len(ids), f'at least {n}*{length}')
     starts = [i*(len(ids)-length)//max(n-1, 1) for i in range(n)]
     return torch.stack([ids[start:start+length] for start in starts])

@@ -142,7 +142,7 @@ def expected_runs(name, c):
     return {(name, lr, first) for lr in c['lrs']} | {(name, best, seed) for seed in others}
 
 LEARNER_KEYWORDS = {'lambda_likelihood', 'lambda_invert', 'schedule', 'T', 'objective', 'optimizer', 'moms',
-                    'ema', 'wd'}
+                    'ema', 'wd', 'betas', 'grad_clip'}
 STUDY_NAMES = sorted(p.stem for p in study.STUDIES.glob('*.json'))
 
 @pytest.mark.parametrize('name', STUDY_NAMES)
@@ -558,6 +558,59 @@ def test_both_orders_of_blocks_are_trained(tiny):
     assert a['losses'][0]==pytest.approx(b['losses'][0], abs=1e-3)
     assert a['lattice_usage']==b['lattice_usage']==[]
     assert math.isnan(a['log_det'])
+
+DIT = dict(d_model=8, n_heads=2, n_layers=1, cond_dim=4)
+SPECIAL = {
+    'half the embedding':dict(embed_scale=.5),
+    'pairs of masks':dict(mask_pairs=True),
+    'a number of steps':dict(fit=dict(steps=9, eval_every=5)),
+    'MDLM':dict(dit=DIT|dict(dropout=.1), fit=dict(constant_after=5), learner=dict(ema=.9)),
+    'byte pairs':dict(tokenizer='bpe'),
+    'twin':dict(next_token=True, n_bijective_layers=0, learner=dict(optimizer='muon')),
+}
+
+def train_special(folder, name, **common):
+    "Train the network of one special configuration for a few steps"
+    grid = SHORT | dict(configs={name:SPECIAL[name]}, exact=3) | common
+    (folder/'short.json').write_text(json.dumps(grid))
+    return train_short(folder, name)
+
+@pytest.mark.parametrize('name', SPECIAL)
+def test_special_configurations_are_trained(tiny, name):
+    "Each has losses of its own; the exact likelihood is near the bound, and alone for the twin"
+    plain = train_short(tiny, 'plain')
+    r,again = train_special(tiny, name),train_short(tiny, name)
+    assert r['losses']==again['losses']!=plain['losses']
+    assert all(0<loss<9 for loss in r['losses'])
+    assert 2<r['bits_per_char']<8
+    assert len(r['probe'])==len(r['losses'])//10
+    assert (r['lattice_usage'] is None)==(name=='MDLM')
+    assert set(r['exact'])==({'exact'} if name=='twin' else {'exact', 'bound'})
+    for o in r['exact'].values(): assert 0<o['se']<o['mean']/4
+    for o in r['exact'].values(): assert abs(o['mean']-r['bits_per_char'])<1
+
+def test_a_study_in_half_precision_has_other_losses(tiny):
+    "Networks are trained in bfloat16 where the grid says so: near those in float32, and not the same"
+    a,b = (train_special(tiny, 'half the embedding', bf16=o)['losses'] for o in (False, True))
+    assert a!=b
+    assert a==pytest.approx(b, abs=.1)
+
+def test_a_study_says_how_often_the_noise_is_drawn(tiny):
+    "More draws have other noise and a smaller error; the training is the same"
+    few,many = (train_special(tiny, 'half the embedding', draws=n) for n in (4, 64))
+    assert few['losses']==many['losses']
+    assert few['bits_per_char']!=many['bits_per_char']
+    assert many['se']<few['se']
+
+def test_a_constant_rate_rises_and_stays(tiny):
+    grid = study.read_grid('short')
+    learn = study.make_learner(grid, grid['configs']['plain'], tiny/'text.txt', 0)
+    study.fit(learn, 2, .1, constant_after=4)
+    rates = learn.recorder.lrs
+    n = len(rates)
+    assert all(a<b for a,b in zip(rates[:4], rates[1:4]))
+    assert rates[5:]==[.1]*(n-5)
+    assert n>8
 
 def test_a_training_that_leaves_the_lattice_is_a_result():
     "The other runs of a study go on; any other error stops them"
