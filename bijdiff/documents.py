@@ -305,8 +305,6 @@ def score_files(
     files:list, # Files, each a document
     rule:str|None=None, # Name of an unmasking rule, for exact bits; a bound if None
     steps:int|None=None, # Function evaluations of the rule, at most; one a token if None
-    temperature:float=1., # Temperature of the rule, above 0
-    top_p:float=1., # Probability of the likeliest tokens that the rule keeps, in (0, 1]
     n:int=16, # Draws of the noise for a bound
     seed:int=0, # Seed of the noise, or of the random order
     json_file=None, # File for all numbers, or - for standard output
@@ -314,10 +312,11 @@ def score_files(
     picture=None, # File for a picture (PNG) of the first document, with a rule
     force:bool=False, # True to replace existing files
     model_options:dict|None=None, # Further arguments of load_model
+    **kwargs, # Keywords of rule_options, with a rule
 ):
     "Score files with a saved model, print a table and write the results"
     check_seed(seed)
-    rule = get_rule(rule, steps, seed, temperature=temperature, top_p=top_p) if rule else None
+    rule = get_rule(rule, steps, seed, **kwargs) if rule else None
     model = load_model(name, **model_options or {})
     docs = [doc for file in files for doc in read_documents(model, file)]
     with redirect_stdout(stream_beside(json_file, picture)):

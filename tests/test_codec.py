@@ -90,6 +90,9 @@ SETTINGS = {
     'schedule': dict(steps=5, schedule=Cosine(.1)),
     'blocks': dict(rule='block', block_length=3, steps=6),
     'one block at a time': dict(bs=1, steps=2),
+    'a threshold': dict(rule='margin', threshold=.01),
+    'blocks by a threshold': dict(rule='block', block_length=5, threshold=.02),
+    'a budget': dict(rule='entropy', budget=12.),
     'a rule with everything in it': dict(rule=UnmaskingRule('confidence')),
 }
 

@@ -42,7 +42,7 @@ assert_fits = partial(assert_drawn_from, n_tests=N_TESTS)
 # Denoisers; the seeds are such that all rules differ clearly
 
 NETWORKS = {
-    'toy': lambda: TableDenoiser(V, L, seed=30),
+    'toy': lambda: TableDenoiser(V, L, seed=7),
     'network': lambda: tiny_denoiser(V, L, seed=15),
     'timed': lambda: TableDenoiser(V, L, Corruption(V, schedule=HalfCosine(.01)), 25, time_conditioning=True),
     'ties': lambda: TableDenoiser(V, L, choices=[[0., 0., 0.], [2., 0., 1.], [0., 0., 2.5]]),
@@ -105,6 +105,7 @@ def sort_key(rule, i, p, n, seed, block_length):
     if rule=='left_to_right': return (i,)
     if rule=='entropy': return (entropy(p), i)
     if rule=='confidence': return (-max(p), i)
+    if rule=='margin': return (sorted(p)[-2]-max(p), i)
     if rule=='block': return (i//block_length, -max(p), i)
     return (slow_order(rule, n, seed).index(i),)
 

@@ -206,7 +206,8 @@ def reveal_surest(x, rule):
     K = UNCHANGED.copy()
     for k,(z,p) in enumerate(zip(Z, x)):
         masks = [i for i in range(L) if z[i]==V]
-        keys = dict(confidence=lambda i: -max(p[i]), entropy=lambda i: entropy(p[i]))
+        keys = dict(confidence=lambda i: -max(p[i]), entropy=lambda i: entropy(p[i]),
+                    margin=lambda i: np.diff(np.sort(p[i])[-2:]).item()*-1)
         masks.sort(key=keys[rule])
         for i in masks[:1]: K[k,i] = [*p[i], 0.]
     return K

@@ -143,7 +143,8 @@ def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
     "The rule for the arguments of compress, which are checked"
     check_unmasking(model)
     check_whole('bs', bs, most=2**20)
-    if steps is None and 'tokens' not in kwargs and not isinstance(rule, UnmaskingRule): steps = 16
+    given = [k for k in ('tokens','threshold','budget') if kwargs.get(k) is not None]
+    if steps is None and not given and not isinstance(rule, UnmaskingRule): steps = 16
     return get_rule(rule, steps, seed, **kwargs)
 
 def _canonical_ids(view, data):
@@ -157,7 +158,7 @@ def compress(
     model:Denoiser, # The denoiser, of masking noise, with its tokenizer
     data:bytes, # Anything for the byte tokenizer; UTF-8 for others
     rule:str|UnmaskingRule='spread', # Unmasking rule, or its name
-    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if None
+    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if None and nothing else says how many
     seed:int=0, # Seed of the random order
     bs:int=64, # Blocks coded side by side
     progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
@@ -207,13 +208,14 @@ def decompress(
     model:Denoiser, # Denoiser that the data was compressed with
     blob:bytes, # Compressed data, from compress
     progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
+    adjust=None, # The function of the logits that was part of the rule
 )->bytes:
     "Bring compressed data back"
     check_type('blob', blob, bytes|bytearray)
     header,words = _unpack(blob)
     _check_header(header)
     _check_model(header, model)
-    view,rule = canonical(model),rule_from_dict(header['rule'])
+    view,rule = canonical(model),rule_from_dict(header['rule'], adjust)
     with _same_arithmetic(model, header['threads']):
         ids = _decode(view, words, header['tokens'], rule, header['bs'], progress)
     data = None if ids is None else _to_bytes(view.tokenizer, from_canonical(view, ids))

@@ -79,7 +79,8 @@ def _all_steps(model, x, free, lengths, rule, bs, progress, order_keys=None, mos
         b,first,last = chunk[:,0],chunk[:,1:2],chunk[:,2:]
         hidden = free[b] & (ranks[b]>=first)
         now = hidden & (ranks[b]<last)
-        p = known_probs(model, x[b].masked_fill(hidden, model.mask_id), now, x[b], rule, lengths[b])
+        noisy = x[b].masked_fill(hidden, model.mask_id)
+        p = known_probs(model, noisy, now, x[b], rule, lengths[b], ~free[b])
         rows,columns = now.nonzero().T
         nats[b[rows],columns] = -p.log()
     return nats

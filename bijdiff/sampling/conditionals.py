@@ -41,16 +41,17 @@ def token_probs(
 
 # %% ../../nbs/sampling/49_conditionals.ipynb #c01049ab
 def _largest(probs): return probs.max(-1).values
+def _margin(probs): return -probs.topk(min(2, probs.shape[-1])).values.diff(dim=-1).sum(-1)
 def _negative_entropy(probs): return torch.xlogy(probs, probs).sum(-1)
 
 # Confidence of distributions (..., V) by the name of an adaptive rule, (...)
-confidence_functions = dict(block=_largest, confidence=_largest, entropy=_negative_entropy)
+confidence_functions = dict(block=_largest, confidence=_largest, margin=_margin, entropy=_negative_entropy)
 
 def confidence(
     probs:Tensor, # Distributions, (..., V)
-    rule:str, # confidence or entropy; or block, which uses the confidence
+    rule:str, # confidence, margin or entropy; or block, which uses the confidence
 )->Tensor: # (...), larger for more confident distributions
-    "Return the largest probability of each distribution, or minus its entropy"
+    "Return the largest probability of each distribution, its margin over the next, or minus its entropy"
     check_one_of('rule', rule, confidence_functions)
     return confidence_functions[rule](probs)
 
@@ -71,15 +72,30 @@ class Conditionals:
         model:Denoiser, # The denoiser, with canonical ids
         x:Tensor, # Ids, masks where something is hidden, (n, L), on the CPU
         where:Tensor, # True at the positions, (n, L), bool
-        rule, # Unmasking rule whose temperature and top_p are used
+        rule, # Unmasking rule whose temperature, top_p, guidance and adjust are used
         lengths:Tensor, # Number of tokens of each sequence, (n,)
+        given:Tensor|None=None, # True at given positions, such as those of a prompt, (n, L); none if None
     ):
-        self.model,self.rule,self.where = model,rule,where
+        self.model,self.x,self.rule,self.where = model,x,rule,where
         self.h = _features(model, x, lengths).flatten(0, 1)
+        self.without = None
+        if rule.guidance and given is not None and given.any():
+            self.without = _features(model, x.masked_fill(given, model.mask_id), lengths).flatten(0, 1)
         self.index = where.flatten().nonzero()[:,0]
         V = model.noise.vocab_size
         self.chunk_rows = chunk_rows(len(self.index), V) if rule.adaptive else max(1, _most//V)
         self.part_rows = max(1, _part//V)
+
+    def _logits(self, rows):
+        "Logits of positions by their numbers, (k, V), on the CPU"
+        index = self.index[rows].to(self.h.device)
+        logits = logits_of(self.model, self.h[index])
+        if self.without is not None:
+            logits = logits + self.rule.guidance*(logits-logits_of(self.model, self.without[index]))
+        logits = logits.cpu()
+        if self.rule.adjust is None: return logits
+        changed = self.rule.adjust(logits, self.x, self.positions(rows))
+        return check_floats('what adjust returns', changed, *logits.shape)
 
     def parts(self,
         chosen:Tensor|None=None, # True at the positions that are wanted, (number of positions,); all if None
@@ -88,8 +104,7 @@ class Conditionals:
         for rows in torch.arange(len(self.index)).split(self.chunk_rows):
             taken = rows if chosen is None else rows[chosen[rows]]
             if chosen is not None and not len(taken): continue
-            h = self.h[self.index[rows].to(self.h.device)]
-            logits = logits_of(self.model, h).cpu()    # of the whole chunk, whatever is chosen
+            logits = self._logits(rows)    # of the whole chunk, whatever is chosen
             for j in taken.split(self.part_rows):
                 yield j, token_probs(logits[j-rows[0]], self.rule.temperature, self.rule.top_p)
             del logits    # before the next chunk is there
@@ -128,8 +143,9 @@ def known_probs(
     x:Tensor, # Ids, masks where something is hidden, (n, L), on the CPU
     where:Tensor, # True at the positions, (n, L), bool
     known:Tensor, # Ids whose probability is wanted, (n, L)
-    rule, # Unmasking rule whose temperature and top_p are used
+    rule, # Unmasking rule whose temperature, top_p, guidance and adjust are used
     lengths:Tensor, # Number of tokens of each sequence, (n,)
+    given:Tensor|None=None, # True at given positions, such as those of a prompt, (n, L); none if None
 )->Tensor: # (number of positions,), float64, on the CPU
     "Return the probability of known ids at some positions, in bounded memory"
-    return Conditionals(model, x, where, rule, lengths).summarise(known[where])[1]
+    return Conditionals(model, x, where, rule, lengths, given).summarise(known[where])[1]

@@ -11,6 +11,7 @@ from itertools import pairwise
 from functools import partial
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from torch import Tensor
 from ..checks import as_tensor, check, check_ids, check_one_of, check_type, check_whole, optional
 from ..data.tokens import SubwordTokenizer
@@ -20,7 +21,7 @@ from ..model.denoiser import canonical, check_denoiser, Denoiser, eval_mode, fro
 from ..model.denoiser import to_canonical
 from ..model.predictions import any_schedule, output_kind
 from .conditionals import check_tempered, token_probs
-from .rules import get_rule, UnmaskingRule
+from .rules import get_rule, rule_options, UnmaskingRule
 from .samplers import ancestral, ancestral_masks, first_hitting, reverse_by_scores
 from .samplers import SamplerState, unmask_by_rule
 from .insertion import insertion
@@ -96,6 +97,10 @@ def _choose(model, sampler, rule):
     if sampler in UnmaskingRule.names: return None, sampler
     return sampler or known[0], rule
 
+def _check_no_rule(**kwargs):
+    for k,v in rule_options(**kwargs).items():
+        check(v==getattr(UnmaskingRule, k), k, v, f'{getattr(UnmaskingRule, k)} without a rule')
+
 def _check_lengths(sampler, length_steps):
     check_whole('length_steps', length_steps, 0)
     fits = sampler=='insertion' or not length_steps
@@ -103,6 +108,7 @@ def _check_lengths(sampler, length_steps):
 
 # %% ../../nbs/sampling/53_generate.ipynb #8947861a
 @torch.no_grad()
+@delegates(rule_options)
 def sample(
     model:Denoiser, # The denoiser
     n:int=1, # Number of sequences
@@ -117,13 +123,15 @@ def sample(
     length_steps:int=0, # Evaluations in which blanks of a template find their length first, with insertion
     seed:int=0, # Seed of all random numbers, also of the random order of a rule
     frames:list|None=None, # Collects a copy of the ids after every step that changed something
+    **kwargs
 )->Tensor|list: # Ids without masks, (n, L), on the CPU; by insertion a list of n tensors
     "Write sequences by undoing noise"
     view = canonical(model)
     sampler,rule = _choose(view, sampler, rule)
     if rule is not None:
-        rule = _as_rule(rule, steps, seed, temperature=temperature, top_p=top_p, schedule=schedule)
+        rule = _as_rule(rule, steps, seed, temperature=temperature, top_p=top_p, schedule=schedule, **kwargs)
         schedule = None
+    else: _check_no_rule(**kwargs)
     steps = 128 if steps is None else steps
     check_whole('steps', steps)
     _check_lengths(sampler, length_steps)

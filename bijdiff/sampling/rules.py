@@ -8,12 +8,13 @@ __all__ = ['reveal_counts', 'UnmaskingRule', 'rule_options', 'get_rule', 'rule_f
 
 # %% ../../nbs/sampling/50_rules.ipynb #ac1238a3
 import hashlib, math
+from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..checks import check, check_ids, check_keys, check_lengths, check_one_of, check_seed
-from ..checks import check_type, check_whole, is_whole
+from ..checks import check, check_ids, check_keys, check_lengths, check_number, check_one_of
+from ..checks import check_seed, check_type, check_whole, is_whole
 from ..diffusion.schedules import get_schedule, Schedule, schedule_from_dict, schedule_to_dict
 from ..model.denoiser import canonical, Denoiser
 from .conditionals import check_tempered, confidence_functions, Conditionals
@@ -48,8 +49,12 @@ class UnmaskingRule:
     top_p:float = 1. # Probability of the likeliest tokens that are kept, in (0, 1]
     block_length:int = 32 # Positions of a block
     schedule:str|Schedule|None = None # Schedule of the number of masks left; evenly spread if None
+    threshold:float|None = None # Confidence or margin from which on masks are revealed at once, in (0, 1]
+    budget:float|None = None # Sum of entropies revealed at once, the largest left out, nats, at least 0
+    guidance:float = 0. # Weight of the difference that given tokens make to the logits, at least 0
+    adjust:Callable|None = None # Function of logits, ids before the pass, and positions; returns logits
 
-    names = 'left_to_right','random','spread','block','confidence','entropy'
+    names = 'left_to_right','random','spread','block','confidence','margin','entropy'
 
     def __post_init__(self):
         if not isinstance(self.rule, str|None): self._set(rule=_permutation(self.rule))
@@ -63,7 +68,20 @@ class UnmaskingRule:
         alone = self.steps is None or self.tokens==1
         check(alone, 'tokens', self.tokens, f'1, as steps is {self.steps}, or no steps')
         check_tempered(self.temperature, self.top_p)
+        check_number('guidance', self.guidance, 0)
+        check(self.adjust is None or callable(self.adjust), 'adjust', self.adjust, 'None or a function')
+        self._check_sizes()
         if self.schedule is not None: self._set(schedule=get_schedule(self.schedule))
+
+    def _check_sizes(self):
+        "Check what chooses the number of tokens"
+        for name,rules in dict(threshold=('confidence','margin','block'), budget=('entropy',)).items():
+            value = getattr(self, name)
+            if value is None: continue
+            check_number(name, value, **(dict(above=0, most=1) if name=='threshold' else dict(least=0)))
+            check(self.rule in rules, 'rule', self.rule, f"{' or '.join(rules)}, as {name} is {value}")
+            for other,default in dict(steps=None, tokens=1, schedule=None).items():
+                check(getattr(self, other)==default, other, getattr(self, other), f'{default} beside {name}')
 
     def _set(self, **values):
         for k,v in values.items():
@@ -71,6 +89,10 @@ class UnmaskingRule:
 
     @property
     def adaptive(self)->bool: return self.rule in confidence_functions # True if the order depends on ids
+
+    @property
+    def chooses_count(self)->bool: # True if the number of tokens of a step depends on ids
+        return self.threshold is not None or self.budget is not None
 
 def _permutation(positions):
     "Positions in order, as a tuple of Python's numbers"
@@ -88,6 +110,10 @@ def rule_options(
     top_p:float=1., # Probability that the kept tokens must reach, in (0, 1]
     block_length:int=32, # Positions of a block
     schedule:str|Schedule|None=None, # Schedule of the number of masks left; evenly spread if None
+    threshold:float|None=None, # Confidence or margin from which on masks are revealed at once, in (0, 1]
+    budget:float|None=None, # Sum of entropies revealed at once, the largest left out, nats, at least 0
+    guidance:float=0., # Weight of the difference that given tokens make to the logits, at least 0
+    adjust:Callable|None=None, # Function of logits, ids before the pass, and positions; returns logits
 )->dict: # Keywords of UnmaskingRule
     "Return further keywords of all functions that take an unmasking rule by its name"
     return dict(locals())
@@ -105,21 +131,27 @@ def get_rule(
     return rule
 
 # %% ../../nbs/sampling/50_rules.ipynb #a5b2b542
+def _name_of(f): return getattr(f, '__name__', type(f).__name__)
+
 @patch
 def to_dict(self:UnmaskingRule)->dict: # Values that differ from the defaults, for rule_from_dict
-    "Return the rule in plain values"
+    "Return the rule in plain values; of a function its name"
     d = {k:v for k,v in vars(self).items() if v!=getattr(UnmaskingRule, k)}
     if self.schedule is not None: d['schedule'] = schedule_to_dict(self.schedule)
+    if self.adjust is not None: d['adjust'] = _name_of(self.adjust)
     return d
 
 def rule_from_dict(
-    d:dict # Plain values, from to_dict
+    d:dict, # Plain values, from to_dict
+    adjust:Callable|None=None, # The function whose name they have
 )->UnmaskingRule:
     "Make the rule that a dictionary describes"
     check_keys('the rule', d, (), UnmaskingRule.__dataclass_fields__)
     check_type('rule', d.get('rule', ''), str|list)
+    expected = f"{d.get('adjust')}, a function that was part of the rule" if d.get('adjust') else None
+    check((adjust is None)==(expected is None), 'adjust', adjust, expected)
     schedule = schedule_from_dict(d['schedule']) if d.get('schedule') else None
-    return UnmaskingRule(**{**d, 'schedule':schedule})
+    return UnmaskingRule(**{**d, 'schedule':schedule, 'adjust':adjust})
 
 # %% ../../nbs/sampling/50_rules.ipynb #79196c0c
 def public_order(
@@ -208,28 +240,40 @@ def unmask(
     if known is not None:
         known = check_ids(known, model.n_ids-1, 'known', x.shape)
         check_ids(known[masked][None], model.mask_id-1, 'known')    # others may be special, or padding
-    counts = _counts(masked.sum(1), rule)
-    for count in progress(counts.T):
-        x = _step(model, x, (x==model.mask_id)&mask, rule, choose, lengths, keys, count[:,None], known)
+    given = x!=model.mask_id
+    def evaluate(x, where): return Conditionals(model, x, where, rule, lengths, given)
+    for count in progress(_counts(masked.sum(1), rule).T):
+        masked = (x==model.mask_id)&mask
+        if not masked.any(): break    # a threshold or a budget needs fewer steps
+        x = _step(evaluate, x, masked, rule, choose, keys, count[:,None], known)
     return x
 
 # %% ../../nbs/sampling/50_rules.ipynb #87469192
 def _counts(masks, rule):
-    "Number of masks that each sequence reveals in each step, (n, steps)"
+    "Number of masks that each sequence reveals in each step, at least, (n, steps)"
     different,which = masks.unique(return_inverse=True)
     rows = [reveal_counts(n, rule.steps, rule.schedule, rule.tokens) for n in (0, *different.tolist())]
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, True)[which+1]
 
-def _step(model, x, masked, rule, choose, lengths, keys, count, known):
-    "Reveal `count` (n, 1) masks of each sequence at one function evaluation"
+def _at_once(certain, masked, rule, keys):
+    "Number of masks of the first block that have masks, (n, 1), that a threshold or a budget reveals"
+    first = masked & (keys==keys.masked_fill(~masked, keys.shape[1]).min(1, keepdim=True).values)
+    if rule.threshold is not None: return (first & (certain>=rule.threshold)).sum(1, keepdim=True)
+    entropies = (-certain).sort(1).values    # infinite where there is no mask
+    before = torch.nn.functional.pad(entropies.cumsum(1)[:,:-1], (1, 0))
+    return (before<=rule.budget).sum(1, keepdim=True)
+
+def _step(evaluate, x, masked, rule, choose, keys, count, known):
+    "Reveal `count` (n, 1) masks of each sequence at one function evaluation, more by a threshold or a budget"
     now = masked if rule.adaptive else masked & (reveal_ranks(masked, keys)<count)
-    d = Conditionals(model, x, now, rule, lengths)
+    d = evaluate(x, now)
     chosen = None
     if rule.adaptive or known is not None:
         found,p = d.summarise(None if known is None else known[now])
     if rule.adaptive:
         certain = torch.full(x.shape, -math.inf, dtype=found.dtype).masked_scatter(masked, found)
+        if rule.chooses_count: count = torch.maximum(count, _at_once(certain, masked, rule, keys))
         now = masked & (reveal_ranks(masked, keys, certain)<count)
         chosen = now[masked]
     if known is None:
