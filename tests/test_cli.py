@@ -117,16 +117,20 @@ MISTAKES = {
         ('--couple every', 'couple is'), ('--mask 3', 'mask is')],
     'bijdiff_sample': [
         ('m --n 1000000000', 'n is'), ('m --steps 1000000000000', 'steps is'), ('m --top_p nan', 'top_p is'),
-        ('m --temperature inf', 'temperature is'), ('m --sampler first_hitting --steps 9', 'steps is')],
+        ('m --temperature inf', 'temperature is'), ('m --sampler first_hitting --steps 9', 'steps is'),
+        ('m --threshold .5', 'threshold is'), ('m --guidance 2 --rule spread', 'guidance is'),
+        ('m --budget nan --rule entropy', 'budget is')],
     'bijdiff_score': [
         ('m README.md --n 1000000000', 'n is'), ('m README.md --rule block --n 4', 'n is'),
         ('m README.md --rule spread --seed 4', 'seed is'), ('m README.md --top_p .5', 'top_p is'),
         ('m README.md --force', 'force is'), ('m README.md nowhere', 'nowhere does not exist'),
+        ('m README.md --rule spread --threshold .5', 'threshold is'),
         ('m README.md /dev/zero', '/dev/zero is'),
         ('m README.md --json_file README.md --force', 'README.md is')],
     'bijdiff_compress': [
         ('m README.md --steps 1000000000000', 'steps is'), ('m README.md --out /proc/new', '/proc cannot'),
-        ('m /dev/zero', '/dev/zero is'), ('m README.md --out settings.ini', 'settings.ini exists')],
+        ('m /dev/zero', '/dev/zero is'), ('m README.md --budget 3', 'budget is'),
+        ('m README.md --out settings.ini', 'settings.ini exists')],
     'bijdiff_decompress': [
         ('m README.md', 'README.md does not end in .bij'), ('m README.md --out /dev/full', '/dev/full is')],
 }

@@ -3,14 +3,15 @@
 A program of lists and `math` reads the logits of a small network at all partly masked sequences. Sums over all
 sequences, samples and files are compared with it.
 """
-import math
+import json, math
 from functools import lru_cache
 from itertools import combinations, product
 import numpy as np, pytest, torch
 from helpers import assert_drawn_from, count_sequences, TableDenoiser, tempered_probs
+from bijdiff.cli import bijdiff_compress, bijdiff_decompress, bijdiff_sample, bijdiff_score
 from bijdiff.data.tokens import ByteTokenizer
 from bijdiff.likelihood.codec import compress, decompress
-from bijdiff.likelihood.exact import log_prob, token_nll
+from bijdiff.likelihood.exact import document_nll, log_prob, token_nll
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.model.foreign import ForeignDenoiser
@@ -192,7 +193,36 @@ def test_a_threshold_makes_files_of_the_size_that_the_likelihood_says():
         assert abs(overhead)<64
         assert decompress(m, blob)==data
 
+# Commands
+
+def test_commands_choose_how_many(tmp_path):
+    m,text = byte_model(),tmp_path/'a.txt'
+    m.save_pretrained(tmp_path/'m')
+    text.write_text('To be, or not to be, that is the question.\n'*3)
+    for kw in (dict(rule='confidence', threshold=.02), dict(rule='entropy', budget=20.)):
+        bijdiff_score(str(tmp_path/'m'), str(text), json_file=str(tmp_path/'bits.json'), force=True, **kw)
+        saved = json.loads((tmp_path/'bits.json').read_text())
+        exact = document_nll(m, torch.tensor(list(text.read_bytes())), **kw).sum().item()/math.log(2)
+        assert abs(saved['rows'][0]['bits']-exact)<1e-6*exact
+        assert kw.items()<=saved['rule'].items()
+        bijdiff_compress(str(tmp_path/'m'), str(text), force=True, **kw)
+        bijdiff_decompress(str(tmp_path/'m'), f'{text}.bij', out=str(tmp_path/'b.txt'), force=True)
+        assert (tmp_path/'b.txt').read_bytes()==text.read_bytes()
+
+def test_the_command_guides_by_the_prompt(tmp_path, capsys):
+    m = byte_model()
+    m.save_pretrained(tmp_path)
+    kw = dict(rule='left_to_right', seed=5, prompt='To be')
+    for guidance in (0., 3.):
+        bijdiff_sample(str(tmp_path), guidance=guidance, **kw)
+        template = torch.tensor([*b'To be'] + [m.mask_id]*11)
+        x = sample(m, template=template, rule='left_to_right', seed=5, guidance=guidance)
+        assert capsys.readouterr().out.strip('\n')==m.tokenizer.decode(x[0].tolist()).strip('\n')
+
 # Bad values
+
+def test_keywords_of_a_rule_need_a_rule():
+    with pytest.raises(ValueError, match='^threshold is 0.5'): sample(network('table'), threshold=.5)
 
 def test_what_a_function_returns_is_checked():
     with pytest.raises(ValueError, match='what adjust returns'):
