@@ -222,7 +222,8 @@ def bijdiff_compress(
     _,of_model,given = _split_options(bijdiff_compress, dict(locals()), {})
     out = f'{file}.bij' if out is None else out
     _check_targets([out], [check_source(file), *_model_files(model)], force)
-    from bijdiff.documents import load_model, terminal_bar    # here, as they import PyTorch and fastai
+    from bijdiff.display import terminal_bar    # here, as they import PyTorch and fastai
+    from bijdiff.documents import load_model
     from bijdiff.likelihood.codec import compress_file
     of_rule = {k:given[k] for k in ('rule','steps','threshold','budget')}
     opened = load_model(model, **of_model)
@@ -243,7 +244,8 @@ def bijdiff_decompress(
     _,of_model,_ = _split_options(bijdiff_decompress, dict(locals()), {})
     out = content_path(file) if out is None else out
     _check_targets([out], [check_source(file), *_model_files(model)], force)
-    from bijdiff.documents import load_model, terminal_bar    # here, as they import PyTorch and fastai
+    from bijdiff.display import terminal_bar    # here, as they import PyTorch and fastai
+    from bijdiff.documents import load_model
     from bijdiff.likelihood.codec import decompress_file
     before,after = decompress_file(load_model(model, **of_model), file, out, force, progress=terminal_bar)
     print(f'{before:,} bytes -> {after:,} bytes', file=stream_beside(out))

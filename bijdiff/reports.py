@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .display import visible
+from .display import terminal_bar, visible
 from .data.tokens import END_CHAR
 from .data.stores import TextCounts
 from .data.pairs import PairDataset
@@ -22,7 +22,7 @@ from .likelihood.bounds import score_ids
 from .likelihood.exact import answer_nll
 from .likelihood.quality import Judge, print_judgement, print_quality, TextQuality
 from .pictures import plot_film_strip, png_bytes
-from .documents import terminal_bar, write_answers
+from .documents import write_answers
 
 # %% ../nbs/88_reports.ipynb #5a0c1e27
 def _print_heading(title): print(f'\n── {title} '.ljust(76, '─'))
