@@ -1,7 +1,7 @@
 """Exact bits of rules that choose how many tokens a step reveals, and a search for an order below `spread`.
 
-    python benchmarks/unmasking.py MODEL                          # a model of bijdiff_train, the corpus pydoc
-    python benchmarks/unmasking.py MODEL --corpus TEXT --n 64
+    python benchmarks/unmasking.py MODEL                   # the model of the first tutorial, the corpus pydoc
+    python benchmarks/unmasking.py MODEL --corpus TEXT
 
 n chunks of the model's length are evenly spread over the held-out tenth of the text.
 
@@ -108,6 +108,8 @@ def size_row(score, options):
         row[other] = score.per_char(same)['mean']
     return row
 
+# The command
+
 EVEN,ODD = slice(0, None, 2),slice(1, None, 2)
 
 def order_row(score, name, rule):
@@ -122,7 +124,7 @@ def order_row(score, name, rule):
 def unmasking(
     folder:str, # A saved model
     corpus:str='pydoc', # pydoc, or a text
-    n:int=24, # Chunks
+    n:int=48, # Chunks
     threads:int=1, # Threads of PyTorch
     out:str=None, # Result file, instead of the one in benchmarks/results/
 ):
