@@ -138,7 +138,9 @@ def test_a_mixture_is_no_longer_than_the_best_order_with_the_number_of_the_order
         assert (best<=mixture+1e-12).all() and (mixture<=best+math.log(k)+1e-12).all()
 
 def test_a_copying_network_has_a_pseudo_log_likelihood_of_two_certain_sequences():
-    def copy(ids): return 50.*torch.stack([(ids==v).any(1, keepdim=True).expand(ids.shape) for v in range(3)], -1)
+    def copy(ids):
+        found = [(ids==v).any(1, keepdim=True).expand(ids.shape) for v in range(3)]
+        return 50.*torch.stack(found, -1)
     nats = SmallLanguage(ForeignDenoiser(copy, 3, 2, 3), 3).pseudo_log_likelihood()
     assert nats[[0, 7]].abs().max()<1e-9 and total_probability(nats)==pytest.approx(2, abs=1e-6)
 

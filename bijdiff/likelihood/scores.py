@@ -39,7 +39,7 @@ class SmallLanguage:
         V = check_whole('the number of clean tokens of the model', view.noise.vocab_size, 1, 4)
         self.L = check_whole('L', L, 1, min(6, view.seq_len))
         self.x = torch.cartesian_prod(*[torch.arange(V)]*self.L).view(-1, self.L) # all sequences, (V^L, L)
-        self.sets = (torch.arange(2**self.L)[:,None]>>torch.arange(self.L))%2==1 # revealed positions, (2^L, L)
+        self.sets = (torch.arange(2**self.L)[:,None]>>torch.arange(self.L))%2==1 # revealed, (2^L, L)
         self.nats = self._nats_given_sets(check_whole('bs', bs)) # (V^L, 2^L, L), 0 at revealed positions
 
 # %% ../../nbs/likelihood/64_scores.ipynb #ded4511a
@@ -183,7 +183,8 @@ def _nats_of_hidden(view, x, n_rows, hide, bs, progress):
     for j in progress(torch.arange(n_rows).split(check_whole('bs', bs))):
         of,hidden = hide(j)
         lengths = torch.full((len(j),), x.shape[1])
-        p = known_probs(view, x[of].masked_fill(hidden, view.mask_id), hidden, x[of], UnmaskingRule(), lengths)
+        masked = x[of].masked_fill(hidden, view.mask_id)
+        p = known_probs(view, masked, hidden, x[of], UnmaskingRule(), lengths)
         sums[j] = torch.zeros(hidden.shape, dtype=torch.float64).masked_scatter(hidden, -p.log()).sum(1)
     return sums
 
