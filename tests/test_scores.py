@@ -168,10 +168,9 @@ def errors(draws, expected):
     (partial(nelbo_draws, schedule=LogLinear(.2), T=1), lambda o: o.discrete_bound(1, LogLinear(.2)))],
     ids=['LLaDA', 'half_cosine', 'log_linear', 'three steps', 'one step'])
 def test_draws_agree_with_the_expectation(draw, expected):
-    "16 sequences; by chance a fault of 4.5 standard errors occurs in one of 10,000 runs"
-    x = X[::5][:16]
-    found = errors(draw(network(), x, 3000, seed=1), expected(language())[::5][:16])
-    assert found.abs().max()<4.5
+    "16 sequences, ten times; by chance a mean is off by 4.5 standard errors in one of 10,000 runs"
+    draws = draw(network(), X[:80:5].repeat(10, 1), 300, seed=1).view(300, 10, 16).mean(1)
+    assert errors(draws, expected(language())[:80:5]).abs().max()<4.5
 
 def test_draws_are_those_of_their_seed_whatever_the_batch():
     a,b,c = (llada_draws(network(), X[:5], 7, seed, bs) for seed,bs in ((1, 64), (1, 3), (2, 64)))
@@ -215,15 +214,23 @@ def test_the_table_has_the_scores_of_the_package():
     assert rows['pseudo-log-likelihood'].bits==pytest.approx(pseudo.item()*per_nat, abs=1e-9)
 
 def test_orders_are_combined_chunk_by_chunk():
-    ids = IDS[:24]
-    nats = order_nats(network(), ids.view(6, 4), 3, seed=5*100003)
-    per_nat = 1/(24*math.log(2))
+    "Batches of three chunks, with orders by their seed and number"
+    ids,per_nat = IDS[:24],1/(24*math.log(2))
+    chunks = ids.view(2, 3, 4)
+    nats = torch.cat([order_nats(network(), x, 3, seed=5*100003+i) for i,x in enumerate(chunks)], 1)
     expected = dict(mean=nats.mean(0), best=nats.min(0).values, mixture=-(-nats).exp().mean(0).log())
-    rows = rows_by_name(network(), ids)
+    rows = rows_by_name(network(), ids, bs=3)
     for name,value in expected.items():
         row = rows[f"{'mean over' if name=='mean' else name+' of'} 3 orders"]
         assert row.bits==pytest.approx(value.sum().item()*per_nat, abs=1e-9)
     assert rows['mean over 3 orders'].se==pytest.approx((nats.sum(1).std()/3**.5).item()*per_nat, abs=1e-9)
+
+def test_each_row_says_what_it_is():
+    kinds = {name:o.kind for name,o in rows_by_name(network(), IDS).items()}
+    neither = {o for o,kind in kinds.items() if kind=='no probability'}
+    bounds = {o for o,kind in kinds.items() if kind=='bound'}
+    assert neither=={'best of 3 orders', 'pseudo-log-likelihood'}
+    assert bounds=={o for o in kinds if 'bound' in o or 'mean' in o}
 
 def test_a_foreign_network_with_special_tokens_has_the_same_table():
     model,order = special_tokens()
