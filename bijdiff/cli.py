@@ -162,6 +162,7 @@ def bijdiff_sample(
 _rule = lambda o: o['rule'] is not None
 _needs_in_scoring = {
     **dict.fromkeys(('steps', 'temperature', 'top_p', 'picture'), (_rule, 'a rule as well')),
+    'table': (lambda o: not (_rule(o) or o['json_file'] or o['json_lines']), 'no rule and no json_file'),
     'n': (lambda o: not _rule(o), 'no rule, whose likelihoods are exact'),
     'seed': (lambda o: not _rule(o) or o['rule']=='random', 'no rule, or the rule random'),
     'force': (lambda o: o['json_file'] or o['picture'], 'json_file or picture as well'),
@@ -191,6 +192,7 @@ def bijdiff_score(
     top_p:float=1., # The rule draws from the most probable tokens that together have this probability
     n:int=16, # Draws of the noise for a bound; more make the standard error smaller
     seed:int=0, # Seed of the noise for a bound, or of the order of the rule random
+    table:bool=False, # All scores that people report, side by side, with what each of them is
     json_file:str=None, # File for the numbers, as JSON; - for standard output
     json_lines:bool=False, # One line of JSON for each document, in place of one object
     picture:str=None, # File for a picture (PNG) of the first document, coloured by bits; with a rule

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_model', 'write_texts', 'write_answers', 'Document', 'read_documents', 'score_bound', 'score_exact', 'total_row',
-           'score_documents', 'print_scores', 'scores_to_json', 'print_quantity', 'score_files']
+           'score_documents', 'print_scores', 'scores_to_json', 'print_quantity', 'print_tables', 'score_files']
 
 # %% ../nbs/87_documents.ipynb #5a0c1e04
 import json, math, sys
@@ -25,6 +25,7 @@ from .sampling.prompts import heal_blanks, heal_prompt
 from .likelihood.bounds import score_ids
 from .likelihood.exact import char_bits, document_nll
 from .likelihood.codec import fingerprint
+from .likelihood.scores import format_scores, score_table
 from .likelihood.quality import Judge, print_judgement
 from .pictures import plot_bits, png_bytes
 from .devices import pick_device
@@ -284,6 +285,18 @@ def print_quantity(
         values = ', '.join(f'{k}={v}' for k,v in _rule_to_dict(rule).items())
         print(f'exact minus log-probability, of the sampler with {values}')
 
+def print_tables(
+    model:Denoiser, # The model
+    docs:list, # Documents
+    n:int=16, # Draws of each bound
+    seed:int=0, # Seed of masks and orders
+):
+    "Print all scores that people report of each document, with what each of them is"
+    for doc in docs:
+        n_bytes = _row(doc, 0.)['bytes']
+        rows = score_table(model, doc.ids, n, units=n_bytes, seed=seed, progress=terminal_bar)
+        print(f'{visible(doc.path)}, {n_bytes:,} bytes', format_scores(rows, 'byte'), sep='\n')
+
 def score_files(
     name, # Name of a model, as for load_model
     files:list, # Files, each a document
@@ -291,6 +304,7 @@ def score_files(
     steps:int|None=None, # Function evaluations of the rule, at most; one a token if None
     n:int=16, # Draws of the noise for a bound
     seed:int=0, # Seed of the noise, or of the random order
+    table:bool=False, # True for a table of all scores, in place of the bound or the rule
     json_file=None, # File for all numbers, or - for standard output
     json_lines:bool=False, # One line of JSON for each document, in place of one object
     picture=None, # File for a picture (PNG) of the first document, with a rule
@@ -303,6 +317,7 @@ def score_files(
     rule = get_rule(rule, steps, seed, **kwargs) if rule else None
     model = load_model(name, **model_options or {})
     docs = [doc for file in files for doc in read_documents(model, file)]
+    if table: return print_tables(model, docs, n, seed)
     with redirect_stdout(stream_beside(json_file, picture)):
         rows,nats = score_documents(model, docs, rule, n, seed)
         print_scores(rows, rule is not None)

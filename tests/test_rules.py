@@ -219,6 +219,17 @@ def test_the_command_guides_by_the_prompt(tmp_path, capsys):
         x = sample(m, template=template, rule='left_to_right', seed=5, guidance=guidance)
         assert capsys.readouterr().out.strip('\n')==m.tokenizer.decode(x[0].tolist()).strip('\n')
 
+def test_the_command_prints_all_scores_with_what_they_are(tmp_path, capsys):
+    m,text = byte_model(),tmp_path/'a.txt'
+    m.save_pretrained(tmp_path/'m')
+    text.write_text('To be, or not to be')
+    bijdiff_score(str(tmp_path/'m'), str(text), table=True, n=4)
+    rows = {o[:31].strip():o[31:].split() for o in capsys.readouterr().out.splitlines()}
+    exact = document_nll(m, torch.tensor(list(b'To be, or not to be')), 'confidence').sum().item()/math.log(2)
+    assert rows['confidence'][0]=='probability'
+    assert abs(float(rows['confidence'][1])-exact/19)<1e-4
+    assert rows['pseudo-log-likelihood'][:2]==['no', 'probability']
+
 # Bad values
 
 def test_keywords_of_a_rule_need_a_rule():
