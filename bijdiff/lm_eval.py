@@ -166,8 +166,7 @@ class TextEvaluator:
         with eval_mode(self.view):
             for batch,x,lengths in self._batches([o.ids for o in sequences]):
                 at,first = torch.arange(x.shape[1]),torch.tensor([sequences[i].n_given for i in batch])
-                free = (at>=first[:,None])&(at<lengths[:,None])
-                yield from zip(batch, _score(self.view, self.rule, x, free, lengths))
+                yield from zip(batch, _score(self.view, self.rule, x, at>=first[:,None], lengths))
 
     def loglikelihood(self,
         pairs:list, # Pairs of a context, which may be empty, and a continuation

@@ -164,6 +164,11 @@ def test_requests_are_answered_in_their_order_with_their_own_lengths_and_stops()
     assert cut==texts[2][:texts[2].index(stop)]
     assert judge.generate_until([('', dict(max_gen_toks=7, until=stop))])==[cut]
 
+def test_each_result_is_saved_with_its_request():
+    judge,saved = TextEvaluator(small(), bs=2),[]
+    scores = judge.loglikelihood(PAIRS, lambda *args: saved.append(args))
+    assert len(saved)==len(PAIRS) and {pair: score for pair,score in saved}==dict(zip(PAIRS, scores))
+
 def test_a_long_prompt_leaves_half_of_the_sequence_for_the_text():
     judge = TextEvaluator(small())
     ask = dict(max_gen_toks=100)
