@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=['bijdiff', 'bijdiff.*']), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'eval')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
