@@ -239,7 +239,7 @@ def test_a_foreign_network_with_special_tokens_has_the_same_table():
     for name,o in ours.items(): assert theirs[name][:5]==pytest.approx(o[:5], abs=1e-9), name
 
 def test_forward_passes_are_those_of_the_network(monkeypatch):
-    "Of one chunk; the three scores of orders share theirs, and each bound of MDLM's kind has one for its prior"
+    "Of one chunk; scores of orders share theirs, and both bounds of MDLM's kind have one more for the prior"
     calls,inner = [],network().hidden
     monkeypatch.setattr(network(), 'hidden', lambda x,*args: (calls.append(len(x)), inner(x, *args))[1])
     passes = {name:o.passes for name,o in rows_by_name(network(), IDS[:4]).items()}
