@@ -46,6 +46,8 @@ from .likelihood.exact import all_orders_nats, answer_nll, char_bits, document_n
 from .likelihood.exact import log_prob, order_bound, order_estimate, order_nats, token_nll
 from .likelihood.codec import compress, compress_file, decompress, decompress_file, fingerprint
 from .likelihood.quality import TextQuality
+from .likelihood.scores import format_scores, score_table, small_scores, SmallLanguage
+from .likelihood.scores import total_probability
 from .pictures import film_strip, plot_bits, plot_film_strip
 from .training.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend
 from .training.dynamics import oscillation, oscillation_windows, plot_runs, plot_spectrum
@@ -88,7 +90,8 @@ by_task = {
         'self_correct film_strip plot_film_strip write_answers TextQuality'),
     'Likelihood': ('Bounds with error bars, exact likelihoods of a sampler, and the density of states',
         'Estimate nelbo nelbo_draws Score score_ids all_orders_nats answer_nll char_bits document_nll '
-        'latent_nats log_prob order_bound order_estimate order_nats token_nll plot_bits'),
+        'latent_nats log_prob order_bound order_estimate order_nats token_nll plot_bits score_table '
+        'format_scores SmallLanguage small_scores total_probability'),
     'Compression': ('Files as small as their exact likelihood says',
         'compress compress_file decompress decompress_file fingerprint'),
     'Invertible layers': ('Bijections with log-determinants, alone or in stacks',

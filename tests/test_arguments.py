@@ -334,6 +334,7 @@ ELSEWHERE = set('''
     compress_file decompress_file plot_runs plot_spectrum plot_trend
     open_source tokenise corpus_dls train_tokenizer load_tokenizer BestModelCallback run_log
     pair_dls answer_nll write_answers TextQuality ForeignDenoiser load_denoiser load_published
+    score_table format_scores SmallLanguage small_scores total_probability
 '''.split())
 
 def test_every_public_function_is_here_or_tested_elsewhere():
