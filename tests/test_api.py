@@ -32,7 +32,8 @@ PINNED = {
         'samplers_for self_correct TextQuality unmask UnmaskingRule write_answers'),
     'Likelihood': (
         'all_orders_nats answer_nll char_bits document_nll Estimate latent_nats log_prob nelbo '
-        'nelbo_draws order_bound order_estimate order_nats plot_bits Score score_ids token_nll'),
+        'nelbo_draws order_bound order_estimate order_nats plot_bits Score score_ids token_nll '
+        'score_table format_scores SmallLanguage small_scores total_probability'),
     'Compression': (
         'compress compress_file decompress decompress_file fingerprint'),
     'Invertible layers': (
