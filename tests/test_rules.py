@@ -180,7 +180,7 @@ def test_a_function_is_needed_to_bring_a_file_back():
     blob = compress(m, data, rule)
     assert len(blob)<len(compress(m, data, 'spread', 4))                     # it fits these bytes
     assert decompress(m, blob, adjust=even)==data
-    with pytest.raises(ValueError, match='adjust is None; expected even'): decompress(m, blob)
+    with pytest.raises(ValueError, match="adjust is None; expected 'even'"): decompress(m, blob)
     with pytest.raises(ValueError, match='does not come back'): decompress(m, blob, adjust=odd)
     with pytest.raises(ValueError, match='adjust'): decompress(m, compress(m, data), adjust=even)
 
@@ -248,6 +248,10 @@ def test_what_a_function_returns_is_checked():
     (dict(guidance=math.nan), 'guidance'), (dict(adjust='f'), 'adjust')], ids=str)
 def test_bad_values_are_named(kw, name):
     with pytest.raises(ValueError, match=rf'^{name} is '): UnmaskingRule(**kw)
+
+@pytest.mark.parametrize('value', [3, ['f'], {}, True])
+def test_a_name_of_another_type_is_an_error(value):
+    with pytest.raises(ValueError, match='adjust'): rule_from_dict(dict(adjust=value), len)
 
 def test_plain_values_bring_a_rule_back():
     for name,rule in RULES.items():

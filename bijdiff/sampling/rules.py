@@ -148,8 +148,10 @@ def rule_from_dict(
     "Make the rule that a dictionary describes"
     check_keys('the rule', d, (), UnmaskingRule.__dataclass_fields__)
     check_type('rule', d.get('rule', ''), str|list)
-    expected = f"{d.get('adjust')}, a function that was part of the rule" if d.get('adjust') else None
-    check((adjust is None)==(expected is None), 'adjust', adjust, expected)
+    name = d.get('adjust')
+    if name is not None: check_type('the name of adjust', name, str)
+    expected = None if name is None else f'{name!r:.40}, a function that was part of the rule'
+    check((adjust is None)==(name is None), 'adjust', adjust, expected)
     schedule = schedule_from_dict(d['schedule']) if d.get('schedule') else None
     return UnmaskingRule(**{**d, 'schedule':schedule, 'adjust':adjust})
 
