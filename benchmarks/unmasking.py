@@ -5,10 +5,11 @@
 
 n chunks of the model's length are evenly spread over the held-out tenth of the text.
 
-`sizes` has for each threshold and budget the mean number of forward passes a chunk, the bits per character, and
-the paired differences to `spread` and `confidence` with as many passes (their mean, rounded), with standard
-errors over chunks. `orders` has all public orders of `public_rules` at 8 and 16 passes: the bits on the chunks
-of even number, by which they are chosen, and on those of odd number, with the paired difference to `spread`.
+`sizes` has for each threshold and budget the mean number of forward passes a chunk, the bits per character,
+and the paired differences to `spread` and `confidence` with as many passes (their mean, rounded), with
+standard errors over chunks. `orders` has all public orders of `public_rules` at 8 and 16 passes: the bits on
+the chunks of even number, by which they are chosen, and on those of odd number, with the paired difference
+to `spread`.
 
 Writes benchmarks/results/unmasking.json after every row. Rows that are there are skipped."""
 import math
@@ -18,7 +19,8 @@ from bijdiff.data.corpora import load_corpus, split_text
 from bijdiff.diffusion.schedules import get_schedule, Polynomial
 from bijdiff.model.denoiser import BijectiveDenoiser, eval_mode
 from bijdiff.sampling.rules import public_order, spread_order, unmask, UnmaskingRule
-from common import add_row, describe, has_row, mean_se, result_path, resume, save, shared_run_record, spread_ids
+from common import add_row, describe, has_row, mean_se, result_path, resume, save, shared_run_record
+from common import spread_ids
 
 # Rules
 
@@ -49,14 +51,16 @@ def public_rules(L, steps):
     n_bits = L.bit_length()-1
     rules = {'spread': UnmaskingRule('spread', steps)}
     def add(name, order=spread, **kwargs): rules[name] = UnmaskingRule(order, steps, **kwargs)
-    for name in ('cosine', 'half_cosine', 'cosine_squared'): add(f'spread, {name}', schedule=get_schedule(name))
+    for name in ('cosine', 'half_cosine', 'cosine_squared'):
+        add(f'spread, {name}', schedule=get_schedule(name))
     for power in (.7, 1.2, 1.5, 2., 3.): add(f'spread, power {power}', schedule=Polynomial(power))
     for seed in range(10): add(f'random {seed}', tuple(public_order(L, seed)))
     for step in (3, 5, 11, 17, 37, 59, 91, 97, 99, 157): add(f'multiples of {step}', multiples(L, step))
     for width in (4, 8, 16, 32, 64, 128): add(f'wave {width}', wave(L, width))
     for by in (1, 5, 8): add(f'spread, shifted by {by}', shifted(spread, by))
     add('spread, from the end', tuple(L-1-i for i in spread))
-    for k in range(1, n_bits): add(f'binary digits from {k}', bits_in_order(L, [*range(k, n_bits), *range(k)]))
+    for k in range(1, n_bits):
+        add(f'binary digits from {k}', bits_in_order(L, [*range(k, n_bits), *range(k)]))
     for seed in range(8):
         digits = torch.randperm(n_bits, generator=torch.Generator().manual_seed(seed)).tolist()
         add(f'binary digits {digits}', bits_in_order(L, digits))

@@ -118,7 +118,8 @@ _needs_of_foreign = dict.fromkeys(('mask_id', 'seq_len', 'shifted', 'dtype', 'tr
                                   (_is_foreign, 'a model of Hugging Face, hf:NAME'))
 
 _needs_of_sizes = dict(
-    threshold=(lambda o: o['rule'] in ('confidence', 'margin', 'block'), 'the rule confidence, margin or block'),
+    threshold=(lambda o: o['rule'] in ('confidence', 'margin', 'block'),
+               'the rule confidence, margin or block'),
     budget=(lambda o: o['rule']=='entropy', 'the rule entropy'))
 
 def _split_options(f, options, needs):

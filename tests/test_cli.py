@@ -124,7 +124,8 @@ MISTAKES = {
         ('m README.md --n 1000000000', 'n is'), ('m README.md --rule block --n 4', 'n is'),
         ('m README.md --rule spread --seed 4', 'seed is'), ('m README.md --top_p .5', 'top_p is'),
         ('m README.md --force', 'force is'), ('m README.md nowhere', 'nowhere does not exist'),
-        ('m README.md --rule spread --threshold .5', 'threshold is'), ('m README.md --rule spread --table', 'table is'),
+        ('m README.md --rule spread --threshold .5', 'threshold is'),
+        ('m README.md --rule spread --table', 'table is'),
         ('m README.md /dev/zero', '/dev/zero is'),
         ('m README.md --json_file README.md --force', 'README.md is')],
     'bijdiff_compress': [

@@ -44,7 +44,8 @@ assert_fits = partial(assert_drawn_from, n_tests=N_TESTS)
 NETWORKS = {
     'toy': lambda: TableDenoiser(V, L, seed=7),
     'network': lambda: tiny_denoiser(V, L, seed=15),
-    'timed': lambda: TableDenoiser(V, L, Corruption(V, schedule=HalfCosine(.01)), 123, time_conditioning=True),
+    'timed': lambda: TableDenoiser(V, L, Corruption(V, schedule=HalfCosine(.01)), 123,
+                                   time_conditioning=True),
     'ties': lambda: TableDenoiser(V, L, choices=[[0., 0., 0.], [2., 0., 1.], [0., 0., 2.5]]),
 }
 

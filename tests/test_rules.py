@@ -1,7 +1,7 @@
 """Rules that choose how many tokens a step reveals, that guide, and that change logits: still exact.
 
-A program of lists and `math` reads the logits of a small network at all partly masked sequences. Sums over all
-sequences, samples and files are compared with it.
+A program of lists and `math` reads the logits of a small network at all partly masked sequences. Sums over
+all sequences, samples and files are compared with it.
 """
 import json, math
 from functools import lru_cache
@@ -120,7 +120,8 @@ def test_probabilities_sum_to_one_and_are_those_of_the_program(name, model, temp
 
 def test_these_rules_differ():
     "Else the comparison above could not tell them apart"
-    def probs(rule): return [log_prob(network('table'), fitting(t), rule, template=t).exp() for t in TEMPLATES]
+    m = network('table')
+    def probs(rule): return [log_prob(m, fitting(t), rule, template=t).exp() for t in TEMPLATES]
     all_probs = [torch.cat(probs(rule)) for rule in RULES.values()]
     for a,b in combinations(all_probs, 2): assert (a-b).abs().sum()>.01
 
@@ -134,7 +135,9 @@ def test_sequences_of_a_batch_take_their_own_numbers_of_steps(name):
     assert len({*taken})>1
     assert len(where)==max(taken)
 
-@pytest.mark.parametrize('name', ['a high threshold', 'a threshold in blocks', 'a small budget', 'everything'])
+CHOOSING = 'a high threshold','a threshold in blocks','a small budget','everything'
+
+@pytest.mark.parametrize('name', CHOOSING)
 def test_samples_are_as_frequent_as_the_likelihood_says(name):
     rule,n = RULES[name],100_000
     x = sample(network('table'), n, template=torch.tensor(TEMPLATE), rule=rule, seed=3)
@@ -167,7 +170,8 @@ def test_a_network_of_other_numbers_is_guided_alike():
 def byte_model():
     "A small network over bytes, with random weights"
     torch.manual_seed(0)
-    m = random_weights(BijectiveDenoiser(DenoiserConfig(256, seq_len=16, d_model=8, n_heads=2, n_layers=2)), .6)
+    config = DenoiserConfig(256, seq_len=16, d_model=8, n_heads=2, n_layers=2)
+    m = random_weights(BijectiveDenoiser(config), .6)
     m.tokenizer = ByteTokenizer()
     return m.eval()
 
@@ -240,7 +244,8 @@ def test_what_a_function_returns_is_checked():
         log_prob(network('table'), X, UnmaskingRule(adjust=lambda logits,x,where: logits[:,:2]))
 
 @pytest.mark.parametrize('kw, name', [
-    (dict(rule='confidence', threshold=0), 'threshold'), (dict(rule='confidence', threshold=1.5), 'threshold'),
+    (dict(rule='confidence', threshold=0), 'threshold'),
+    (dict(rule='confidence', threshold=1.5), 'threshold'),
     (dict(rule='entropy', threshold=.5), 'rule'), (dict(rule='spread', threshold=.5), 'rule'),
     (dict(rule='confidence', budget=1.), 'rule'), (dict(rule='entropy', budget=-1), 'budget'),
     (dict(rule='entropy', budget=math.inf), 'budget'), (dict(rule='entropy', budget=1., steps=3), 'steps'),

@@ -158,7 +158,7 @@ def compress(
     model:Denoiser, # The denoiser, of masking noise, with its tokenizer
     data:bytes, # Anything for the byte tokenizer; UTF-8 for others
     rule:str|UnmaskingRule='spread', # Unmasking rule, or its name
-    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if None and nothing else says how many
+    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if nothing is given
     seed:int=0, # Seed of the random order
     bs:int=64, # Blocks coded side by side
     progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
