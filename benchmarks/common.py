@@ -107,6 +107,13 @@ def add_row(rows, row):
     rows.append(row)
     print(row, flush=True)
 
+def do_missing(target, rows, runs, record):
+    "Do the runs that have no row yet, functions of no arguments by key, and save all rows after each"
+    for key,run in runs:
+        if has_row(rows, **key): continue
+        add_row(rows, key | run())
+        save(target, dict(rows=rows) | record)
+
 # Times
 
 def synchronise(device):

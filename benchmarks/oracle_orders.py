@@ -10,12 +10,14 @@ log2 K bits to send the order, with log2 Z bits to make it a probability, and as
 the public seeds 0 to K-1. Writes benchmarks/results/oracle_orders.json after every row; rows that are there
 are skipped."""
 import math
+from functools import partial
+from itertools import product
 import torch
 from bijdiff.console import command
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.likelihood.scores import mixture_nats, order_rules, SmallLanguage, total_probability
 from bijdiff.sampling.rules import public_order
-from common import add_row, has_row, ints, n_params, result_path, resume, save, shared_run_record
+from common import do_missing, ints, n_params, result_path, resume, shared_run_record
 from small_languages import entropy_bits, expected_bits, markov_language, train, untrained
 
 SIZES = (2, 4), (2, 6), (3, 4), (3, 6), (4, 4), (4, 6)
@@ -74,11 +76,8 @@ def oracle_orders(
     old = resume(target, settings)
     rows = old.get('rows', [])
     record = shared_run_record(__file__, old=old, **settings)
-    for seed in ints(seeds):
-        for V,L in SIZES:
-            for kind in ('random', 'trained'):
-                if has_row(rows, kind=kind, V=V, L=L, seed=seed): continue
-                add_row(rows, measure(kind, V, L, seed, steps))
-                save(target, dict(rows=rows) | record)
+    runs = product(ints(seeds), SIZES, ('random', 'trained'))
+    keys = [dict(kind=kind, V=V, L=L, seed=seed) for seed,(V,L),kind in runs]
+    do_missing(target, rows, [(key, partial(measure, **key, steps=steps)) for key in keys], record)
 
 if __name__=='__main__': oracle_orders()

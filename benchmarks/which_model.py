@@ -23,8 +23,7 @@ from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.likelihood.exact import token_nll
 from bijdiff.likelihood.scores import pseudo_nll, score_table, small_scores, SmallLanguage, total_probability
 from bijdiff.training.learner import diffusion_learner
-from common import add_row, has_row, ints, n_params, result_path, resume, save, shared_run_record
-from common import timed
+from common import do_missing, ints, n_params, result_path, resume, shared_run_record, timed
 from small_languages import entropy_bits, expected_bits, markov_language, train
 
 V,L = 3,6
@@ -98,10 +97,9 @@ def which_model(
     record = shared_run_record(__file__, old=old, steps=steps, **text)
     keys = [dict(masks=m, language=o) for o in ints(languages) for m in MASKS]
     keys += [dict(masks=m, corpus='pydoc') for m in MASKS]
-    for key in keys:
-        if has_row(rows, **key): continue
-        measure = partial(small_row, steps=steps) if 'language' in key else partial(text_row, **text)
-        add_row(rows, key | measure(**key))
-        save(target, dict(rows=rows) | record)
+    def run_of(key):
+        if 'language' in key: return partial(small_row, **key, steps=steps)
+        return partial(text_row, **key, **text)
+    do_missing(target, rows, [(key, run_of(key)) for key in keys], record)
 
 if __name__=='__main__': which_model()

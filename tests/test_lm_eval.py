@@ -168,6 +168,9 @@ def test_each_result_is_saved_with_its_request():
     judge,saved = TextEvaluator(small(), bs=2),[]
     scores = judge.loglikelihood(PAIRS, lambda *args: saved.append(args))
     assert len(saved)==len(PAIRS) and {pair: score for pair,score in saved}==dict(zip(PAIRS, scores))
+    ask,saved = [(o, dict(max_gen_toks=3)) for o in ('a', 'bc', 'cab')],[]
+    texts = judge.generate_until(ask, lambda *args: saved.append(args))
+    assert sorted(saved, key=lambda o: ask.index(o[0]))==[*zip(ask, texts)]
 
 def test_a_long_prompt_leaves_half_of_the_sequence_for_the_text():
     judge = TextEvaluator(small())

@@ -9,7 +9,7 @@ from itertools import combinations, product
 import numpy as np, pytest, torch
 from helpers import assert_drawn_from, count_sequences, TableDenoiser, tempered_probs
 from bijdiff.cli import bijdiff_compress, bijdiff_decompress, bijdiff_sample, bijdiff_score
-from bijdiff.data.tokens import ByteTokenizer
+from bijdiff.data.tokens import ByteTokenizer, CharTokenizer
 from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.likelihood.exact import document_nll, log_prob, token_nll
 from bijdiff.model.config import DenoiserConfig
@@ -223,15 +223,19 @@ def test_the_command_guides_by_the_prompt(tmp_path, capsys):
         x = sample(m, template=template, rule='left_to_right', seed=5, guidance=guidance)
         assert capsys.readouterr().out.strip('\n')==m.tokenizer.decode(x[0].tolist()).strip('\n')
 
-def test_the_command_prints_all_scores_with_what_they_are(tmp_path, capsys):
-    m,text = byte_model(),tmp_path/'a.txt'
+def test_the_command_prints_all_scores_a_byte_with_what_they_are(tmp_path, capsys):
+    "Letters of two bytes: bits are divided by bytes, not by tokens"
+    tokenizer,text = CharTokenizer('aeß ä'),'aß eä'*3
+    m = random_weights(BijectiveDenoiser(DenoiserConfig(5, seq_len=8, d_model=8, n_heads=2, n_layers=2)), .6)
+    m.tokenizer = tokenizer
     m.save_pretrained(tmp_path/'m')
-    text.write_text('To be, or not to be')
-    bijdiff_score(str(tmp_path/'m'), str(text), table=True, n=4)
+    (tmp_path/'a.txt').write_text(text, encoding='utf-8')
+    bijdiff_score(str(tmp_path/'m'), str(tmp_path/'a.txt'), table=True, n=4)
     rows = {o[:31].strip():o[31:].split() for o in capsys.readouterr().out.splitlines()}
-    exact = document_nll(m, torch.tensor(list(b'To be, or not to be')), 'confidence').sum().item()/math.log(2)
+    ids = torch.tensor(tokenizer.encode(text))
+    exact = document_nll(m.eval(), ids, 'confidence').sum().item()/math.log(2)
     assert rows['confidence'][0]=='probability'
-    assert abs(float(rows['confidence'][1])-exact/19)<1e-4
+    assert abs(float(rows['confidence'][1])-exact/len(text.encode()))<1e-4
     assert rows['pseudo-log-likelihood'][:2]==['no', 'probability']
 
 # Bad values

@@ -75,10 +75,11 @@ class UnmaskingRule:
 
     def _check_sizes(self):
         "Check what chooses the number of tokens"
+        if self.threshold is not None: check_number('threshold', self.threshold, above=0, most=1)
+        if self.budget is not None: check_number('budget', self.budget, 0)
         for name,rules in dict(threshold=('confidence','margin','block'), budget=('entropy',)).items():
             value = getattr(self, name)
             if value is None: continue
-            check_number(name, value, **(dict(above=0, most=1) if name=='threshold' else dict(least=0)))
             check(self.rule in rules, 'rule', self.rule, f"{' or '.join(rules)}, as {name} is {value}")
             for other,default in dict(steps=None, tokens=1, schedule=None).items():
                 check(getattr(self, other)==default, other, getattr(self, other), f'{default} beside {name}')
