@@ -1,26 +1,30 @@
 """Compress the held-out tenth of a text with a model, decompress it, and compare with general compressors.
 
-    python benchmarks/codec.py PATH/TO/tinyshakespeare.txt MODEL --steps 16
+    python benchmarks/codec.py PATH/TO/tinyshakespeare.txt MODELS/byte
 
-MODEL is a folder written by tinyshakespeare.py --tokenizer byte --out. The result has
-- the bytes of the compressed file, its length against the summed exact log-likelihood, seconds for each
-  direction;
+MODELS/byte is a folder written by tinyshakespeare.py --tokenizer byte --out. The result has
+- the bytes of the compressed file, in portable arithmetic with its default context, and seconds for each
+  direction; the same in the arithmetic of the machine, and there also without context;
+- the file's length against the summed exact log-likelihood of its blocks;
 - gzip -9, bzip2 -9, xz -9e and zstd -19 on the same bytes, alone and after the training text, which the model
   has seen: then the difference is counted. zstd is left out where the package zstandard is not installed;
 - the size of the model in 32 and 16 bits per weight.
 
-Writes benchmarks/results/codec.json."""
+Rows that are in the result file are skipped. Writes benchmarks/results/codec.json."""
 import bz2
 import gzip
 import lzma
 import math
+from functools import partial
 import torch
 from bijdiff.console import command
 from bijdiff.data.corpora import load_corpus, split_text
 from bijdiff.likelihood.codec import compress, decompress
-from bijdiff.likelihood.exact import document_nll
+from bijdiff.likelihood.coding import coding_steps
+from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.denoiser import BijectiveDenoiser
-from common import describe, n_params, result_path, run_record, save, timed
+from bijdiff.model.portable import portable
+from common import describe, do_missing, load, n_params, result_path, run_record, timed
 
 def general_compressors():
     "Return compressors by name"
@@ -38,22 +42,35 @@ def general_sizes(train, valid):
         res[name] = dict(alone=len(f(valid)), after_training_text=after)
     return res
 
-def code_lengths(n_bytes, compressed, nats, n_blocks):
-    "Compare the compressed file with the exact likelihood: bits, and what the file has more"
-    exact = nats/math.log(2)
-    bits = 8*compressed
-    return dict(bytes=n_bytes, compressed=compressed, bits_per_byte=round(bits/n_bytes, 4),
-                exact_bits=round(exact, 1), exact_bits_per_byte=round(exact/n_bytes, 4),
-                excess_bits=round(bits-exact, 1), excess_percent=round(100*(bits/exact-1), 3),
-                blocks=n_blocks, allowed_excess_bits=round(.01*exact+64*n_blocks, 1))
+def exact_bits(model, ids, context, streams, steps):
+    "Return the exact code length of the blocks of a document, in bits"
+    view,bits = portable(model),0.
+    for starts,length,given in coding_steps(len(ids), model.seq_len-context, context, streams):
+        x = torch.stack([ids[i-given:i+length] for i in starts])
+        template = x.clone()
+        template[:,given:] = model.mask_id
+        bits -= log_prob(view, x, 'spread', steps, template=template).sum().item()/math.log(2)
+    return bits
+
+def run(model, data, **kwargs):
+    "Compress and decompress; return sizes and seconds"
+    blob,compressing = timed(lambda: compress(model, data, **kwargs))
+    back,decompressing = timed(lambda: decompress(model, blob))
+    assert back==data, 'the file did not come back'
+    return dict(compressed=len(blob), bits_per_byte=round(8*len(blob)/len(data), 4), came_back=True,
+                seconds=dict(compress=round(compressing, 1), decompress=round(decompressing, 1)))
+
+def likelihood(model, data, context, streams, steps):
+    "Return the row of the exact likelihood"
+    bits = exact_bits(model, torch.tensor(list(data)), context, streams, steps)
+    return dict(exact_bits=round(bits, 1), bits_per_byte=round(bits/len(data), 4))
 
 @command
 def codec(
     path:str, # The text
     folder:str, # A saved byte-level model
-    rule:str='spread', # Unmasking rule
-    steps:int=16, # Function evaluations for each batch of blocks
-    bs:int=64, # Blocks of a batch
+    steps:int=16, # Function evaluations for each set of blocks
+    streams:int=16, # Blocks coded side by side
     threads:int=1, # Threads of PyTorch
     out:str=None, # Result file, instead of the one in benchmarks/results/
 ):
@@ -61,19 +78,17 @@ def codec(
     torch.set_num_threads(threads)
     model = BijectiveDenoiser.from_pretrained(folder)
     train,valid = (o.encode() for o in split_text(load_corpus(path)))
-    seconds = {}
-    blob,seconds['compress'] = timed(lambda: compress(model, valid, rule, steps, bs=bs))
-    back,seconds['decompress'] = timed(lambda: decompress(model, blob))
-    assert back==valid, 'the file did not come back'
-    ids = torch.tensor(list(valid))
-    nats,seconds['log_prob'] = timed(lambda: document_nll(model, ids, rule, steps, bs=bs).sum().item())
-    lengths = code_lengths(len(valid), len(blob), nats, math.ceil(len(valid)/model.config.seq_len))
-    n = n_params(model)
-    res = dict(**lengths, came_back=True, seconds={k:round(s, 1) for k,s in seconds.items()},
-               bytes_per_s={k:round(len(valid)/s, 1) for k,s in seconds.items()},
-               others=general_sizes(train, valid), model_bytes={'32 bits':4*n, '16 bits':2*n},
-               model=describe(folder, model)) | run_record(__file__, rule=rule, steps=steps, bs=bs)
-    print(res)
-    save(result_path(__file__, out), res)
+    context,n = model.seq_len//8,n_params(model)
+    layout = dict(steps=steps, streams=streams)
+    keys = [dict(run=name, context=c) for name,c in (('portable', context), ('fast', context), ('fast', 0))]
+    def code(key): return run(model, valid, context=key['context'], fast=key['run']=='fast', **layout)
+    runs = [(key, partial(code, key)) for key in keys]
+    key = dict(run='likelihood', context=context)
+    runs.append((key, partial(likelihood, model, valid, context, **layout)))
+    record = dict(bytes=len(valid), others=general_sizes(train, valid), model=describe(folder, model),
+                  model_bytes={'32 bits':4*n, '16 bits':2*n}) | run_record(__file__, rule='spread', **layout)
+    target = result_path(__file__, out)
+    rows = load(target).get('rows', []) if target.exists() else []
+    do_missing(target, rows, runs, record)
 
 if __name__=='__main__': codec()

@@ -2,11 +2,15 @@
 
     python benchmarks/hostile_files.py
 
-Makes models, tokenizers and checkpoints that are wrong and have the right hashes, and paths that lead to no
-file; reads each in a process of its own, forked from one that has imported bijdiff; and records how that
-ended, in how many seconds of the processor, and how much memory it took above that process. A file must be
-rejected, by a `ValueError` or an `OSError` with a message of one line, or come back as exactly the model that
-it describes. In both cases the random state of PyTorch must be as before, and nothing else may be printed.
+Makes models, tokenizers, checkpoints and compressed files that are wrong and have the right hashes, and
+paths that lead to no file; reads each in a process of its own, forked from one that has imported bijdiff; and
+records how that ended, in how many seconds of the processor, and how much memory it took above that process.
+A file must be rejected, by a `ValueError` or an `OSError` with a message of one line, or come back as exactly
+what it describes. In both cases the random state of PyTorch must be as before, and nothing else may be
+printed.
+
+Claims of compressed files come with few words, which rules of ordinary temperature soon use up. A rule that
+makes every token certain needs no words: then the work is that of the tokens claimed, up to `most_tokens`.
 
 Writes benchmarks/results/hostile_files.json."""
 import hashlib
@@ -36,6 +40,7 @@ from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.model.headers import read_header, read_tensors
 from bijdiff.model.saving import plain_weights, tensors_hash, write_atomically
+from bijdiff.sampling.rules import UnmaskingRule
 from bijdiff.training.checkpoint import CHECKPOINT, read_checkpoint
 from common import result_path, run_record
 from common import save as save_result
@@ -293,30 +298,97 @@ def wrong_checkpoint_devices(rng, folder, parts):
     make_no_file(rng, folder/CHECKPOINT)
     return folder/CHECKPOINT
 
-def wrong_compressed(rng, folder, parts):
-    "Compressed files with other headers; other numbers of tokens are not among them"
-    blob = compress(BijectiveDenoiser.from_pretrained(folder), b'the cat', steps=4)
-    version,n = struct.unpack('<BI', blob[8:13])
-    header = json.loads(blob[13:13+n])
-    for _ in range(rng.choice([1, 2])): change_somewhere(rng, header)
-    if is_whole(header.get('tokens')): header['tokens'] = 7
-    texts = [json.dumps(header)]*2 + [nested(10**5), '[]', '', '{"a":'+nested(30)+'}']
-    head = rng.choice(texts).encode()
-    body = blob[:8] + struct.pack('<BI', version, len(head)) + head + blob[13+n:-16]
+class Compressed(NamedTuple):
+    "What a compressed file is made of"
+    start:bytes # Magic number and version
+    header:dict
+    words:bytes
+
+def right_compressed(folder, **kwargs):
+    "Compress a few bytes with the model in a folder; return the parts of the file"
+    blob = compress(BijectiveDenoiser.from_pretrained(folder), b'the cat', steps=4, **kwargs)
+    n, = struct.unpack('<I', blob[9:13])
+    return Compressed(blob[:9], json.loads(blob[13:13+n]), blob[13+n:-16])
+
+def write_compressed(folder, parts, header=None, words=None, length=None):
+    "Write a compressed file with the right checksum; return its path"
+    head = as_json(parts.header if header is None else header)
+    body = parts.start + struct.pack('<I', len(head) if length is None else length) + head
+    body += parts.words if words is None else words
     path = folder/'text.bij'
     path.write_bytes(body + hashlib.sha256(body).digest()[:16])
     return path
+
+def wrong_compressed(rng, folder, parts):
+    "Compressed files with other headers; other numbers of tokens are not among them"
+    packed = right_compressed(folder)
+    for _ in range(rng.choice([1, 2])): change_somewhere(rng, packed.header)
+    if is_whole(packed.header.get('tokens')): packed.header['tokens'] = 7
+    texts = [packed.header]*2 + [o.encode() for o in (nested(10**5), '[]', '', '{"a":'+nested(30)+'}')]
+    return write_compressed(folder, packed, rng.choice(texts))
+
+def compressed_claims(rng, folder, parts):
+    "Compressed files of a few words that claim very many tokens, streams and so much context"
+    packed = right_compressed(folder)
+    packed.header.update(
+        tokens=rng.choice([10**9, 2**24, 2**24, 2**53, 10**400, rng.randrange(2**24)]),
+        streams=rng.choice([1, 16, 512, 512, 2**20, 2**53]), context=rng.choice([0, 0, 4, 15, 15, 16, 2**53]),
+        rule=dict(rule=rng.choice(UnmaskingRule.names), steps=rng.choice([1, 4, 16])))
+    return write_compressed(folder, packed, words=rng.randbytes(4*rng.choice([0, 1, 2, 5, 12])))
+
+def compressed_words(rng, folder, parts):
+    "Compressed files with other words, too many or too few of them, or other numbers of tokens"
+    packed = right_compressed(folder)
+    words = packed.words
+    others = [words+bytes(4), words[:-4], words+b'a', b'', rng.randbytes(len(words)), rng.randbytes(4000),
+              b'\xff'*400, bytes(400)]
+    packed.header['tokens'] = rng.choice([0, 6, 7, 7, 8, 100])
+    return write_compressed(folder, packed, words=rng.choice(others))
+
+def compressed_rules(rng, folder, parts):
+    "Compressed files with rules of absurd values"
+    packed = right_compressed(folder)
+    absurd = [0, -1, 1e-300, 1e300, 5e-324, 10**400, 2**53, 2**63, 2**64-1, [], [0, 0], [*range(10**4)], 'f']
+    rule = dict(rule=rng.choice(UnmaskingRule.names))
+    for k in rng.sample(sorted(UnmaskingRule.__dataclass_fields__), rng.choice([1, 1, 2])):
+        rule[k] = any_value(rng) if rng.random()<.2 else rng.choice(absurd)
+    if rng.random()<.2: rule['schedule'] = rng.choice([GEOMETRIC, COSINE | dict(eps=rng.choice(absurd))])
+    packed.header['rule'] = rule
+    return write_compressed(folder, packed)
+
+def compressed_arithmetics(rng, folder, parts):
+    "Compressed files of other machines, with very many threads, or no description of a machine"
+    packed = right_compressed(folder, fast=True)
+    arithmetic = packed.header['arithmetic']
+    if rng.random()<.5: arithmetic['threads'] = rng.choice([0, -1, 2, 64, 256, 257, 2**31, 10**400])
+    else: change_somewhere(rng, arithmetic)
+    names = ['portable 0', 'portable 1', 'a'*10**5, nested(9)]
+    if rng.random()<.2: packed.header['arithmetic'] = rng.choice(names)
+    return write_compressed(folder, packed)
+
+def compressed_headers(rng, folder, parts):
+    "Compressed files with very long headers, or with a length that is not theirs"
+    packed = right_compressed(folder)
+    n = rng.choice([10**3, 10**5, 2**17])
+    head = as_json(packed.header)
+    keys = as_json({f'{i:x}':0 for i in range(n//2)})
+    changes = [dict(model='a'*n), dict(rule=dict(rule=[*range(n)])), {'a'*n:1}]
+    texts = [head, head+bytes(3), b' '*2**20, as_json([0]*n), keys]
+    texts += [as_json(packed.header | o) for o in changes]
+    lengths = [None, None, None, 0, 1, len(head)-4, len(head)+4, 2**20, 2**20+1, 2**32-1]
+    return write_compressed(folder, packed, rng.choice(texts), length=rng.choice(lengths))
 
 KINDS = {f.__name__:f for f in (
     huge_sizes, wrong_types, missing_fields, unknown_fields, no_dictionary, wrong_noises, wrong_tokenizers,
     false_byte_pairs, wrong_tensors, many_tensors, counted_tensors, heavy_headers, no_numbers, wrong_headers,
     other_versions, no_model, no_text, wrong_checkpoints, wrong_checkpoint_devices,
-    wrong_compressed)}
+    wrong_compressed, compressed_claims, compressed_words, compressed_rules, compressed_arithmetics,
+    compressed_headers)}
 
 def make_hostile(kind, rng, folder):
     "Write a file of a kind into an empty folder; return its path"
     tokenizer = 'bpe' if kind=='false_byte_pairs' else rng.choice(['char', 'byte', 'bpe'])
-    network = 'plain' if kind=='wrong_compressed' else rng.choice([*NETWORKS])
+    network = 'plain' if 'compressed' in kind else rng.choice([*NETWORKS])
     parts = read_parts(right_model(folder, network, tokenizer))
     made = KINDS[kind](rng, folder, parts)
     if isinstance(made, Path): return made

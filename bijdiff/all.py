@@ -34,6 +34,7 @@ from .model.config import DenoiserConfig
 from .model.denoiser import BijectiveDenoiser, canonical, Denoiser, DenoiserOutput, eval_mode
 from .model.denoiser import inverse_errors
 from .model.predictions import call_denoiser, clean_posterior
+from .model.portable import portable
 from .model.adapters import MDLMAdapter, SEDDAdapter
 from .model.foreign import ForeignDenoiser, load_denoiser
 from .model.published import load_published
@@ -93,7 +94,7 @@ by_task = {
         'latent_nats log_prob order_bound order_estimate order_nats token_nll plot_bits score_table '
         'format_scores SmallLanguage small_scores total_probability'),
     'Compression': ('Files as small as their exact likelihood says',
-        'compress compress_file decompress decompress_file fingerprint'),
+        'compress compress_file decompress decompress_file fingerprint portable'),
     'Invertible layers': ('Bijections with log-determinants, alone or in stacks',
         'as_transform Bijection BijectiveSequential check_bijection dense_logdet LatticeError to_lattice '
         'AdditiveCoupling AffineCoupling CouplingNet split_halves BijectiveLinear ActNorm '

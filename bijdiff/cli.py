@@ -21,7 +21,8 @@ _most = dict(
     epochs=10**6, lr=1e3, T=10**9, steps=10**9, n=10**6, temperature=1e6, lambda_likelihood=1e6,
     lambda_invert=1e6, router_balance=1e6, mask=1e6, substitute=1e6, delete=1e6, vocab_size=2**20,
     valid_docs=10**9, eval_tokens=2**40, num_workers=2**10, eval_every=10**9, warmup=10**9,
-    weight_decay=1e3, grad_clip=1e9, accumulate=2**20, mask_id=2**31, budget=1e6, guidance=1e6)
+    weight_decay=1e3, grad_clip=1e9, accumulate=2**20, mask_id=2**31, budget=1e6, guidance=1e6,
+    context=2**20, most_tokens=2**53)
 
 # %% ../nbs/93_cli.ipynb #3e44cf54
 def _has_documents(options): return options['corpus']!='pydoc'
@@ -210,6 +211,8 @@ def bijdiff_score(
     score_files(name, files, model_options=of_model, **options)
 
 # %% ../nbs/93_cli.ipynb #6f606e86
+def _limit(most_tokens): return {} if most_tokens is None else dict(most_tokens=most_tokens)
+
 @command
 @delegates(size_options)
 def bijdiff_compress(
@@ -217,7 +220,11 @@ def bijdiff_compress(
     file:str, # File to be compressed
     out:str=None, # Compressed file, - for standard output; FILE.bij if not given
     rule:str='spread', # left_to_right, random, spread, block, confidence, margin or entropy
-    steps:int=None, # Function evaluations for a batch: more are slower, often fewer bytes; 16 if not given
+    steps:int=None, # Function evaluations for a block: more are slower, often fewer bytes; 16 if not given
+    context:int=None, # Tokens before a block that it sees; an eighth of the model's length if not given
+    fast:bool=False, # Use the arithmetic of this machine: only one of its kind restores the file
+    no_read_back:bool=False, # Do not restore the file, for comparison, before it is written
+    most_tokens:int=None, # Longest file, in tokens; 16,777,216 if not given
     force:bool=False, # Overwrite an existing file
     **kwargs,
 ):
@@ -228,9 +235,9 @@ def bijdiff_compress(
     from bijdiff.display import terminal_bar    # here, as they import PyTorch and fastai
     from bijdiff.documents import load_model
     from bijdiff.likelihood.codec import compress_file
-    of_rule = {k:given[k] for k in ('rule','steps','threshold','budget')}
+    kept = {k:given[k] for k in ('rule','steps','threshold','budget','context','fast')} | _limit(most_tokens)
     opened = load_model(model, **of_model)
-    before,after = compress_file(opened, file, out, force, progress=terminal_bar, **of_rule)
+    before,after = compress_file(opened, file, out, force, not no_read_back, progress=terminal_bar, **kept)
     ratio = f', {8*after/before:.3f} bits per byte' if before else ''
     print(f'{before:,} bytes -> {after:,} bytes{ratio}', file=stream_beside(out))
 
@@ -240,6 +247,7 @@ def bijdiff_decompress(
     model:str, # Folder of the model it was compressed with, or hf:NAME_OR_FOLDER
     file:str, # Compressed file
     out:str=None, # Its content, - for standard output; FILE without .bij if not given
+    most_tokens:int=None, # Longest content, in tokens; 16,777,216 if not given
     force:bool=False, # Overwrite an existing file
     **kwargs,
 ):
@@ -250,5 +258,6 @@ def bijdiff_decompress(
     from bijdiff.display import terminal_bar    # here, as they import PyTorch and fastai
     from bijdiff.documents import load_model
     from bijdiff.likelihood.codec import decompress_file
-    before,after = decompress_file(load_model(model, **of_model), file, out, force, progress=terminal_bar)
+    opened = load_model(model, **of_model)
+    before,after = decompress_file(opened, file, out, force, progress=terminal_bar, **_limit(most_tokens))
     print(f'{before:,} bytes -> {after:,} bytes', file=stream_beside(out))

@@ -1,4 +1,5 @@
 """Helpers that several test files share. None of them needs fastai."""
+import math
 import time
 from typing import NamedTuple
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from bijdiff.diffusion.corruption import Corruption
+from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
 from bijdiff.testing import chi_square, random_weights
@@ -198,6 +200,20 @@ def record_calls(monkeypatch, model, note=ids_and_time):
     for name in ('forward', 'hidden'):
         monkeypatch.setattr(model, name, spy_on(getattr(model, name)))
     return calls
+
+def code_length(model, ids, rule, context, streams):
+    """Minus the base-2 logarithm of the probability of a document, ids (N,), block by block
+
+    Blocks have seq_len-context tokens, and see so many before them, within equal parts of the document."""
+    block = model.seq_len-context
+    part = block*math.ceil(len(ids)/(block*streams))
+    bits = 0.
+    for i in range(0, len(ids), block):
+        given = min(context, i%part)
+        x = ids[None,i-given:i+block]
+        template = x.masked_fill(torch.arange(x.shape[1])>=given, model.mask_id)
+        bits -= log_prob(model, x, rule, template=template).item()/math.log(2)
+    return bits
 
 def wait_for(path, process):
     "Wait until a file is there or a process has ended"

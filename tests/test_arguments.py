@@ -221,8 +221,12 @@ CALLS = {
     'latent_nats': (latent_nats, trained | x_arg | dict(n=('count2', 3), seed=('seed', 0))),
     'char_bits': (char_bits, dict(
         tokenizer=('tokenizer', model.tokenizer), ids=('row', x0[0]), nats=('values', torch.rand(4)))),
-    'compress': (compress, any_model | by_rule | dict(data=('data', b'abc'), bs=('count', 2))),
-    'decompress': (decompress, any_model | dict(blob=('data', compress(model, b'abc')))),
+    'compress': (compress, any_model | by_rule | dict(
+        data=('data', b'abc'), context=('some0', 2), streams=('count', 2), fast=('flag', False),
+        most_tokens=('count', 9))),
+    'decompress': (decompress, any_model | dict(
+        blob=('data', compress(model, b'abc')), most_tokens=('count', 9))),
+    'portable': (portable, dict(model=('model', model))),
 
     'Corruption': (Corruption, dict(
         vocab_size=('count', 5), mask=('least0', .5), substitute=('least0', .5), delete=('least0', 0.),

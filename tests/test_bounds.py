@@ -24,7 +24,7 @@ CLEAN_LOGITS = bounds, 'clean_logits'
 TIMES,INTEGRAND = (bounds, 'low_discrepancy_times'),(bounds, 'output_integrand')
 CORRUPT,PURE_NOISE = (Corruption, 'corrupt'),(Corruption, 'pure_noise')
 HEADS = 'output_head','gap_output'
-def time_frequencies(m): return m.backbone.time.freqs
+def use_low_frequencies(m): m.backbone.time.exponents = 0.,1.
 
 L = 2
 
@@ -94,7 +94,7 @@ def network(name):
     torch.manual_seed(7)
     m = BijectiveDenoiser(DenoiserConfig(noise.vocab_size, **own)).double()
     for k,p in m.named_parameters(): torch.nn.init.normal_(p, std=.2 if k.startswith(HEADS) else .5)
-    if m.config.time_conditioning: time_frequencies(m).clamp_(max=10)
+    if m.config.time_conditioning: use_low_frequencies(m)
     return m.eval()
 
 def all_texts(name): return list(product(range(NOISES[name].corruption.vocab_size), repeat=L))

@@ -131,9 +131,12 @@ MISTAKES = {
     'bijdiff_compress': [
         ('m README.md --steps 1000000000000', 'steps is'), ('m README.md --out /proc/new', '/proc cannot'),
         ('m /dev/zero', '/dev/zero is'), ('m README.md --budget 3', 'budget is'),
+        ('m README.md --context 10000000', 'context is'), ('m README.md --fast 3', 'unrecognized arguments'),
+        ('m README.md --most_tokens 99999999999999999', 'most_tokens is'),
         ('m README.md --out settings.ini', 'settings.ini exists')],
     'bijdiff_decompress': [
-        ('m README.md', 'README.md does not end in .bij'), ('m README.md --out /dev/full', '/dev/full is')],
+        ('m README.md', 'README.md does not end in .bij'), ('m README.md --out /dev/full', '/dev/full is'),
+        ('m README.md --out x --most_tokens 99999999999999999', 'most_tokens is')],
 }
 
 @pytest.mark.parametrize('name, args, message', [(k, *row) for k,rows in MISTAKES.items() for row in rows])
@@ -296,18 +299,45 @@ def test_exact_scores(trained, part, tmp_path):
 def test_files_that_come_back(trained, part, tmp_path):
     "A file is compressed to as many bits as its exact likelihood says, and restored"
     out,_ = trained
-    compress = partial(succeed, 'bijdiff_compress', out, part, '--steps', 4)
+    compress = partial(succeed, 'bijdiff_compress', out, part, '--steps', 4, '--context', 0)
     assert 'bits per byte' in compress()
     compressed = (tmp_path/'part.txt.bij').read_bytes()
     succeed('bijdiff_score', out, part, '--rule', 'spread', '--steps', 4, '--json-file', tmp_path/'bits.json')
     bits = json.loads((tmp_path/'bits.json').read_text())['rows'][0]['bits']
-    assert abs(8*len(compressed)-bits)<.01*bits + 16*64 + 8*300          # blocks of 64, and the header
+    assert abs(8*len(compressed)-bits)<.01*bits + 64 + 8*300             # the last words, and the header
     assert 'exists; choose another name' in fail('bijdiff_compress', out, part, '--steps', 4)
     compress('--force')
     assert (tmp_path/'part.txt.bij').read_bytes()==compressed
     succeed('bijdiff_decompress', out, f'{part}.bij', '--out', tmp_path/'back.txt')
     assert (tmp_path/'back.txt').read_bytes()==part.read_bytes()
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith('.')]
+
+def test_options_of_compression_are_in_the_file(trained, part, tmp_path):
+    "Context and arithmetic; a file that is not restored for comparison is the same"
+    from bijdiff.likelihood.codec import _unpack
+    packed = tmp_path/'part.txt.bij'
+    def header(*options):
+        succeed('bijdiff_compress', trained[0], part, '--steps', 1, '--force', *options)
+        succeed('bijdiff_decompress', trained[0], packed, '--out', tmp_path/'back.txt', '--force')
+        assert (tmp_path/'back.txt').read_bytes()==part.read_bytes()
+        return _unpack(packed.read_bytes())[1]
+    plain = header()
+    assert (plain['context'], plain['arithmetic'])==(8, 'portable 1') # an eighth of 64
+    compressed = packed.read_bytes()
+    assert header('--no_read_back')==plain and packed.read_bytes()==compressed
+    assert header('--context', 3)['context']==3
+    assert header('--fast')['arithmetic']['device']=='cpu'
+
+def test_longer_files_than_allowed_are_neither_written_nor_restored(trained, part, tmp_path):
+    packed,limit = tmp_path/'part.txt.bij',['--most_tokens', 999]
+    compress = 'bijdiff_compress', trained[0], part, '--steps', 1
+    assert 'most_tokens=999' in fail(*compress, *limit)
+    assert not packed.exists()
+    succeed(*compress, '--most_tokens', 1000)
+    decompress = 'bijdiff_decompress', trained[0], packed, '--out', tmp_path/'back.txt'
+    assert 'most_tokens=999' in fail(*decompress, *limit)
+    assert not (tmp_path/'back.txt').exists()
+    succeed(*decompress, '--most_tokens', 1000)
 
 def test_damaged_files_are_rejected(trained, part, tmp_path):
     succeed('bijdiff_compress', trained[0], part, '--steps', 4)

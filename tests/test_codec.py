@@ -1,48 +1,34 @@
 """Files come back byte for byte, have as many bits as their likelihood says; damaged ones are rejected."""
-import json, math, random, struct
+import math, random
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from helpers import plant_fault, record_calls
+from codec_helpers import CHECKSUM_BYTES, LENGTH_AT, magic, random_bytes, read_header, seal, small_denoiser
+from codec_helpers import version
+from helpers import code_length, HandmadeDenoiser, plant_fault, record_calls
 from bijdiff import files
 from bijdiff.data.tokens import ByteTokenizer, CharTokenizer
 from bijdiff.data.subwords import BPETokenizer
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import Cosine
-from bijdiff.likelihood import codec
-from bijdiff.likelihood.bounds import chunk_batches
+from bijdiff.likelihood import codec, coding
 from bijdiff.likelihood.codec import compress, compress_file, decompress, decompress_file, fingerprint
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.model.portable import portable
 from bijdiff.sampling import conditionals
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.rules import UnmaskingRule
-from bijdiff.testing import random_weights
 
-# What only the package knows: names of functions that faults replace, and the layout of a file
-ENCODE,DECODE,UNMASK = (codec, '_encode'),(codec, '_decode'),(codec, 'unmask')
+# Functions that faults replace, which only the package knows
+ENCODE,DECODE,UNMASK = (codec, 'encode'),(codec, 'decode'),(coding, 'unmask')
 GET_RULE,TOKEN_PROBS = (codec, 'get_rule'),(conditionals, 'token_probs')
 OPEN,FSYNC,REPLACE,LINK = (files, 'open'),(files.os, 'fsync'),(files.os, 'replace'),(files.os, 'link')
-magic,version,checksum = codec._MAGIC,codec._VERSION,codec._checksum
-CHECKSUM_BYTES = 16
-LENGTH_AT = len(magic)+1 # the version is one byte
-HEADER_AT = LENGTH_AT+4
 
 # Denoisers, rules and data
-
-def small_denoiser(tokenizer=None, seed=0, std=.3, logit_scale=1., **config_kwargs):
-    "A denoiser in float32 with random weights, whose logits are multiplied by a number"
-    torch.manual_seed(seed)
-    tokenizer = tokenizer or ByteTokenizer()
-    config_kwargs = dict(seq_len=16, d_model=8, n_heads=2, n_layers=2) | config_kwargs
-    m = random_weights(BijectiveDenoiser(DenoiserConfig(tokenizer.vocab_size, **config_kwargs)), std)
-    for p in m.output_head.parameters(): p.data *= logit_scale
-    m.tokenizer = tokenizer
-    return m.eval()
-
-def random_bytes(n, seed=0): return random.Random(seed).randbytes(n)
 
 MODEL,CONFIDENT = small_denoiser(),small_denoiser(std=.6, logit_scale=3.)
 ORDER = tuple(torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist())
@@ -75,10 +61,13 @@ def test_round_trips(name):
     for rule in EVERY_RULE:
         orders_full_blocks = isinstance(rule.rule, tuple)
         if orders_full_blocks and len(data)%16: continue
-        assert_returns(MODEL, data, rule, bs=2)
+        assert_returns(MODEL, data, rule, context=0, streams=4)
+        if not orders_full_blocks: assert_returns(MODEL, data, rule, context=7, streams=4)
 
-def test_an_order_of_other_blocks_is_an_error():
-    with pytest.raises(ValueError, match='rule'): compress(MODEL, bytes(17), ORDER, 4)
+@pytest.mark.parametrize('data, context', [(bytes(17), 0), (bytes(16), 4), (bytes(16), None)])
+def test_an_order_of_other_blocks_is_an_error(data, context):
+    "The first block of a stream has no context, so that it is shorter"
+    with pytest.raises(ValueError, match='rule'): compress(MODEL, data, ORDER, 4, context=context)
 
 SETTINGS = {
     'defaults': {},
@@ -89,7 +78,10 @@ SETTINGS = {
     'hot, by entropy': dict(steps=3, temperature=3., rule='entropy'),
     'schedule': dict(steps=5, schedule=Cosine(.1)),
     'blocks': dict(rule='block', block_length=3, steps=6),
-    'one block at a time': dict(bs=1, steps=2),
+    'one block at a time': dict(streams=1, steps=2),
+    'one token at a time': dict(context=15, steps=2),
+    'no context': dict(context=0, steps=2),
+    'the arithmetic of the device': dict(fast=True, steps=2),
     'a threshold': dict(rule='margin', threshold=.01),
     'blocks by a threshold': dict(rule='block', block_length=5, threshold=.02),
     'a budget': dict(rule='entropy', budget=12.),
@@ -104,12 +96,13 @@ def test_likely_text_with_top_p():
     "Samples can be coded by their rule, though top-p leaves only some of the bytes possible"
     for name in UnmaskingRule.names:
         rule = UnmaskingRule(name, 4, top_p=.7, temperature=1.2)
-        data = bytes(sample(CONFIDENT, 3, rule=rule).flatten().tolist())
-        assert_returns(CONFIDENT, data, rule)
+        data = bytes(sample(portable(CONFIDENT), 3, rule=rule).flatten().tolist())
+        assert_returns(CONFIDENT, data, rule, context=0)
 
-def test_a_megabyte():
+@pytest.mark.parametrize('n, fast', [(1_000_000, True), (200_000, False)])
+def test_a_megabyte(n, fast):
     m = small_denoiser(seq_len=64, d_model=4, n_heads=1, n_layers=1)
-    assert_returns(m, bytes(1_000_000), steps=1, bs=64)
+    assert_returns(m, bytes(n), steps=1, context=0, streams=64, fast=fast)
 
 ALPHABET = 'abc äß日\n😀'
 CHAR_MODEL = small_denoiser(CharTokenizer(ALPHABET))
@@ -124,9 +117,10 @@ def test_bpe_tokenizer():
         assert_returns(m, text.encode(), steps=4)
 
 @settings(max_examples=25, deadline=None)
-@given(st.binary(max_size=40), st.sampled_from(UnmaskingRule.names), st.integers(1, 20), st.integers(1, 4))
-def test_any_bytes_come_back(data, rule, steps, bs):
-    assert_returns(MODEL, data, rule, steps, bs=bs)
+@given(st.binary(max_size=40), st.sampled_from(UnmaskingRule.names), st.integers(1, 20),
+       st.integers(1, 4), st.integers(0, 15), st.booleans())
+def test_any_bytes_come_back(data, rule, steps, streams, context, fast):
+    assert_returns(MODEL, data, rule, steps, streams=streams, context=context, fast=fast)
 
 @settings(max_examples=15, deadline=None)
 @given(st.text(ALPHABET, max_size=40), st.sampled_from(UnmaskingRule.names))
@@ -135,21 +129,11 @@ def test_any_text_comes_back(text, rule):
 
 # Size
 
-def read_header(blob):
-    "Header of a compressed file, and the number of its bytes that hold tokens"
-    length, = struct.unpack('<I', blob[LENGTH_AT:HEADER_AT])
-    header = json.loads(blob[HEADER_AT:HEADER_AT+length])
-    return header, len(blob)-HEADER_AT-length-CHECKSUM_BYTES
-
-def code_length(m, data, rule, bs):
-    "Minus the base-2 logarithm of the probability of all blocks of some bytes"
-    blocks = chunk_batches(torch.tensor(list(data)), m.config.seq_len, bs)
-    return -sum(log_prob(m, x, rule).sum().item() for x in blocks)/math.log(2)
-
-def judge_size(m, data, rule, bs=3):
+def judge_size(m, data, rule, context=0, streams=3):
     "Return the bits of a compressed file, which must come back and be as many as its code length, and a few"
-    blob = compress(m, data, rule, bs=bs)
-    bits,expected = 8*read_header(blob)[1],code_length(m, data, rule, bs)
+    blob = compress(m, data, rule, context=context, streams=streams)
+    bits = 8*read_header(blob)[1]
+    expected = code_length(m, torch.tensor(list(data)), rule, context, streams)
     assert abs(bits-expected)<.001*expected+64, f'{bits} bits, not {expected:.0f}'
     assert decompress(m, blob)==data
     return bits
@@ -161,6 +145,36 @@ def test_as_many_bits_as_the_likelihood_says(rule):
     assert judge_size(CONFIDENT, samples, rule)<.6*8*len(samples)
     assert judge_size(CONFIDENT, random_bytes(30*16), rule)>1.3*8*30*16
     if isinstance(rule.rule, str): judge_size(CONFIDENT, samples[:100], rule)
+
+def successor(byte): return (7*byte+1)%256
+
+class SuccessorDenoiser(HandmadeDenoiser):
+    "A denoiser that expects the successor of a byte after it, and any byte after a mask"
+    def __init__(self):
+        super().__init__(256, 16)
+        self.table = torch.zeros(257, 256)
+        for byte in range(256): self.table[byte,successor(byte)] = 8.
+        self.tokenizer = ByteTokenizer()
+
+    def outputs(self, xt, t, mask):
+        before = torch.cat([torch.full_like(xt[:,:1], self.mask_id), xt[:,:-1]], 1)
+        return self.table[before], None
+
+def chain_of_successors(n):
+    "Bytes of which one in ten is not the successor of the byte before it"
+    rng,data = random.Random(0),[0]
+    for _ in range(n-1): data.append(rng.randrange(256) if rng.random()<.1 else successor(data[-1]))
+    return bytes(data)
+
+@pytest.mark.parametrize('rule', UnmaskingRule.names)
+def test_with_context_the_bits_are_those_of_blocks_that_see_it(rule):
+    "The last block is not full; without context, or with less of it, there are more bits"
+    m,rule,data = SuccessorDenoiser(),UnmaskingRule(rule, 4, seed=3, block_length=5),chain_of_successors(401)
+    judge = partial(judge_size, m, data, rule)
+    assert abs(judge(0, 1)-judge(0, 20))<=32
+    assert judge(5, 1)+80<judge(5, 20)
+    assert judge(5, 1)+80<code_length(m, torch.tensor(list(data)), rule, 0, 11)
+    judge(15, 3)
 
 def warmer(get_rule): return lambda rule, *a, **kw: UnmaskingRule(rule.rule, rule.steps, temperature=1.2)
 def in_another_order(get_rule): return lambda *a, **kw: UnmaskingRule(ORDER, 4)
@@ -200,8 +214,6 @@ def flip_bit(blob, i):
     changed = bytearray(blob)
     changed[i//8] ^= 1<<i%8
     return bytes(changed)
-
-def seal(body): return body+checksum(body)
 
 def test_no_bit_can_change_unseen(blob, no_decoding):
     for i in range(8*len(blob)): assert_rejected(flip_bit(blob, i))
@@ -298,16 +310,17 @@ def test_a_model_without_a_tokenizer_is_an_error():
 def in_bfloat16(token_probs): return lambda logits, *a: token_probs(logits.bfloat16(), *a)
 
 LONG = [(20, 'left_to_right'), (20, 'confidence'), (300, 'entropy'), (20_000, 'random')]
+@pytest.mark.parametrize('fast', [False, True], ids=['portable', 'fast'])
 @pytest.mark.parametrize('n, rule', LONG)
-def test_other_arithmetic(n, rule, monkeypatch):
+def test_other_arithmetic(n, rule, fast, monkeypatch):
     """A decoder that rounds differently gets other bytes, and says so
 
-    From a long file it also gets bits that the coder would never write.
+    From a long file it also gets bits that the coder would never write, or too few of them.
     """
-    blob = compress(CONFIDENT, random_bytes(n), rule, 2, bs=512)
+    blob = compress(CONFIDENT, random_bytes(n), rule, 2, streams=512, fast=fast)
     with monkeypatch.context() as patches:
         plant_fault(patches, TOKEN_PROBS, in_bfloat16)
-        assert_rejected(blob, 'torch', CONFIDENT)
+        assert_rejected(blob, 'other last digits|fewer bits', CONFIDENT)
     assert decompress(CONFIDENT, blob)==random_bytes(n)
 
 # Threads and modes
@@ -322,13 +335,15 @@ def restored_threads():
     torch.set_num_threads(before)
 
 def test_threads_of_the_file(monkeypatch, restored_threads):
-    "Those of compression are used for decompression, and afterwards there are as many as before"
+    """Those of a compression that is fast are used for decompression
+
+    Afterwards there are as many as before."""
     m = small_denoiser()
     threads = record_calls(monkeypatch, m, lambda xt, t: torch.get_num_threads())
     torch.set_num_threads(2)
-    blob = compress(m, DATA, steps=2)
+    blob = compress(m, DATA, steps=2, fast=True)
     assert set(threads)=={2}
-    assert read_header(blob)[0]['threads']==2
+    assert read_header(blob)[0]['arithmetic']['threads']==2
     torch.set_num_threads(1)
     threads.clear()
     assert decompress(m, blob)==DATA
@@ -338,21 +353,41 @@ def test_threads_of_the_file(monkeypatch, restored_threads):
     with pytest.raises(KeyboardInterrupt): decompress(m, blob)
     assert torch.get_num_threads()==1
 
-def test_modes(monkeypatch):
+def test_threads_are_left_alone_by_the_portable_arithmetic(monkeypatch, restored_threads):
+    "A file does not say how many there were, and is the same with any number"
+    threads = []
+    def noting(unmask):
+        def noted(*args, **kwargs):
+            threads.append(torch.get_num_threads())
+            return unmask(*args, **kwargs)
+        return noted
+    plant_fault(monkeypatch, UNMASK, noting)
+    blobs = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        blobs.append(compress(MODEL, DATA, steps=2))
+        assert set(threads)=={n} and torch.get_num_threads()==n
+        threads.clear()
+    assert blobs[0]==blobs[1]
+    assert read_header(blobs[0])[0]['arithmetic']=='portable 1'
+
+@pytest.mark.parametrize('fast', [False, True], ids=['portable', 'fast'])
+def test_modes(monkeypatch, fast):
     "Dropout and autocast do nothing, and a model that was in training mode is so again"
     m = small_denoiser(dropout=.5)
-    blob = compress(m, DATA, steps=4)
+    blob = compress(m, DATA, steps=4, fast=fast)
     assert not m.training
     m.train()
     with torch.autocast('cpu', torch.bfloat16):
-        assert compress(m, DATA, steps=4)==blob
+        assert compress(m, DATA, steps=4, fast=fast)==blob
         assert decompress(m, blob)==DATA
+        assert torch.is_autocast_enabled('cpu')
     assert decompress(m, blob)==DATA
     assert m.training
     monkeypatch.setattr(*UNMASK, interrupted)
-    for f,data in ((compress, DATA), (decompress, blob)):
+    for f,data in ((partial(compress, fast=fast), DATA), (decompress, blob)):
         with pytest.raises(KeyboardInterrupt): f(m, data)
-        assert m.training
+        assert all(part.training for part in m.modules())
 
 # Files
 
@@ -412,7 +447,8 @@ def test_files_that_cannot_be_compressed(tmp_path):
     with pytest.raises(FileNotFoundError, match='none'): compress_file(MODEL, tmp_path/'none')
     with pytest.raises(ValueError, match=tmp_path.name): compress_file(MODEL, tmp_path)
     with pytest.raises(ValueError, match='^rule'): compress_file(MODEL, f, tmp_path/'new', rule='best')
-    with pytest.raises(ValueError, match='^bs'): compress_file(MODEL, f, tmp_path/'new', bs=0)
+    with pytest.raises(ValueError, match='^streams'): compress_file(MODEL, f, tmp_path/'new', streams=0)
+    with pytest.raises(ValueError, match='^context'): compress_file(MODEL, f, tmp_path/'new', context=16)
     assert names(tmp_path)==['a']
 
 def disk_full(*args, **kwargs): raise OSError('no space left on device')

@@ -235,6 +235,9 @@ def test_codec(trained):
     data = TEXT[:500].encode()
     blob = compress(trained, data)
     assert decompress(trained, blob)==data and len(blob)<len(data)
+    on_cpu = deepcopy(trained).cpu()
+    assert compress(on_cpu, data)==blob and decompress(on_cpu, blob)==data
+    assert decompress(trained, compress(trained, data, fast=True))==data
 
 def test_saving_and_loading(trained, tmp_path, device):
     trained.save_pretrained(tmp_path/'m')

@@ -18,7 +18,11 @@ def random_states():
     name,keys,*rest = np.random.get_state()
     return random.getstate(), (name, keys.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
 
-def others(): return plt.get_fignums(), torch.get_num_threads(), torch.is_grad_enabled()
+def others():
+    "Figures, threads and PyTorch's switches"
+    switches = torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled, torch.get_default_dtype()
+    modes = torch.is_grad_enabled(), torch.is_autocast_enabled('cpu')
+    return plt.get_fignums(), torch.get_num_threads(), *switches, *modes
 
 def left_behind(f):
     "Call a function; return what it has changed"
@@ -87,6 +91,8 @@ MODEL = {
     'document_nll':   lambda m: document_nll(m, ids(1, 40)[0], UnmaskingRule('random', steps=4)),
     'inverse_errors': lambda m: inverse_errors(m, ids(2, 8)),
     'compress':       lambda m: decompress(m, compress(m, b'the same again', steps=4)),
+    'compress fast':  lambda m: decompress(m, compress(m, b'the same again', steps=4, fast=True)),
+    'portable':       lambda m: sample(portable(m), 2, steps=4, seed=1),
     'film strip':     lambda m: plot_film_strip(frames(m), m.tokenizer),
     'plot_bits':      lambda m: plot_bits([('a', 1.), ('b', 2.)]),
     'clean_posterior':lambda m: clean_posterior(m, ids(2, 8), torch.tensor([.5, .5]), None, Corruption(256)),

@@ -19,7 +19,7 @@ from bijdiff.sampling.rules import UnmaskingRule
 L,V = 4,3
 CLEAN = [1, 4, 5]         # ids of the clean tokens, in order; in canonical order they are 0, 1, 2
 MASK,NEVER = 2,[0, 3]
-OPTIONAL = {'time_conditioning', 'score_head'}
+OPTIONAL = {'time_conditioning', 'score_head', 'arithmetic'}
 
 class LetterTokenizer:
     "Letters for ids, and a dot for the mask"
@@ -146,8 +146,9 @@ def test_corrections_are_those_of_the_twin():
 @pytest.mark.parametrize('data', [b'', b'a', b'abcabcabccba'])
 @pytest.mark.parametrize('rule', ['spread', 'confidence'])
 def test_data_comes_back_through_the_codec(data, rule):
-    blob = compress(Foreign(), data, rule, 2)
-    assert decompress(Foreign(), blob)==data
+    for context in (0, 1, 3):
+        blob = compress(Foreign(), data, rule, 2, context=context, streams=2)
+        assert decompress(Foreign(), blob)==data
 
 def test_the_codec_tells_models_and_ids_apart():
     other = Foreign()

@@ -4,20 +4,29 @@ from itertools import permutations
 from threading import current_thread, Event, Thread
 import pytest, torch
 from torch import nn
+from bijdiff.data.tokens import CharTokenizer
 from bijdiff.layers.lattice import to_lattice, with_lattice
 from bijdiff.layers.reversible import training_flags
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, eval_mode, inverse_errors
+from bijdiff.model.portable import portable
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.repair import self_correct
 from bijdiff.likelihood.bounds import nelbo_draws, score_ids
+from bijdiff.likelihood.codec import compress
 from bijdiff.likelihood.exact import document_nll, log_prob, order_nats
 from helpers import seeded_weights
 
 def network(**kwargs):
     "A small network in training mode, whose dropout is strong enough to change every number"
     config = DenoiserConfig(7, d_model=8, n_heads=2, n_layers=2, seq_len=6, dropout=.5, **kwargs)
-    return seeded_weights(BijectiveDenoiser(config)).train()
+    model = seeded_weights(BijectiveDenoiser(config)).train()
+    model.tokenizer = CharTokenizer('abcdefg')
+    return model
+
+def compressed(model, **kwargs):
+    "Bytes of a compressed text"
+    return torch.tensor(list(compress(model, b'abcdefgfedcb', steps=2, **kwargs)))
 
 ids = torch.tensor([[0, 1, 2, 3, 4, 5], [6, 5, 4, 3, 2, 1]])
 
@@ -31,6 +40,9 @@ CALLS = dict(
     bound=lambda m: nelbo_draws(m, ids, 2),
     score=lambda m: torch.tensor(score_ids(m, ids.flatten(), 2)),
     repair=lambda m: self_correct(m, ids, steps=3),
+    codec=lambda m: compressed(m),
+    fast_codec=lambda m: compressed(m, fast=True),
+    portable=lambda m: sample(portable(m), 3, 4, seed=1),
     errors=lambda m: torch.tensor(list(inverse_errors(m, ids).values())),
 )
 
@@ -60,7 +72,7 @@ class Rendezvous:
         return self.results
 
 @pytest.mark.parametrize('second', CALLS)
-@pytest.mark.parametrize('first', ['sample', 'log_prob', 'bound', 'errors'])
+@pytest.mark.parametrize('first', ['sample', 'log_prob', 'bound', 'codec', 'errors'])
 def test_two_calls_that_overlap_give_what_they_give_alone(first, second):
     model = network()
     want = [CALLS[k](model) for k in (first, second)]

@@ -2,9 +2,10 @@
 
     python tools/make_fixtures.py FOLDER
 
-FOLDER/0.1 has the formats of version 0.1, FOLDER/checkpoint_3 a checkpoint of format 3. The files in
-tests/fixtures are never written again: a test reads them to see that old files are still read. New kinds of
-files go to a new folder beside them."""
+FOLDER/0.1 has the formats of version 0.1, FOLDER/checkpoint_3 a checkpoint of format 3, FOLDER/codec_3 a
+compressed text of format 3, with its model of random weights. The files in tests/fixtures are never written
+again: a test reads them to see that old files are still read. New kinds of files go to a new folder beside
+them."""
 import json
 import sys
 from pathlib import Path
@@ -61,8 +62,16 @@ def write_all(folder):
     held = dict(weights=tensors_hash(model.state_dict()), logits=logits, fingerprint=fingerprint(model))
     (folder/'held.json').write_text(json.dumps(held, indent=1)+'\n')
 
+def write_codec_3(folder):
+    "Write a model of random weights and a compressed text, with context and an adaptive rule"
+    model = random_weights(uniform_model(), .3)
+    model.save_pretrained(folder/'model')
+    text = b'a file that comes back on every machine by the bits of its network'
+    blob = compress(model, text, 'confidence', steps=5, temperature=.8)
+    (folder/'text.bij').write_bytes(blob)
+
 if __name__=='__main__':
-    for name,write in {'0.1':write_all, 'checkpoint_3':write_checkpoint_3}.items():
+    for name,write in {'0.1':write_all, 'checkpoint_3':write_checkpoint_3, 'codec_3':write_codec_3}.items():
         folder = Path(sys.argv[1])/name
         folder.mkdir(parents=True)
         write(folder)

@@ -106,7 +106,8 @@ class Geometric(Schedule):
     def dalpha(self, t:Tensor)->Tensor: return -self.dsigma(t)*self.alpha(t)
     def t(self, alpha:Tensor)->Tensor:
         log_sigma_ratio = (-alpha.log()/self.sigma_min).log()
-        return (log_sigma_ratio/self._log_ratio).clamp(0, 1)
+        log_ratio = alpha.new_full((), self.sigma_max/self.sigma_min).log() # math.log is not portable
+        return (log_sigma_ratio/log_ratio).clamp(0, 1)
 
 # %% ../../nbs/diffusion/20_schedules.ipynb #3ad7d219
 schedules = dict(

@@ -21,7 +21,7 @@ def rotary_angles(
     device=None, # Device of the result
 )->tuple[Tensor,Tensor]: # Cosine and sine, (L, d_head/2) each
     "Return cosine and sine of the rotary angles"
-    theta = 10000. ** (-torch.arange(0, d_head, 2, device=device)/d_head)
+    theta = 10000. ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float32)/d_head)
     angles = torch.arange(L, device=device)[:,None] * theta
     return angles.cos(), angles.sin()
 

@@ -189,14 +189,14 @@ class TimeEmbedding(nn.Module):
         dim:int, # Features of the vector, even
     ):
         super().__init__()
-        self.freqs = torch.logspace(0, 3, dim//2, device='cpu')    # real on the device meta, too; not saved
-        self.net = nn.Sequential(nn.Linear(2*(dim//2), dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.n_freqs,self.exponents = dim//2,(0., 3.) # frequencies from 10^0 to 10^3
+        self.net = nn.Sequential(nn.Linear(2*self.n_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self,
         t:Tensor, # Times in [0, 1], (B,)
     )->Tensor: # (B, dim)
-        self.freqs = self.freqs.to(self.net[0].weight)               # moved the first time alone
-        angles = t[:,None].to(self.freqs)*self.freqs
+        freqs = torch.logspace(*self.exponents, self.n_freqs, device=t.device, dtype=torch.float32)
+        angles = t[:,None].to(self.net[0].weight)*freqs.to(self.net[0].weight)
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))
 
 # %% ../../nbs/layers/10_block.ipynb #73562c4c

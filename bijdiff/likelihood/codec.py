@@ -7,11 +7,9 @@ __all__ = ['fingerprint', 'compress', 'decompress', 'compress_file', 'decompress
 
 # %% ../../nbs/likelihood/62_codec.ipynb #b719b3b6
 import hashlib, json, struct
-from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import torch
-from constriction import stream
 from fastcore.meta import delegates
 from torch import nn
 from ..checks import check, check_ids, check_keys, check_type, check_whole, parse_json
@@ -19,61 +17,17 @@ from ..files import check_source, check_target, content_path, write_target
 from ..layers.lattice import LatticeError
 from ..data.tokens import exact_ids
 from ..model.saving import plain_weights, Pretrained, tensors_hash
-from ..model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
-from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options
-from ..sampling.rules import unmask, UnmaskingRule
-from .bounds import chunk_batches
-
-# %% ../../nbs/likelihood/62_codec.ipynb #2f7a1cbe
-_family = stream.model.Categorical(perfect=False)
-
-def _writer(coder, blocks):
-    "For unmask: tokens of given blocks, which go into a coder"
-    def choose(p, where):
-        ids = blocks[where]
-        if (p.gather(-1, ids[:,None])==0).any():
-            raise ValueError('the data has probability 0 under this rule; raise top_p, or the temperature')
-        if p.shape[-1]>1: coder.encode(ids.numpy().astype(np.int32), _family, p.numpy())
-        return ids
-    return choose
-
-def _reader(coder):
-    "For unmask: tokens that come out of a coder"
-    def choose(p, where):
-        if p.shape[-1]==1: return torch.zeros(len(p), dtype=torch.long) # one token alone takes no bits
-        return torch.from_numpy(coder.decode(_family, p.numpy()).astype(np.int64))
-    return choose
-
-# %% ../../nbs/likelihood/62_codec.ipynb #214150fa
-@contextmanager
-def _same_arithmetic(model, threads):
-    "Evaluation mode, a number of threads, no autocast"
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with eval_mode(model), torch.autocast(model.device.type, enabled=False): yield
-    finally: torch.set_num_threads(before)
-
-def _encode(view, ids, rule, bs, progress):
-    "Bits of a document, uint32"
-    coder = stream.queue.RangeEncoder()
-    for x in chunk_batches(ids, view.seq_len, bs):
-        unmask(view, torch.full_like(x, view.mask_id), rule, _writer(coder, x), progress=progress)
-    return coder.get_compressed()
-
-def _decode(view, words, n, rule, bs, progress):
-    "n tokens from bits; None if these bits cannot have come from these probabilities"
-    coder = stream.queue.RangeDecoder(words)
-    ids = torch.full((n,), view.mask_id)
-    try:
-        for x in chunk_batches(ids, view.seq_len, bs):                       # x is written into ids
-            x.copy_(unmask(view, x, rule, _reader(coder), progress=progress))
-    except AssertionError: return None                                       # raised by the coder
-    return ids
+from ..model.denoiser import canonical, Denoiser, from_canonical, to_canonical
+from ..model.portable import PortableDenoiser
+from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options, UnmaskingRule
+from .coding import decode, decode_format_2, encode
+from .coding_arithmetic import arithmetic_for, arithmetic_of_file
+from .coding_arithmetic import check_arithmetic, check_word, DeviceArithmetic
 
 # %% ../../nbs/likelihood/62_codec.ipynb #1f30923c
-_MAGIC,_VERSION = b'bijdiff\x00',2
+_MAGIC,_VERSION = b'bijdiff\x00',3
 _SUM = 16 # Bytes of the checksum at the end
+_HEADER = 2**20 # Most bytes of a header
 
 def _description(model):
     "What a model is beside its weights, in plain values"
@@ -90,6 +44,7 @@ def fingerprint(
     model:Denoiser, # The denoiser
 )->str: # 32 hexadecimal digits
     "Return a hash of configuration, tokenizer, and weights, if the denoiser is a module"
+    if isinstance(model, PortableDenoiser): model = model.model
     canonical(model)
     described = ''.join(json.dumps(o, sort_keys=True) for o in _description(model))
     weights = plain_weights(model) if isinstance(model, nn.Module) else {}
@@ -105,18 +60,23 @@ def _pack(header, words):
     return body+_checksum(body)
 
 def _unpack(blob):
-    "Header and bits, if the file is whole"
+    "Format version, header and bits, if the file is whole"
     start = len(_MAGIC)+5
     if blob[:len(_MAGIC)]!=_MAGIC[:len(blob)]:
         raise ValueError('this was not written by bijdiff_compress; expected a .bij file')
     if len(blob)<start+_SUM: raise ValueError(f'the file is cut off after {len(blob)} bytes')
     version,n = struct.unpack('<BI', blob[len(_MAGIC):start])
-    if version!=_VERSION:
-        raise ValueError(f'the file has format version {version}; this bijdiff reads version {_VERSION}')
+    if version not in (2, _VERSION):
+        ours = f'this bijdiff reads versions 2 and {_VERSION}'
+        raise ValueError(f'the file has format version {version}; {ours}')
     if _checksum(blob[:-_SUM])!=blob[-_SUM:]:
         raise ValueError('the file is damaged or cut off: its checksum is another one')
+    check(n<=_HEADER, 'the length of the header', n, f'at most {_HEADER:,} bytes')
+    n_bytes = len(blob)-_SUM-start-n
+    whole = n_bytes>=0 and n_bytes%4==0
+    check(whole, 'the number of bytes after the header', n_bytes, 'words of 4 bytes')
     words = np.frombuffer(blob[start+n:-_SUM], '<u4').astype(np.uint32)
-    return parse_json(blob[start:start+n], 'the header'), words
+    return version, parse_json(blob[start:start+n], 'the header'), words
 
 # %% ../../nbs/likelihood/62_codec.ipynb #e98f57eb
 def _is_bytes(tokenizer): return getattr(tokenizer, 'kind', None)=='byte'
@@ -139,13 +99,32 @@ def _to_bytes(tokenizer, ids):
     return tokenizer.decode(ids.tolist()).encode('utf-8')
 
 # %% ../../nbs/likelihood/62_codec.ipynb #3bb83c51
-def _coding_rule(model, rule='spread', steps=None, seed=0, bs=64, **kwargs):
+_most_side_by_side = 2**13 # Tokens of all windows that are coded side by side; 16 windows of any length
+_most_tokens = 2**24 # Of a file, unless the caller allows more
+
+def _coding_rule(model, rule='spread', steps=None, seed=0, **kwargs):
     "The rule for the arguments of compress, which are checked"
     check_unmasking(model)
-    check_whole('bs', bs, most=2**20)
     given = [k for k in ('tokens','threshold','budget') if kwargs.get(k) is not None]
     if steps is None and not given and not isinstance(rule, UnmaskingRule): steps = 16
     return get_rule(rule, steps, seed, **kwargs)
+
+def _check_layout(model, context, streams, where=''):
+    "Check context and streams for a model; they are arguments, or in a header"
+    check_whole(f'context{where}', context, 0, model.seq_len-1)
+    check_whole(f'streams{where}', streams, 1, max(16, _most_side_by_side//model.seq_len))
+
+def _check_tokens(n, most_tokens):
+    check_whole('most_tokens', most_tokens)
+    check(n<=most_tokens, 'the number of tokens', n, f'at most most_tokens={most_tokens}')
+
+def _settings(model, rule='spread', steps=None, seed=0, context=None, streams=16, fast=False, **kwargs):
+    "Arithmetic, rule, context and streams for the arguments of compress, which are checked"
+    arithmetic = arithmetic_for(model, fast)
+    rule = _coding_rule(arithmetic.view, rule, steps, seed, **kwargs)
+    context = model.seq_len//8 if context is None else context
+    _check_layout(model, context, streams)
+    return arithmetic, rule, int(context), int(streams)
 
 def _canonical_ids(view, data):
     "Canonical ids of a file"
@@ -158,36 +137,64 @@ def compress(
     model:Denoiser, # The denoiser, of masking noise, with its tokenizer
     data:bytes, # Anything for the byte tokenizer; UTF-8 for others
     rule:str|UnmaskingRule='spread', # Unmasking rule, or its name
-    steps:int|None=None, # Function evaluations for each batch of blocks, at most; 16 if nothing is given
+    steps:int|None=None, # Function evaluations for each set of blocks, at most; 16 if nothing is given
     seed:int=0, # Seed of the random order
-    bs:int=64, # Blocks coded side by side
-    progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
+    context:int|None=None, # Tokens before a block that it sees; an eighth of the model's length if None
+    streams:int=16, # Blocks coded side by side; fewer are slower, and make small files a little smaller
+    fast:bool=False, # Use the arithmetic of the device: faster, but only its kind of machine decompresses
+    most_tokens:int=_most_tokens, # Longest document, in tokens; a longer one is an error
+    progress=lambda o: o, # Wraps the function evaluations for each set of blocks, for progress bars
     **kwargs
 )->bytes: # Input of decompress with the same model
     "Code data in as many bits as its exact negative log-likelihood"
     check_type('data', data, bytes|bytearray)
-    view = canonical(model)
-    rule = _coding_rule(view, rule, steps, seed, bs, **kwargs)
-    ids,threads = _canonical_ids(view, data),torch.get_num_threads()
-    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), bs=int(bs),
-                  sum=_checksum(data).hex(), threads=threads, torch=torch.__version__,
-                  device=model.device.type)
-    with _same_arithmetic(model, threads): return _pack(header, _encode(view, ids, rule, bs, progress))
+    arithmetic,rule,context,streams = _settings(model, rule, steps, seed, context, streams, fast, **kwargs)
+    view = arithmetic.view
+    ids = _canonical_ids(view, data)
+    _check_tokens(len(ids), most_tokens)
+    header = dict(model=fingerprint(model), rule=rule.to_dict(), tokens=len(ids), context=context,
+                  streams=streams, sum=_checksum(data).hex())
+    with arithmetic():
+        header['arithmetic'] = arithmetic.to_dict()
+        return _pack(header, encode(view, ids, rule, context, streams, progress))
 
 # %% ../../nbs/likelihood/62_codec.ipynb #7ef7440c
-def _check_word(name, value):
-    ok = isinstance(value, str) and len(value)<=100 and value.isprintable()
-    check(ok, name, value, 'at most 100 printable characters')
+_whole = partial(check_whole, least=0, most=2**53)
+_shared_checks = dict(rule=partial(check_type, kind=dict), model=check_word, sum=check_word, tokens=_whole)
 
-_checks = dict(rule=partial(check_type, kind=dict),
-               **dict.fromkeys(('model','sum','torch','device'), _check_word),
-               tokens=partial(check_whole, least=0, most=2**53), bs=partial(check_whole, most=2**20),
-               threads=partial(check_whole, most=1024))
+class _Format3:
+    "Files that this version writes"
+    checks = _shared_checks | dict(context=_whole, streams=_whole, arithmetic=check_arithmetic)
+    def __init__(self, model, header):
+        self.header = header
+        _check_layout(model, header['context'], header['streams'], ' in the header')
+        self.arithmetic = arithmetic_of_file(model, header['arithmetic'])
+    def ids(self, words, rule, progress):
+        "Ids of the content; None if they do not come back"
+        self.arithmetic.check(self.header['arithmetic'])
+        layout = self.header['context'],self.header['streams']
+        return decode(self.arithmetic.view, words, self.header['tokens'], rule, *layout, progress)
 
-def _check_header(header):
+class _Format2:
+    "Files of the version before: in the arithmetic of a machine, without context"
+    checks = _shared_checks | dict(bs=_whole, threads=partial(check_whole, most=256), torch=check_word,
+                                   device=check_word)
+    def __init__(self, model, header):
+        self.header = header
+        check_whole('bs in the header', header['bs'], most=max(64, _most_side_by_side//model.seq_len))
+        self.arithmetic = DeviceArithmetic(model, header['threads'])
+    def ids(self, words, rule, progress):
+        "Ids of the content; None if they do not come back"
+        size = self.header['tokens'],rule,self.header['bs']
+        return decode_format_2(self.arithmetic.view, words, *size, progress)
+
+_formats = {2:_Format2, 3:_Format3}
+
+# %% ../../nbs/likelihood/62_codec.ipynb #30514f4d
+def _check_header(header, checks):
     "Check names and types in the header of a file"
-    check_keys('the header', header, _checks)
-    for name,check_value in _checks.items():
+    check_keys('the header', header, checks)
+    for name,check_value in checks.items():
         check_value(f'{name} in the header', header[name])
 
 def _check_model(header, model):
@@ -196,30 +203,30 @@ def _check_model(header, model):
         other = f"the file was compressed with the model {header['model']}, and this is {mine}"
         raise ValueError(f'{other}; expected the same weights, configuration and tokenizer')
 
-def _check_content(header, data, device):
+def _check_content(header, data):
     if data is not None and _checksum(data).hex()==header['sum']: return
-    before = f"torch {header['torch']} on {header['device']}"
-    raise ValueError(
-        'the file is whole, but its content does not come back: the probabilities of the network have '
-        f'other last digits here. It was compressed with {before}, this is {torch.__version__} on {device}; '
-        'expected the same software and kind of machine')
+    raise ValueError('the file is whole, but its content does not come back: the network has other last '
+                     'digits than when it was compressed. Expected a file written by bijdiff_compress; '
+                     'one with --fast, or of format 2, needs the same software and kind of machine')
 
 def decompress(
     model:Denoiser, # Denoiser that the data was compressed with
     blob:bytes, # Compressed data, from compress
-    progress=lambda o: o, # Wraps the function evaluations for each batch of blocks, for progress bars
+    progress=lambda o: o, # Wraps the function evaluations for each set of blocks, for progress bars
     adjust=None, # The function of the logits that was part of the rule
+    most_tokens:int=_most_tokens, # Longest document, in tokens; a file that claims more is an error
 )->bytes:
     "Bring compressed data back"
     check_type('blob', blob, bytes|bytearray)
-    header,words = _unpack(blob)
-    _check_header(header)
+    version,header,words = _unpack(blob)
+    _check_header(header, _formats[version].checks)
     _check_model(header, model)
-    view,rule = canonical(model),rule_from_dict(header['rule'], adjust)
-    with _same_arithmetic(model, header['threads']):
-        ids = _decode(view, words, header['tokens'], rule, header['bs'], progress)
+    _check_tokens(header['tokens'], most_tokens)
+    file,rule = _formats[version](model, header),rule_from_dict(header['rule'], adjust)
+    view = file.arithmetic.view
+    with file.arithmetic(): ids = file.ids(words, rule, progress)
     data = None if ids is None else _to_bytes(view.tokenizer, from_canonical(view, ids))
-    _check_content(header, data, model.device.type)
+    _check_content(header, data)
     return data
 
 # %% ../../nbs/likelihood/62_codec.ipynb #da9ab40b
@@ -235,17 +242,32 @@ def _convert(f, source, out, force):
     return len(before), len(content)
 
 # %% ../../nbs/likelihood/62_codec.ipynb #ab03bf36
+_of_work = 'progress','most_tokens'
+
+def _compressed(model, data, read_back, kwargs):
+    "Compressed data, which comes back"
+    blob = compress(model, data, **kwargs)
+    if not read_back: return blob
+    adjust = kwargs.get('adjust') or getattr(kwargs.get('rule'), 'adjust', None)
+    shared = {k:v for k,v in kwargs.items() if k in _of_work}
+    try: decompress(model, blob, adjust=adjust, **shared) # which compares the content
+    except ValueError as e:
+        what = 'the compressed data does not come back; nothing was written. Please report this'
+        raise RuntimeError(f'{what}: {e}') from None
+    return blob
+
 def compress_file(
     model:Denoiser, # The denoiser, of masking noise, with its tokenizer
     source, # File to be compressed
     out=None, # Compressed file, - for standard output; the name of the file with .bij if None
     force:bool=False, # True to replace an existing file
+    read_back:bool=True, # Decompress before anything is written, and compare
     **kwargs # Keywords of compress
 )->tuple[int,int]: # Bytes before and after
     "Compress a file"
-    _coding_rule(model, **{k:v for k,v in kwargs.items() if k!='progress'}) # errors without the file's name
+    _settings(model, **{k:v for k,v in kwargs.items() if k not in _of_work}) # errors without the file's name
     out = f'{source}.bij' if out is None else out
-    return _convert(lambda b: compress(model, b, **kwargs), source, out, force)
+    return _convert(lambda b: _compressed(model, b, read_back, kwargs), source, out, force)
 
 def decompress_file(
     model:Denoiser, # Denoiser that the file was compressed with

@@ -16,6 +16,7 @@ from ..checks import as_tensor, check, check_bools, check_floats, check_ids, che
 from ..checks import check_seed, check_type, check_whole, is_whole
 from ..data.tokens import Tokenizer, whole_characters
 from ..model.denoiser import BijectiveDenoiser, canonical, Denoiser, eval_mode, to_canonical
+from ..model.predictions import arithmetic_of
 from ..sampling.conditionals import known_probs
 from ..sampling.rules import check_unmasking, get_rule, reveal_counts
 from ..sampling.rules import reveal_ranks, rule_options, unmask, UnmaskingRule
@@ -55,7 +56,8 @@ def _follow(model, x, free, lengths, rule, bs, progress):
     nats = torch.zeros(x.shape, dtype=torch.float64)
     for i in range(0, len(x), bs):
         batch,rows = x[i:i+bs],nats[i:i+bs]
-        def note(p, where): rows[where] = -p.log()    # infinite where a probability is 0
+        def note(p, where):
+            with arithmetic_of(model): rows[where] = -p.log()    # infinite where a probability is 0
         masked = batch.masked_fill(free[i:i+bs], model.mask_id)
         unmask(model, masked, rule, note, lengths[i:i+bs], progress, batch)
     return nats
@@ -82,7 +84,7 @@ def _all_steps(model, x, free, lengths, rule, bs, progress, order_keys=None, mos
         noisy = x[b].masked_fill(hidden, model.mask_id)
         p = known_probs(model, noisy, now, x[b], rule, lengths[b], ~free[b])
         rows,columns = now.nonzero().T
-        nats[b[rows],columns] = -p.log()
+        with arithmetic_of(model): nats[b[rows],columns] = -p.log()
     return nats
 
 # %% ../../nbs/likelihood/61_exact.ipynb #8954fd1c
@@ -120,7 +122,8 @@ def log_prob(
     **kwargs
 )->Tensor: # (B,), nats, float64
     "Return the exact log-probability with which `sample` writes each sequence by the same rule"
-    return 0.-token_nll(model, x, rule, steps, seed, **kwargs).sum(1)
+    nats = token_nll(model, x, rule, steps, seed, **kwargs)
+    with arithmetic_of(model): return 0.-nats.sum(1)
 
 # %% ../../nbs/likelihood/61_exact.ipynb #3b04084c
 @torch.no_grad()

@@ -41,7 +41,8 @@ class Denoiser(Protocol):
 
     A network that is called with times also has `time_conditioning`, True, and one that gives log-scores has
     `score_head`, True; without these attributes they count as False. For noise that deletes tokens a call
-    also takes `features`: if True, it returns `Features`."""
+    also takes `features`: if True, it returns `Features`. A network may have a method `arithmetic`: numbers
+    are computed from its outputs within the context that it returns, as for those of `portable`."""
     n_ids:int # Number of ids, the mask included
     mask_id:int # Id of the mask
     clean_ids:Tensor # True for ids that may be written, (n_ids,), bool; as many as noise.vocab_size

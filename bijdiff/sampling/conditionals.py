@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ..checks import check, check_floats, check_number, check_one_of
 from ..model.denoiser import Denoiser
-from ..model.predictions import call_features, logits_of
+from ..model.predictions import arithmetic_of, call_features, logits_of
 from ..model.scoring import chunk_rows
 
 # %% ../../nbs/sampling/49_conditionals.ipynb #c00749ab
@@ -35,7 +35,8 @@ def token_probs(
     check(bool(p.isfinite().all()), 'temperature', temperature, finite)
     if top_p==1: return p
     sorted_p,order = p.sort(dim=-1, descending=True, stable=True)
-    dropped = sorted_p.cumsum(-1)-sorted_p >= top_p    # more probable tokens reach top_p already
+    before = torch.nn.functional.pad(sorted_p.cumsum(-1)[...,:-1], (1, 0))
+    dropped = before >= top_p    # more probable tokens reach top_p already
     p = p.scatter(-1, order, sorted_p.masked_fill(dropped, 0.))
     return p/p.sum(-1, keepdim=True)
 
@@ -63,7 +64,7 @@ def _features(model, x, lengths):
     "Features of a network at all positions, (n, L, D)"
     mask = torch.arange(x.shape[1]) < lengths[:,None]
     hidden = ((x==model.mask_id)&mask).sum(1).double()/lengths.clamp(min=1)
-    t = model.noise.schedule.t(1-hidden)
+    with arithmetic_of(model): t = model.noise.schedule.t(1-hidden)
     return call_features(model, x.to(model.device), t, None if mask.all() else mask.to(model.device)).hidden
 
 class Conditionals:
@@ -97,6 +98,12 @@ class Conditionals:
         changed = self.rule.adjust(logits, self.x, self.positions(rows))
         return check_floats('what adjust returns', changed, *logits.shape)
 
+    def _probs(self, logits):
+        with arithmetic_of(self.model): return token_probs(logits, self.rule.temperature, self.rule.top_p)
+
+    def _confidence(self, p):
+        with arithmetic_of(self.model): return confidence(p, self.rule.rule)
+
     def parts(self,
         chosen:Tensor|None=None, # True at the positions that are wanted, (number of positions,); all if None
     ):
@@ -106,7 +113,7 @@ class Conditionals:
             if chosen is not None and not len(taken): continue
             logits = self._logits(rows)    # of the whole chunk, whatever is chosen
             for j in taken.split(self.part_rows):
-                yield j, token_probs(logits[j-rows[0]], self.rule.temperature, self.rule.top_p)
+                yield j, self._probs(logits[j-rows[0]])
             del logits    # before the next chunk is there
 
     def positions(self,
@@ -124,7 +131,7 @@ class Conditionals:
         found = []
         for j,p in self.parts():
             of_ids = None if ids is None else p.gather(-1, ids[j,None])[:,0]
-            found.append((confidence(p, self.rule.rule) if self.rule.adaptive else None, of_ids))
+            found.append((self._confidence(p) if self.rule.adaptive else None, of_ids))
         return [None if o[0] is None else torch.cat(o) for o in zip(*found)]
 
 # %% ../../nbs/sampling/49_conditionals.ipynb #c01549ab

@@ -17,6 +17,7 @@ from ..checks import check, check_ids, check_keys, check_lengths, check_number, 
 from ..checks import check_seed, check_type, check_whole, is_whole
 from ..diffusion.schedules import get_schedule, Schedule, schedule_from_dict, schedule_to_dict
 from ..model.denoiser import canonical, Denoiser
+from ..model.predictions import arithmetic_of
 from .conditionals import check_tempered, confidence_functions, Conditionals
 
 # %% ../../nbs/sampling/50_rules.ipynb #a5c3dfbb
@@ -64,6 +65,7 @@ class UnmaskingRule:
             v = getattr(self, k)
             if k=='steps' and v is None: continue
             check_whole(k, v)
+            check(v<=2**53, k, v, 'at most 2**53, as positions are counted in int64')
             self._set(**{k:int(v)})    # of Python's own type, for files
         alone = self.steps is None or self.tokens==1
         check(alone, 'tokens', self.tokens, f'1, as steps is {self.steps}, or no steps')
@@ -209,7 +211,9 @@ def reveal_ranks(
     "Return the order in which the masks are revealed"
     L = masked.shape[1]
     if confidences is None: first = torch.arange(L).expand(masked.shape)
-    else: first = (confidences-_tilt*torch.arange(L)).argsort(dim=1, descending=True, stable=True)
+    else:
+        tilt = _tilt*torch.arange(L, dtype=confidences.dtype)
+        first = (confidences-tilt).argsort(dim=1, descending=True, stable=True)
     keys = order_keys.masked_fill(~masked, L).gather(1, first)
     return first.gather(1, keys.argsort(dim=1, stable=True)).argsort(dim=1)
 
@@ -276,7 +280,8 @@ def _step(evaluate, x, masked, rule, choose, keys, count, known):
         found,p = d.summarise(None if known is None else known[now])
     if rule.adaptive:
         certain = torch.full(x.shape, -math.inf, dtype=found.dtype).masked_scatter(masked, found)
-        if rule.chooses_count: count = torch.maximum(count, _at_once(certain, masked, rule, keys))
+        if rule.chooses_count:
+            with arithmetic_of(d.model): count = torch.maximum(count, _at_once(certain, masked, rule, keys))
         now = masked & (reveal_ranks(masked, keys, certain)<count)
         chosen = now[masked]
     if known is None:

@@ -1,0 +1,149 @@
+"""Fingerprints of what networks of every kind compute, with and without portable arithmetic, as JSON.
+
+Used by test_portable.py in its own process, and in one whose libraries know few instructions:
+
+    ATEN_CPU_CAPABILITY=default python tests/portable_job.py
+
+With the argument `flushed` it counts logits that became 0 because they are subnormal.
+
+Weights and inputs are whole numbers, divided: generators of normal numbers differ between processors."""
+import hashlib, json, sys
+import torch
+from bijdiff.diffusion.corruption import Corruption
+from bijdiff.diffusion.schedules import schedules
+from bijdiff.layers import elementary, exact_sums
+from bijdiff.likelihood.exact import log_prob, token_nll
+from bijdiff.model.config import DenoiserConfig
+from bijdiff.model.denoiser import BijectiveDenoiser
+from bijdiff.model.portable import portable
+
+V,L = 50,37
+
+def timed(*weights):
+    "Fields of a time-conditioned network for noise with these weights"
+    return dict(time_conditioning=True, noise=Corruption(V, *weights).to_dict())
+
+KINDS = dict(
+    stack={},
+    hybrid=dict(n_bijective_layers=2),
+    standard=dict(n_bijective_layers=0),
+    no_lattice=dict(lattice_bits=None),
+    multiscale=dict(enable_multiscale=True),
+    dense=dict(n_experts=2),
+    coupled=dict(n_experts=3, couple='every'),
+    sparse=dict(n_experts=4, k_active=2, couple='every'),
+    sparse_multiscale=dict(n_experts=2, k_active=1, enable_multiscale=True),
+    substituting=timed(1, 1),
+    scores=dict(score_head=True, **timed(0, 1)),
+    gaps=dict(gap_head=True, **timed(1, 0, 1)),
+    deep_mlp=dict(coupling_depth=3),
+    no_local=dict(local_window=0),
+    latent=dict(latent_density=True),
+)
+
+def integer_tensor(seed, lowest, highest, *shape):
+    "Random whole numbers from lowest to highest, the same on every machine"
+    return torch.randint(lowest, highest+1, shape, generator=torch.Generator().manual_seed(seed))
+
+def set_weights(model, scale=1.):
+    "Set all weights to random multiples of 1/2000, of size up to 0.35, times a scale"
+    for i,p in enumerate(model.parameters()):
+        p.data = (integer_tensor(i, -700, 700, *p.shape).double()/2000*scale).to(p.dtype)
+    return model
+
+def network(kind, **config_kwargs):
+    "Network of a kind, in evaluation mode"
+    config = dict(seq_len=48, d_model=24, n_heads=2, n_layers=3) | KINDS[kind] | config_kwargs
+    return set_weights(BijectiveDenoiser(DenoiserConfig(V, **config))).eval()
+
+def inputs(n=5):
+    "Ids with masks, times and padding; sequence 3 has no tokens"
+    lengths = torch.tensor([L, 30, 5, 0]+[L-1-i for i in range(n)])[:n]
+    t = integer_tensor(1, 0, 1024, n).double()/1024
+    return integer_tensor(2, 0, V, n, L), t, torch.arange(L)<lengths[:,None]
+
+def outputs(model, batch):
+    "All outputs of a network, a list"
+    with torch.no_grad(): out = model(*batch)
+    return [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+
+def fingerprint(tensors):
+    "Hash of the bits of tensors"
+    return hashlib.sha256(b''.join(o.cpu().numpy().tobytes() for o in tensors)).hexdigest()[:16]
+
+RULES = dict(
+    left_to_right={}, random={}, spread={}, block=dict(block_length=5), confidence={}, margin={}, entropy={},
+    nucleus=dict(rule='random', top_p=.9), cold=dict(rule='confidence', temperature=.7),
+    threshold=dict(rule='confidence', threshold=.05), budget=dict(rule='entropy', budget=8.),
+    guided=dict(rule='entropy', guidance=.5), cosine=dict(rule='spread', schedule='cosine'),
+)
+
+def clean_ids(n=2, length=12): return integer_tensor(3, 0, V-1, n, length)
+
+def likelihoods(model, name, x=None, **options):
+    "Nats of each token, and log-probabilities, by a rule in 3 steps; the guided rule has a template"
+    if x is None: x = clean_ids()
+    options = dict(rule=name) | RULES[name] | options
+    if not {'threshold', 'budget'} & options.keys(): options['steps'] = 3
+    if 'guidance' in options: options['template'] = torch.where(torch.arange(x.shape[1])<4, x, V)
+    return [f(model, x, **options) for f in (token_nll, log_prob)]
+
+def points(largest, n=2000, smallest=-1):
+    "Evenly spaced numbers from smallest*largest to largest, float64"
+    return torch.arange(smallest*n, n+1).double()/n*largest
+
+FUNCTIONS = dict(
+    exp=points(30), log=points(1, smallest=0), sqrt=points(100, smallest=0), cos=points(200), sin=points(200),
+    acos=points(1), sigmoid=points(20), tanh=points(10), gelu=points(9).float(),
+)
+
+def get_function(name): return exact_sums.sqrt if name=='sqrt' else getattr(elementary, name)
+
+def query_key_value(d, L=9):
+    "Three tensors for attention of one head, (1, 1, L, d) each"
+    return [integer_tensor(i, -700, 700, 1, 1, L, d)/500. for i in range(3)]
+
+def function_values():
+    "Values of the functions, and of attention with heads of 62 features, by name"
+    found = {name:get_function(name)(x) for name,x in FUNCTIONS.items()}
+    return found | dict(attention=elementary.attention(*query_key_value(62)))
+
+def timed_likelihoods(schedule):
+    "Likelihoods by a network for masking noise that is called with times"
+    noise = Corruption(V, schedule=schedule).to_dict()
+    return likelihoods(portable(network('stack', time_conditioning=True, noise=noise)), 'random')
+
+def measure():
+    "Fingerprints of networks, likelihoods and functions, by name, and the instructions in use"
+    models = {kind:network(kind) for kind in KINDS} | dict(float64=network('stack').double())
+    p = portable(models['stack'])
+    return dict(
+        capability=torch.backends.cpu.get_cpu_capability(),
+        plain={kind:fingerprint(outputs(m, inputs())) for kind,m in models.items()},
+        networks={kind:fingerprint(outputs(portable(m), inputs())) for kind,m in models.items()},
+        rules={name:fingerprint(likelihoods(p, name)) for name in RULES},
+        schedules={name:fingerprint(timed_likelihoods(name)) for name in schedules},
+        functions={name:fingerprint([y]) for name,y in function_values().items()},
+    )
+
+def subnormal_network():
+    "A network whose logits are 1e-40"
+    model = network('stack')
+    model.output_head.weight.data.zero_()
+    model.output_head.bias.data.fill_(1e-40)
+    return model
+
+def count_zeros(model, n):
+    "Number of logits of n sequences whose bits are those of 0"
+    return (outputs(model, inputs(n))[0].view(torch.int32)==0).sum().item()
+
+def flushed():
+    "Zeros of a portable and a plain network where the second of two threads was started without subnormals"
+    torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
+    torch.ones(2**20).mul(2)
+    torch.set_flush_denormal(False)
+    model = subnormal_network()
+    return [count_zeros(m, 40) for m in (portable(model), model)]
+
+if __name__=='__main__': print(json.dumps(flushed() if sys.argv[1:]==['flushed'] else measure()))
