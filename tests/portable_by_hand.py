@@ -98,10 +98,10 @@ def acos(x):
     return np.where(x<0, 2*HALF_PI-2*y, 2*y)
 
 def softmax(x):
-    "Exponentials divided by their sum, for which they are on a grid on which all of a row can be added"
-    bits = min(51, 53-(x.shape[-1]-1).bit_length())
+    "Exponentials, 0 below -700, over the sum of their multiples of 2^(1-b), as many bits as can be added"
     z = x-x.max(-1, keepdims=True)
     e = np.where(z<-700, 0., exp(z))
+    bits = min(51, 53-(x.shape[-1]-1).bit_length())
     return e/round_to(e, 2.**(1-bits)).sum(-1, keepdims=True)
 
 # GELU and attention

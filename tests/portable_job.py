@@ -9,9 +9,11 @@ With the argument `flushed` it counts logits that became 0 because they are subn
 Weights and inputs are whole numbers, divided: generators of normal numbers differ between processors."""
 import hashlib, json, sys
 import torch
+import torch.nn.functional as F
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.schedules import schedules
 from bijdiff.layers import elementary, exact_sums
+from bijdiff.layers.portable_arithmetic import portable_arithmetic
 from bijdiff.likelihood.exact import log_prob, token_nll
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
@@ -104,9 +106,24 @@ def query_key_value(d, L=9):
     return [integer_tensor(i, -700, 700, 1, 1, L, d)/500. for i in range(3)]
 
 def function_values():
-    "Values of the functions, and of attention with heads of 62 features, by name"
+    "Values of the functions, and of attention with heads of 66 features, by name"
     found = {name:get_function(name)(x) for name,x in FUNCTIONS.items()}
-    return found | dict(attention=elementary.attention(*query_key_value(62)))
+    return found | dict(attention=elementary.attention(*query_key_value(66)))
+
+ROWS = points(9, 300)[1:].view(-1, 10) # Float64, (60, 10)
+
+CONTEXT = dict(
+    sum=lambda x: x.sum(-1), sum32=lambda x: x.float().abs().sum(0), mean=lambda x: x.mean((0, 1)),
+    cumsum=lambda x: x.cumsum(-1), softmax=lambda x: x.softmax(0), log_softmax=lambda x: x.log_softmax(-1),
+    log_softmax32=lambda x: x.float().log_softmax(-1), xlogy=lambda x: torch.xlogy(x.abs(), x.abs()+.01),
+    pow=lambda x: x.abs()**.3, rpow=lambda x: 10.**x, sqrt=lambda x: x.abs().sqrt(), silu=F.silu,
+    div=lambda x: x/3, rdiv=lambda x: 1/(x.abs()+1), matmul=lambda x: x.T@x, exp=lambda x: x.float().exp(),
+    logspace=lambda x: torch.logspace(0, 3, 7), acos=lambda x: (x/10).acos(), tanh=lambda x: x.tanh(),
+)
+
+def context_value(name):
+    "Result of a function in portable arithmetic"
+    with portable_arithmetic(): return CONTEXT[name](ROWS)
 
 def timed_likelihoods(schedule):
     "Likelihoods by a network for masking noise that is called with times"
@@ -123,6 +140,7 @@ def measure():
         networks={kind:fingerprint(outputs(portable(m), inputs())) for kind,m in models.items()},
         rules={name:fingerprint(likelihoods(p, name)) for name in RULES},
         schedules={name:fingerprint(timed_likelihoods(name)) for name in schedules},
+        context={name:fingerprint([context_value(name)]) for name in CONTEXT},
         functions={name:fingerprint([y]) for name,y in function_values().items()},
     )
 

@@ -28,10 +28,10 @@ from bijdiff.model.portable import portable
 from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.testing import quiet_fit, small_learner
 from helpers import float64
-from portable_job import FUNCTIONS, KINDS, L, RULES, V
-from portable_job import clean_ids, count_zeros, fingerprint, get_function, inputs, integer_tensor
-from portable_job import likelihoods, measure, network, outputs, query_key_value, set_weights
-from portable_job import subnormal_network
+from portable_job import CONTEXT, FUNCTIONS, KINDS, L, ROWS, RULES, V
+from portable_job import clean_ids, context_value, count_zeros, fingerprint, get_function, inputs
+from portable_job import integer_tensor, likelihoods, measure, network, outputs, query_key_value
+from portable_job import set_weights, subnormal_network
 
 @cache
 def network_of(kind):
@@ -156,9 +156,9 @@ def test_slices_of_a_batch_are_joined_to_the_same_bits(monkeypatch, kind):
     assert_same_bits([p.hidden(*inputs())], [features])
 
 def test_compiled_parts_are_evaluated_without_their_compiled_code():
-    def fail(*args): raise AssertionError('a compiled part was called')
-    model = network('stack')
-    model.backbone.compile(backend=fail)
+    "It would call the parts of the network, in training mode"
+    model = network('stack', dropout=.5).train()
+    model.backbone.compile(backend='eager')
     assert_same_bits(outputs(portable(model), inputs()), reference('stack'))
 
 def test_times_and_masks_of_another_batch_are_an_error_in_slices_too(monkeypatch):
@@ -213,7 +213,7 @@ def elsewhere():
 @pytest.fixture(scope='module')
 def here(): return measure()
 
-@pytest.mark.parametrize('what', ['networks', 'rules', 'schedules', 'functions'])
+@pytest.mark.parametrize('what', ['networks', 'rules', 'schedules', 'context', 'functions'])
 def test_another_machine_computes_the_same_bits(here, elsewhere, what):
     different = [name for name in here[what] if here[what][name]!=elsewhere[what][name]]
     assert here[what] and not different
@@ -242,7 +242,7 @@ MOVES = '''_local_scalar_dense _to_copy _unsafe_view alias arange cat clone cons
     slice split split_with_sizes stack transpose unbind unsqueeze view where zero zeros zeros_like'''.split()
 COMPARES = 'abs amax amin clamp eq equal ge gt isinf le lt max maximum min ne neg nonzero sort'.split()
 ROUNDS_ONCE = 'add div frexp mul round rsub sub'.split()
-SUMS = 'bmm mm sum'.split() # Without rounding in float64, if their numbers are on a grid
+SUMS = 'bmm cumsum mm sum'.split() # Without rounding in float64, if their numbers are on a grid
 
 def is_float(o): return isinstance(o, torch.Tensor) and o.is_floating_point()
 
@@ -259,6 +259,13 @@ class Operations(TorchDispatchMode):
         dtypes = [o.dtype for o in (*tensors, out) if is_float(o)]
         if dtypes: self.found.add((name, dtypes[0], len(tensors), kwargs.get('alpha', 1)))
         return out
+    def check(self):
+        "Assert that nothing is rounded twice or in an order of its own"
+        for name,dtype,n_tensors,alpha in self.found:
+            assert name in MOVES+COMPARES+ROUNDS_ONCE+SUMS
+            assert alpha==1
+            if name in SUMS: assert dtype==torch.float64
+            if name=='div': assert n_tensors==2
 
 @each_kind
 def test_networks_use_no_operation_that_is_rounded_more_than_once(kind):
@@ -266,11 +273,22 @@ def test_networks_use_no_operation_that_is_rounded_more_than_once(kind):
     for table in (elementary._powers, elementary._gelu_table, elementary._exp_table): table.cache_clear()
     p,batch = portable(network_of(kind)),inputs()
     with Operations() as operations: outputs(p, batch)
-    for name,dtype,n_tensors,alpha in operations.found:
-        assert name in MOVES+COMPARES+ROUNDS_ONCE+SUMS
-        assert alpha==1
-        if name in SUMS: assert dtype==torch.float64
-        if name=='div': assert n_tensors==2
+    operations.check()
+
+@pytest.mark.parametrize('name', CONTEXT)
+def test_functions_use_no_operation_that_is_rounded_more_than_once(name):
+    with Operations() as operations: context_value(name)
+    operations.check()
+
+@pytest.mark.parametrize('name', CONTEXT)
+def test_functions_are_those_of_pytorch_up_to_rounding(name):
+    found,expected = context_value(name),CONTEXT[name](ROWS)
+    assert found.dtype==expected.dtype and found.shape==expected.shape
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+def test_factories_make_float32_whatever_the_default_is():
+    with CONDITIONS['float64_by_default'](), portable_arithmetic():
+        assert torch.zeros(2).dtype==torch.ones(2).dtype==torch.empty(2).dtype==torch.float32
 
 def test_the_check_of_operations_finds_plain_networks():
     model = network_of('stack')
@@ -289,6 +307,7 @@ def test_operations_of_pytorch_are_rounded_like_those_of_numpy(operation, dtype)
     assert np.array_equal(getattr(x.clone(), operation+'_')(y).numpy(), expected)
     by_number = getattr(np, numpy_operation)(x.numpy(), y.numpy()[0])
     assert np.array_equal(getattr(torch, operation)(x, y[0]).numpy(), by_number)
+    assert np.array_equal(x.square().numpy(), x.numpy()*x.numpy())
 
 # In NumPy
 
@@ -416,16 +435,17 @@ def test_a_function_of_a_part_is_the_part_of_the_function(name):
     assert torch.equal(f(x[:,:1].expand(-1, 9)), y[:,:1].expand(-1, 9))
     assert f(x[:0]).shape==y[:0].shape
 
-ROWS = dict(
+ROW_FUNCTIONS = dict(
     softmax=lambda x: elementary.softmax(x.double()),
     linear=lambda x: exact_linear(x, weight_grid(thirds(1, 17, 45)), thirds(2, 17)),
     layer_norm=lambda x: exact_layer_norm(x, thirds(1, 45), thirds(2, 45)),
     rms_norm=lambda x: exact_rms_norm(x, thirds(1, 45)),
 )
 
-@pytest.mark.parametrize('name', ROWS)
+@pytest.mark.parametrize('name', ROW_FUNCTIONS)
 def test_rows_do_not_depend_on_other_rows_nor_on_strides(name):
-    f,x = ROWS[name],thirds(0, 4, 30, 45)*10.**torch.arange(-6, 24)[:,None].div(3, rounding_mode='floor')
+    f,sizes = ROW_FUNCTIONS[name],10.**(torch.arange(-6, 24)//3)
+    x = thirds(0, 4, 30, 45)*sizes[:,None]
     y = f(x)
     assert torch.equal(f(x[2,3]), y[2,3])
     assert torch.equal(f(x[:,::4]), y[:,::4])
@@ -519,7 +539,7 @@ def test_infinite_terms_of_sums_count_as_in_pytorch():
 
 def test_long_cumulative_sums_are_exact():
     "Of 2^18 numbers the last sum is that of the reversed numbers"
-    x = integer_tensor(0, 1, 2**36, 2**18).double()/3
+    x = integer_tensor(0, 2**35, 2**36-1, 2**18).double()
     with portable_arithmetic(): forwards,backwards = x.cumsum(0),x.flip(0).cumsum(0)
     assert forwards[-1]==backwards[-1]
     assert x.cumsum(0)[-1]!=x.flip(0).cumsum(0)[-1]

@@ -191,10 +191,6 @@ def _key(weight):
 
 portable_version = 1 # Of the bits: counted up by a change of any of them, since files depend on them
 
-portable_version = 1 # Of the bits: counted up by a change of any of them, since files depend on them
-
-portable_version = 1 # Of the bits: counted up by a change of any of them, since files depend on them
-
 class _PortableMode(TorchFunctionMode):
     "Looks up every function of PyTorch"
     def __init__(self, weights):
