@@ -92,7 +92,8 @@ class Conditionals:
         index = self.index[rows].to(self.h.device)
         logits = logits_of(self.model, self.h[index])
         if self.without is not None:
-            logits = logits + self.rule.guidance*(logits-logits_of(self.model, self.without[index]))
+            without = logits_of(self.model, self.without[index])
+            with arithmetic_of(self.model): logits = logits + self.rule.guidance*(logits-without)
         logits = logits.cpu()
         if self.rule.adjust is None: return logits
         changed = self.rule.adjust(logits, self.x, self.positions(rows))
