@@ -23,7 +23,7 @@ from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.likelihood.coding import coding_steps
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 from common import describe, do_missing, load, n_params, result_path, run_record, timed
 
 def general_compressors():

@@ -16,7 +16,7 @@ from bijdiff.diffusion.corruption import Corruption
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 from bijdiff.model.saving import tensors_hash
 from common import add_row, load, result_path, run_record, save
 

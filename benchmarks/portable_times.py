@@ -25,7 +25,7 @@ from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 from common import describe, random_weights, ratio, result_path, run_record, save, seconds_in_turns
 from common import spread_chunks, timed
 

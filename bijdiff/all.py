@@ -34,7 +34,7 @@ from .model.config import DenoiserConfig
 from .model.denoiser import BijectiveDenoiser, canonical, Denoiser, DenoiserOutput, eval_mode
 from .model.denoiser import inverse_errors
 from .model.predictions import call_denoiser, clean_posterior
-from .model.portable import portable
+from .likelihood.portable import portable
 from .model.adapters import MDLMAdapter, SEDDAdapter
 from .model.foreign import ForeignDenoiser, load_denoiser
 from .model.published import load_published

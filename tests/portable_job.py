@@ -17,7 +17,7 @@ from bijdiff.layers.portable_arithmetic import portable_arithmetic
 from bijdiff.likelihood.exact import log_prob, token_nll
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 
 V,L = 50,37
 

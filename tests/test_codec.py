@@ -18,7 +18,7 @@ from bijdiff.likelihood.codec import compress, compress_file, decompress, decomp
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 from bijdiff.sampling import conditionals
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.rules import UnmaskingRule

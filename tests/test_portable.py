@@ -24,7 +24,7 @@ from bijdiff.likelihood.exact import log_prob, token_nll
 from bijdiff.model import portable as portable_module
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.testing import quiet_fit, small_learner
 from helpers import float64

@@ -9,7 +9,7 @@ from bijdiff.layers.lattice import to_lattice, with_lattice
 from bijdiff.layers.reversible import training_flags
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, eval_mode, inverse_errors
-from bijdiff.model.portable import portable
+from bijdiff.likelihood.portable import portable
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.repair import self_correct
 from bijdiff.likelihood.bounds import nelbo_draws, score_ids

@@ -18,7 +18,7 @@ from ..layers.lattice import LatticeError
 from ..data.tokens import exact_ids
 from ..model.saving import plain_weights, Pretrained, tensors_hash
 from ..model.denoiser import canonical, Denoiser, from_canonical, to_canonical
-from ..model.portable import PortableDenoiser
+from .portable import PortableDenoiser
 from ..sampling.rules import check_unmasking, get_rule, rule_from_dict, rule_options, UnmaskingRule
 from .coding import decode, decode_format_2, encode
 from .coding_arithmetic import arithmetic_for, arithmetic_of_file

@@ -14,7 +14,7 @@ from ..checks import check, check_keys, check_type, check_whole
 from ..layers.portable_arithmetic import portable_version, with_subnormals
 from ..model.saving import tensors_hash
 from ..model.denoiser import BijectiveDenoiser, canonical, Denoiser, eval_mode
-from ..model.portable import portable, PortableDenoiser
+from .portable import portable, PortableDenoiser
 from ..model.predictions import is_time_conditioned
 
 # %% ../../nbs/likelihood/59_coding_arithmetic.ipynb #50787fef
