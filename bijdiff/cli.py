@@ -244,7 +244,7 @@ def bijdiff_compress(
 @command
 @delegates(model_options)
 def bijdiff_decompress(
-    model:str, # Folder of the model it was compressed with, or hf:NAME_OR_FOLDER
+    model:str, # Folder of the model that compressed it, or hf:NAME_OR_FOLDER
     file:str, # Compressed file
     out:str=None, # Its content, - for standard output; FILE without .bij if not given
     most_tokens:int=None, # Longest content, in tokens; 16,777,216 if not given
