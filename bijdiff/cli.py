@@ -246,7 +246,7 @@ def bijdiff_compress(
 def bijdiff_decompress(
     model:str, # Folder of the model that compressed it, or hf:NAME_OR_FOLDER
     file:str, # Compressed file
-    out:str=None, # Its content, - for standard output; FILE without .bij if not given
+    out:str=None, # Its content, - for stdout; FILE without .bij if not given
     most_tokens:int=None, # Longest content, in tokens; 16,777,216 if not given
     force:bool=False, # Overwrite an existing file
     **kwargs,
