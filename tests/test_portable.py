@@ -21,7 +21,7 @@ from bijdiff.layers.exact_sums import exact_layer_norm, exact_linear, exact_matm
 from bijdiff.layers.exact_sums import weight_grid
 from bijdiff.layers.portable_arithmetic import portable_arithmetic
 from bijdiff.likelihood.exact import log_prob, token_nll
-from bijdiff.model import portable as portable_module
+from bijdiff.likelihood import portable as portable_module
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.likelihood.portable import portable
