@@ -14,16 +14,14 @@ Rows that are in the result file are skipped. Writes benchmarks/results/codec.js
 import bz2
 import gzip
 import lzma
-import math
 from functools import partial
 import torch
 from bijdiff.console import command
 from bijdiff.data.corpora import load_corpus, split_text
 from bijdiff.likelihood.codec import compress, decompress
-from bijdiff.likelihood.coding import coding_steps
-from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.likelihood.portable import portable
+from codec_context import code_length
 from common import describe, do_missing, load, n_params, result_path, run_record, timed
 
 def general_compressors():
@@ -42,16 +40,6 @@ def general_sizes(train, valid):
         res[name] = dict(alone=len(f(valid)), after_training_text=after)
     return res
 
-def exact_bits(model, ids, context, streams, steps):
-    "Return the exact code length of the blocks of a document, in bits"
-    view,bits = portable(model),0.
-    for starts,length,given in coding_steps(len(ids), model.seq_len-context, context, streams):
-        x = torch.stack([ids[i-given:i+length] for i in starts])
-        template = x.clone()
-        template[:,given:] = model.mask_id
-        bits -= log_prob(view, x, 'spread', steps, template=template).sum().item()/math.log(2)
-    return bits
-
 def run(model, data, **kwargs):
     "Compress and decompress; return sizes and seconds"
     blob,compressing = timed(lambda: compress(model, data, **kwargs))
@@ -62,7 +50,7 @@ def run(model, data, **kwargs):
 
 def likelihood(model, data, context, streams, steps):
     "Return the row of the exact likelihood"
-    bits = exact_bits(model, torch.tensor(list(data)), context, streams, steps)
+    bits,_ = code_length(portable(model), torch.tensor(list(data)), context, streams, steps)
     return dict(exact_bits=round(bits, 1), bits_per_byte=round(bits/len(data), 4))
 
 @command

@@ -3,10 +3,10 @@
     python benchmarks/portable_files.py
 
 Half of the files belong to a small stack, half to a small mixture with routing, both of random weights, which
-are saved and loaded, since PyTorch's normal random numbers differ between processors. They are compressed
-here, with random rules, contexts and streams, in portable arithmetic and in that of the machine. A process
-for each setting decompresses its part of them: other threads, other switches of PyTorch, or instructions of
-an older processor.
+are saved and loaded, since PyTorch's normal random numbers differ between processors. One process compresses
+half of the files, with random rules, contexts and streams, in portable arithmetic and in that of the machine;
+another one, with the instructions of an older processor, the other half. A process for each setting
+decompresses its part of both: other threads, other switches of PyTorch, or the older processor.
 
 Writes benchmarks/results/portable_files.json."""
 import json
@@ -30,14 +30,16 @@ from common import random_weights, result_path, run_record, save
 
 NETWORKS = dict(stack={}, mixture=dict(n_experts=4, k_active=2, couple='every'))
 OLD = dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='SSE41', MKL_ENABLE_INSTRUCTIONS='SSE4_2')
-SETTINGS = { # Environment of the process, and its switches
+WRITERS = {},OLD # Environments of the processes that compress
+SETTINGS = { # Environment of a process that decompresses, and its switches
     'the same': ({}, ()),
     'two threads': ({}, ('threads',)),
     'float64 as default type': ({}, ('dtype',)),
     'matrix products of medium precision': ({}, ('matmul',)),
     'no oneDNN': ({}, ('mkldnn',)),
+    'no subnormal numbers': ({}, ('flush',)),
     'SSE4, emulated': (OLD, ()),
-    'SSE4, emulated, two threads, all switches': (OLD, ('threads', 'dtype', 'matmul', 'mkldnn')),
+    'SSE4, emulated, all of these switches': (OLD, ('threads', 'dtype', 'matmul', 'mkldnn', 'flush')),
 }
 
 def turn(switches):
@@ -46,6 +48,7 @@ def turn(switches):
     if 'dtype' in switches: torch.set_default_dtype(torch.float64)
     if 'matmul' in switches: torch.set_float32_matmul_precision('medium')
     if 'mkldnn' in switches: torch.backends.mkldnn.enabled = False
+    if 'flush' in switches: torch.set_flush_denormal(True)
 
 def save_networks(folder):
     "Save the networks"
@@ -67,11 +70,11 @@ def random_options(rng):
     return dict(rule=rng.choice(UnmaskingRule.names), steps=rng.randint(1, 4), seed=rng.randrange(100),
                 context=rng.choice([0, 5, 12]), streams=rng.randint(1, 8))
 
-def write_files(folder, n, seed):
-    "Compress n random files in both arithmetics"
-    rng,models = random.Random(seed),{k:BijectiveDenoiser.from_pretrained(folder/k) for k in NETWORKS}
-    for i in range(n):
-        name = [*NETWORKS][i%len(NETWORKS)]
+def write_files(folder, n, seed, writer):
+    "Compress the files of a process, one of each pair of n random files, in both arithmetics"
+    models = {k:BijectiveDenoiser.from_pretrained(folder/k) for k in NETWORKS}
+    for i in range(writer, n, len(WRITERS)):
+        rng,name = random.Random(f'{seed} {i}'),[*NETWORKS][i//2%len(NETWORKS)]
         data,options = random_data(rng),random_options(rng)
         (folder/f'{i}.{name}').write_bytes(data)
         for kind in ('portable','fast'):
@@ -87,39 +90,47 @@ def read_files(folder, first, step):
     "Return how many files of this process there are, and how many come back, by arithmetic"
     models = {k:BijectiveDenoiser.from_pretrained(folder/k) for k in NETWORKS}
     counts = Counter()
-    for path in sorted(folder.glob('*.portable'), key=lambda p: int(p.name.split('.')[0]))[first::step]:
+    for path in folder.glob('*.portable'):
         i,name,_ = path.name.split('.')
+        if int(i)//len(WRITERS)%step!=first: continue
         data = (folder/f'{i}.{name}').read_bytes()
         counts['files'] += 1
         for kind in ('portable','fast'):
             counts[kind] += comes_back(models[name], (folder/f'{i}.{name}.{kind}').read_bytes(), data)
     return counts
 
+def in_process(environment, **options):
+    "Run this script in another process, and return what it prints"
+    words = [sys.executable, __file__, *(f'--{k}={v}' for k,v in options.items())]
+    return subprocess.run(words, env=os.environ|environment, stdout=subprocess.PIPE, check=True).stdout
+
 def read_elsewhere(folder, number):
     "Return the counts of a process for a setting"
-    environment,switches = [*SETTINGS.values()][number]
-    words = [sys.executable, __file__, '--folder', str(folder), '--number', str(number)]
-    process = subprocess.run(words, env=os.environ|environment, stdout=subprocess.PIPE, check=True)
-    return dict(setting=[*SETTINGS][number], **json.loads(process.stdout))
+    printed = in_process([*SETTINGS.values()][number][0], folder=folder, number=number)
+    return dict(setting=[*SETTINGS][number], **json.loads(printed))
 
 @command
 def portable_files(
-    n:int=301, # Files
+    n:int=304, # Files
     seed:int=0, # Seed of the files
-    folder:str=None, # Of a process that decompresses: where the files are
+    folder:str=None, # Of another process: where the files are
+    writer:int=None, # Of a process that compresses: its number
     number:int=None, # Of a process that decompresses: its setting
     out:str=None, # Result file, instead of the one in benchmarks/results/
 ):
     "Count the files that come back"
     torch.set_num_threads(1)
-    if folder:
+    if writer is not None: return write_files(Path(folder), n, seed, writer)
+    if number is not None:
         turn([*SETTINGS.values()][number][1])
         print(json.dumps(read_files(Path(folder), number, len(SETTINGS))))
         return
     with tempfile.TemporaryDirectory() as d:
         save_networks(Path(d))
-        write_files(Path(d), n, seed)
-        with ThreadPool(2) as pool: rows = pool.map(partial(read_elsewhere, Path(d)), range(len(SETTINGS)))
+        def write(k): in_process(WRITERS[k], folder=d, writer=k, n=n, seed=seed)
+        with ThreadPool(2) as pool:
+            pool.map(write, range(len(WRITERS)))
+            rows = pool.map(partial(read_elsewhere, Path(d)), range(len(SETTINGS)))
     total = {k:sum(r[k] for r in rows) for k in ('files','portable','fast')}
     print(*rows, total, sep='\n')
     save(result_path(__file__, out), dict(total=total, rows=rows) | run_record(__file__, n=n, seed=seed))

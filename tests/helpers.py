@@ -1,6 +1,7 @@
 """Helpers that several test files share. None of them needs fastai."""
 import math
 import time
+from contextlib import contextmanager, ExitStack
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -11,6 +12,38 @@ from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
 from bijdiff.testing import chi_square, random_weights
+
+# Switches of PyTorch
+
+@contextmanager
+def switched(get, put, value):
+    "A region with another value of a switch"
+    before = get()
+    put(value)
+    try: yield
+    finally: put(before)
+
+def with_threads(n): return switched(torch.get_num_threads, torch.set_num_threads, n)
+def get_onednn(): return torch.backends.mkldnn.enabled
+def set_onednn(on): torch.backends.mkldnn.enabled = on
+precision = torch.get_float32_matmul_precision,torch.set_float32_matmul_precision
+
+# Regions in which PyTorch computes otherwise, by name
+CONDITIONS = dict(
+    two_threads=lambda: with_threads(2),
+    without_onednn=lambda: switched(get_onednn, set_onednn, False),
+    float64_by_default=lambda: switched(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    autocast=lambda: torch.autocast('cpu', torch.bfloat16),
+    medium_precision=lambda: switched(*precision, 'medium'),
+    flushed_subnormals=lambda: switched(lambda: False, torch.set_flush_denormal, True),
+)
+
+@contextmanager
+def all_at_once():
+    "A region with all of these conditions"
+    with ExitStack() as stack:
+        for region in CONDITIONS.values(): stack.enter_context(region())
+        yield
 
 # layers and mixtures
 

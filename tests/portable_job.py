@@ -8,6 +8,7 @@ With the argument `flushed` it counts logits that became 0 because they are subn
 
 Weights and inputs are whole numbers, divided: generators of normal numbers differ between processors."""
 import hashlib, json, sys
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bijdiff.diffusion.corruption import Corruption
@@ -15,33 +16,12 @@ from bijdiff.diffusion.schedules import schedules
 from bijdiff.layers import elementary, exact_sums
 from bijdiff.layers.portable_arithmetic import portable_arithmetic
 from bijdiff.likelihood.exact import log_prob, token_nll
+from bijdiff.likelihood.portable import portable
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.likelihood.portable import portable
 
-V,L = 50,37
-
-def timed(*weights):
-    "Fields of a time-conditioned network for noise with these weights"
-    return dict(time_conditioning=True, noise=Corruption(V, *weights).to_dict())
-
-KINDS = dict(
-    stack={},
-    hybrid=dict(n_bijective_layers=2),
-    standard=dict(n_bijective_layers=0),
-    no_lattice=dict(lattice_bits=None),
-    multiscale=dict(enable_multiscale=True),
-    dense=dict(n_experts=2),
-    coupled=dict(n_experts=3, couple='every'),
-    sparse=dict(n_experts=4, k_active=2, couple='every'),
-    sparse_multiscale=dict(n_experts=2, k_active=1, enable_multiscale=True),
-    substituting=timed(1, 1),
-    scores=dict(score_head=True, **timed(0, 1)),
-    gaps=dict(gap_head=True, **timed(1, 0, 1)),
-    deep_mlp=dict(coupling_depth=3),
-    no_local=dict(local_window=0),
-    latent=dict(latent_density=True),
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
+from portable_machines import KINDS, L, V
 
 def integer_tensor(seed, lowest, highest, *shape):
     "Random whole numbers from lowest to highest, the same on every machine"

@@ -6,10 +6,9 @@ more of both."""
 import json
 import math
 import time
-from contextlib import contextmanager, ExitStack
 import pytest, torch
 from codec_helpers import make_file, random_bytes, read_header, small_denoiser, words_of
-from helpers import HandmadeDenoiser, plant_fault
+from helpers import all_at_once, CONDITIONS, HandmadeDenoiser, plant_fault, with_threads
 from bijdiff.data.tokens import ByteTokenizer
 from bijdiff.likelihood import codec
 from bijdiff.likelihood.codec import compress, compress_file, decompress, decompress_file
@@ -27,40 +26,7 @@ DATA = b'to be or not to be, that is the question'
 
 # Other settings
 
-@contextmanager
-def changed(read, write, value):
-    "A region in which one of PyTorch's switches has another value"
-    before = read()
-    write(value)
-    try: yield
-    finally: write(before)
-
-def with_threads(n): return changed(torch.get_num_threads, torch.set_num_threads, n)
-def with_float64(): return changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64)
-def with_few_digits():
-    return changed(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, 'medium')
-def set_mkldnn(enabled): torch.backends.mkldnn.enabled = enabled
-def without_mkldnn(): return changed(lambda: torch.backends.mkldnn.enabled, set_mkldnn, False)
-def with_autocast(): return torch.autocast('cpu', torch.bfloat16)
-def without_subnormals(): return changed(lambda: False, torch.set_flush_denormal, True)
-
-@contextmanager
-def all_at_once():
-    "A region in which all switches have other values"
-    with ExitStack() as stack:
-        for region in (lambda: with_threads(2), with_float64, with_few_digits, without_mkldnn, with_autocast,
-                       without_subnormals): stack.enter_context(region())
-        yield
-
-REGIONS = {
-    'two threads': lambda: with_threads(2),
-    'float64': with_float64,
-    'few digits': with_few_digits,
-    'no mkldnn': without_mkldnn,
-    'autocast': with_autocast,
-    'no subnormals': without_subnormals,
-    'all at once': all_at_once,
-}
+REGIONS = CONDITIONS | dict(all_at_once=all_at_once)
 
 SETTINGS = [
     dict(rule=rule, steps=steps, context=context, streams=streams)
@@ -108,7 +74,7 @@ class NotingDenoiser(HandmadeDenoiser):
 def test_a_caller_without_subnormal_numbers_has_none_afterwards(fast):
     "The network has them"
     m = NotingDenoiser()
-    with without_subnormals():
+    with CONDITIONS['flushed_subnormals']():
         assert decompress(m, compress(m, DATA, steps=1, fast=fast))==DATA
         assert smallest_half()==0
     assert len(m.noted)>=2 and min(m.noted)==smallest_half()>0

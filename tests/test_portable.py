@@ -1,6 +1,5 @@
 """Portable arithmetic: outputs with the same bits under all conditions, on another machine, and in NumPy."""
 import json, math, os, pickle, subprocess, sys
-from contextlib import contextmanager
 from copy import copy, deepcopy
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from bijdiff.diffusion.schedules import Geometric
 from bijdiff.layers import elementary, exact_sums
 from bijdiff.layers import portable_arithmetic as arithmetic
 from bijdiff.layers.coupling import CouplingNet
-from bijdiff.layers.exact_sums import exact_layer_norm, exact_linear, exact_matmul, exact_rms_norm
+from bijdiff.layers.exact_sums import grid_layer_norm, grid_linear, grid_matmul, grid_rms_norm
 from bijdiff.layers.exact_sums import weight_grid
 from bijdiff.layers.portable_arithmetic import portable_arithmetic
 from bijdiff.likelihood.exact import log_prob, token_nll
@@ -27,6 +26,7 @@ from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.likelihood.portable import portable
 from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.testing import quiet_fit, small_learner
+import helpers
 from helpers import float64
 from portable_job import CONTEXT, FUNCTIONS, KINDS, L, ROWS, RULES, V
 from portable_job import clean_ids, context_value, count_zeros, fingerprint, get_function, inputs
@@ -64,27 +64,7 @@ def run_job(*args, **env):
 
 # Conditions of this process
 
-@contextmanager
-def switched(get, put, value):
-    "A region with another value of a switch"
-    before = get()
-    put(value)
-    try: yield
-    finally: put(before)
-
-def get_onednn(): return torch.backends.mkldnn.enabled
-def set_onednn(on): torch.backends.mkldnn.enabled = on
-precision = torch.get_float32_matmul_precision,torch.set_float32_matmul_precision
-
-CONDITIONS = dict(
-    two_threads=lambda: switched(torch.get_num_threads, torch.set_num_threads, 2),
-    without_onednn=lambda: switched(get_onednn, set_onednn, False),
-    float64_by_default=lambda: switched(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
-    autocast=lambda: torch.autocast('cpu', torch.bfloat16),
-    medium_precision=lambda: switched(*precision, 'medium'),
-    flushed_subnormals=lambda: switched(lambda: False, torch.set_flush_denormal, True),
-    inference=torch.inference_mode,
-)
+CONDITIONS = helpers.CONDITIONS | dict(inference=torch.inference_mode)
 
 @pytest.mark.parametrize('condition', CONDITIONS)
 @each_kind
@@ -147,7 +127,7 @@ def test_training_mode_and_dropout_change_no_bit(kind):
     assert_same_bits(outputs(portable(model), inputs()), reference(kind))
     assert all(m.training for m in model.modules())
 
-@pytest.mark.parametrize('kind', ['stack', 'substituting', 'gaps'])
+@pytest.mark.parametrize('kind', ['stack', 'substitution', 'deletion'])
 def test_slices_of_a_batch_are_joined_to_the_same_bits(monkeypatch, kind):
     p = portable(network_of(kind))
     features = p.hidden(*inputs())
@@ -162,16 +142,16 @@ def test_compiled_parts_are_evaluated_without_their_compiled_code():
     assert_same_bits(outputs(portable(model), inputs()), reference('stack'))
 
 def test_times_and_masks_of_another_batch_are_an_error_in_slices_too(monkeypatch):
-    p = portable(network_of('substituting'))
+    p = portable(network_of('substitution'))
     monkeypatch.setattr(portable_module, '_most_tokens', L)
     ids,t,mask = inputs()
     with pytest.raises(ValueError, match='t has shape'): p(ids, t[:2], mask)
     with pytest.raises(ValueError, match='mask has shape'): p(ids, t, mask[:2])
 
 def test_lists_and_arrays_give_the_same_bits():
-    p = portable(network_of('substituting'))
-    assert_same_bits(outputs(p, [o.tolist() for o in inputs()]), reference('substituting'))
-    assert_same_bits(outputs(p, [o.numpy() for o in inputs()]), reference('substituting'))
+    p = portable(network_of('substitution'))
+    assert_same_bits(outputs(p, [o.tolist() for o in inputs()]), reference('substitution'))
+    assert_same_bits(outputs(p, [o.numpy() for o in inputs()]), reference('substitution'))
 
 @pytest.mark.parametrize('shape', [(0, 5), (3, 0)])
 def test_batches_without_tokens_are_evaluated(shape):
@@ -332,10 +312,10 @@ def test_rows_of_all_sizes_have_the_bits_of_numpy():
     x = thirds(0, 30, 45)*10.**torch.arange(-17, 13)[:,None]
     weight,bias,gain = thirds(1, 17, 45),thirds(2, 17),thirds(3, 45)
     pairs = [
-        (exact_linear(x, weight_grid(weight), bias), by_hand.linear(x.numpy(), weight.numpy(), bias.numpy())),
-        (exact_layer_norm(x), by_hand.layer_norm(x.numpy())),
-        (exact_layer_norm(x, gain, gain), by_hand.layer_norm(x.numpy(), gain.numpy(), gain.numpy())),
-        (exact_rms_norm(x), by_hand.rms_norm(x.numpy())),
+        (grid_linear(x, weight_grid(weight), bias), by_hand.linear(x.numpy(), weight.numpy(), bias.numpy())),
+        (grid_layer_norm(x), by_hand.layer_norm(x.numpy())),
+        (grid_layer_norm(x, gain, gain), by_hand.layer_norm(x.numpy(), gain.numpy(), gain.numpy())),
+        (grid_rms_norm(x), by_hand.rms_norm(x.numpy())),
         (elementary.softmax(x.double()), by_hand.softmax(x.double().numpy())),
     ]
     for found,expected in pairs: assert np.array_equal(found.numpy(), expected)
@@ -437,9 +417,9 @@ def test_a_function_of_a_part_is_the_part_of_the_function(name):
 
 ROW_FUNCTIONS = dict(
     softmax=lambda x: elementary.softmax(x.double()),
-    linear=lambda x: exact_linear(x, weight_grid(thirds(1, 17, 45)), thirds(2, 17)),
-    layer_norm=lambda x: exact_layer_norm(x, thirds(1, 45), thirds(2, 45)),
-    rms_norm=lambda x: exact_rms_norm(x, thirds(1, 45)),
+    linear=lambda x: grid_linear(x, weight_grid(thirds(1, 17, 45)), thirds(2, 17)),
+    layer_norm=lambda x: grid_layer_norm(x, thirds(1, 45), thirds(2, 45)),
+    rms_norm=lambda x: grid_rms_norm(x, thirds(1, 45)),
 )
 
 @pytest.mark.parametrize('name', ROW_FUNCTIONS)
@@ -455,11 +435,11 @@ def test_rows_do_not_depend_on_other_rows_nor_on_strides(name):
 
 def test_rows_with_other_orders_of_their_numbers_have_the_same_norms_and_sums():
     x,order = thirds(0, 30, 45),integer_tensor(1, 0, 10**6, 45).argsort()
-    assert torch.equal(exact_layer_norm(x)[:,order], exact_layer_norm(x[:,order]))
-    assert torch.equal(exact_rms_norm(x)[:,order], exact_rms_norm(x[:,order]))
+    assert torch.equal(grid_layer_norm(x)[:,order], grid_layer_norm(x[:,order]))
+    assert torch.equal(grid_rms_norm(x)[:,order], grid_rms_norm(x[:,order]))
     assert torch.equal(elementary.softmax(x.double())[:,order], elementary.softmax(x[:,order].double()))
     weight = thirds(2, 17, 45)
-    linear = lambda order: exact_linear(x[:,order], weight_grid(weight[:,order]))
+    linear = lambda order: grid_linear(x[:,order], weight_grid(weight[:,order]))
     assert torch.equal(linear(order), linear(torch.arange(45)))
 
 def test_attention_does_not_depend_on_other_queries_heads_and_sequences_nor_on_the_order_of_keys(monkeypatch):
@@ -481,7 +461,7 @@ def n_changed(bits):
     "Number of 100 sums of 512 products of whole random numbers that change with the order of their terms"
     x,y = (integer_tensor(i, -2**bits+1, 2**bits-1, n, 512).double() for i,n in ((1, 1), (2, 100)))
     order = integer_tensor(3, 0, 10**6, 512).argsort()
-    return (exact_matmul(x[:,order], y.T[order], 2*bits)!=exact_matmul(x, y.T, 2*bits)).sum().item()
+    return (grid_matmul(x[:,order], y.T[order], 2*bits)!=grid_matmul(x, y.T, 2*bits)).sum().item()
 
 def test_sums_do_not_change_with_the_order_of_their_terms():
     assert n_changed(22)==0
@@ -497,9 +477,9 @@ def test_long_sums_are_those_of_their_exact_parts_in_order():
     x,y = (integer_tensor(i, 2**21, 2**22-1, 2048).double() for i in (1, 2))
     products = [int(a)*int(b) for a,b in zip(x, y)]
     parts = [float(sum(products[i:i+512])) for i in range(0, 2048, 512)]
-    assert exact_matmul(x[None], y[:,None], 44).item()==((parts[0]+parts[1])+parts[2])+parts[3]
+    assert grid_matmul(x[None], y[:,None], 44).item()==((parts[0]+parts[1])+parts[2])+parts[3]
     squares = torch.tensor(products, dtype=torch.float64)
-    assert exact_sums.exact_sum(squares[None], 44).item()==((parts[0]+parts[1])+parts[2])+parts[3]
+    assert exact_sums.grid_sum(squares[None], 44).item()==((parts[0]+parts[1])+parts[2])+parts[3]
 
 def test_networks_of_fewer_bits_do_not_have_the_bits_of_numpy(monkeypatch):
     "The comparison with NumPy can fail"
@@ -579,8 +559,8 @@ def test_a_scaled_sum_is_an_error():
 @pytest.mark.parametrize('bad', [NAN, INF])
 def test_a_weight_that_is_not_finite_is_an_error(bad):
     "The last number of each parameter"
-    for name,_ in network('gaps', n_layers=1).named_parameters():
-        model = network('gaps', n_layers=1)
+    for name,_ in network('deletion', n_layers=1).named_parameters():
+        model = network('deletion', n_layers=1)
         model.get_parameter(name).data.view(-1)[-1] = bad
         with pytest.raises(ValueError): portable(model)(*inputs())
 
@@ -729,11 +709,13 @@ def test_copies_of_a_view_have_the_same_bits_and_share_the_weights_of_their_netw
     assert not torch.equal(other(*inputs()), reference('stack')[0])
     assert torch.equal(p(*inputs()), other(*inputs()))==(other.model is p.model)
 
-@pytest.mark.parametrize('kind', ['stack', 'multiscale', 'coupled', 'sparse', 'substituting', 'gaps'])
+OF_ALL_PARTS = 'stack','multiscale','coupled_every_block','sparse','substitution','deletion'
+
+@pytest.mark.parametrize('kind', OF_ALL_PARTS)
 def test_the_inverse_of_one_sequence_undoes_the_forward_pass_of_a_batch(kind):
     p = portable(network_of(kind))
     ids,t,mask = inputs()
-    if kind=='gaps': mask = F.pad(mask, (1, 0), value=True)
+    if kind=='deletion': mask = F.pad(mask, (1, 0), value=True)
     def context(rows): return dict(mask=mask[rows]) | (dict(t=t.float()[rows]) if p.time_conditioning else {})
     with p.arithmetic():
         h = p.state(ids)
@@ -768,6 +750,6 @@ def assert_writes(p, **options):
 def test_views_write_sequences_by_every_sampler(sampler):
     assert_writes(portable(network_of('stack')), sampler=sampler)
 
-@pytest.mark.parametrize('kind', ['sparse', 'substituting', 'scores', 'gaps'])
+@pytest.mark.parametrize('kind', ['sparse', 'substitution', 'scores', 'deletion'])
 def test_views_of_other_networks_write_sequences(kind):
     assert_writes(portable(network_of(kind)))

@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 import torch
 from torch import Tensor
-from .exact_sums import divide, exact_matmul, exact_sum, power_of_two, row_power, sqrt
+from .exact_sums import divide, grid_matmul, grid_sum, power_of_two, row_power, sqrt
 from .exact_sums import to_grid
 
 # %% ../../nbs/layers/17_elementary.ipynb #70900a20
@@ -100,6 +100,7 @@ def sin(
     "Compute the sine"
     return _cos_sin(x)[1]
 
+# %% ../../nbs/layers/17_elementary.ipynb #2244aa80
 def _arcsine(s):
     "Inverse of the sine, for numbers from 0 to sqrt(1/2)"
     y = s*(1+s*s*(1/6))
@@ -153,6 +154,7 @@ def _gelu_table(device):
     h = u*_upper_normal(u)
     return h[:-1].float(), h.diff().float()
 
+# %% ../../nbs/layers/17_elementary.ipynb #a6305eb7
 def gelu(
     x:Tensor, # Numbers, float32
 )->Tensor: # float32
@@ -172,7 +174,7 @@ def softmax(
     z = x-x.amax(-1, keepdim=True)
     e = exp(z).masked_fill_(z<-700, 0)
     bits = min(51, 53-(x.shape[-1]-1).bit_length())
-    return e/exact_sum(to_grid(e, torch.ones_like(e[...,:1]), bits), bits)
+    return e/grid_sum(to_grid(e, torch.ones_like(e[...,:1]), bits), bits)
 
 # %% ../../nbs/layers/17_elementary.ipynb #596f3387
 _unit = _ln2/512
@@ -198,11 +200,12 @@ _most_scores = 2**18 # Scores computed at a time on a CPU, for its cache
 
 def _weighted_values(q, k, v, hidden):
     "Attention of some queries of one sequence, (H, n, d), to keys and values (H, L, d); all on grids"
-    scores = exact_matmul(q, k.mT, 2*_bits)
+    scores = grid_matmul(q, k.mT, 2*_bits)
     if hidden is not None: scores = scores.masked_fill(hidden, -2.**60)
     weights = _falling_exp(scores.amax(-1, keepdim=True).sub(scores).float())
-    return exact_matmul(weights, v, 2*_bits-1)/exact_sum(weights, _bits)
+    return grid_matmul(weights, v, 2*_bits-1)/grid_sum(weights, _bits)
 
+# %% ../../nbs/layers/17_elementary.ipynb #cf3bb935
 def attention(
     q:Tensor, # Queries, (B, H, n, d)
     k:Tensor, # Keys, (B, H, L, d)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from ..checks import check
 from . import elementary
-from .exact_sums import divide, exact_layer_norm, exact_linear, exact_matmul, exact_rms_norm
-from .exact_sums import exact_sum, ordered_local_mixing, row_power, sqrt, to_grid, weight_grid
+from .exact_sums import divide, grid_layer_norm, grid_linear, grid_matmul, grid_rms_norm
+from .exact_sums import grid_sum, ordered_local_mixing, row_power, sqrt, to_grid, weight_grid
 
 # %% ../../nbs/layers/18_portable_arithmetic.ipynb #c60963fd
 _replaced = {} # By name of a function: a function of the mode and the arguments that replaces it
@@ -98,6 +98,7 @@ def _split_finite(x):
     finite = x.isfinite()
     return x.masked_fill(~finite, 0), x.masked_fill(finite, 0)
 
+# %% ../../nbs/layers/18_portable_arithmetic.ipynb #13206a1a
 @_replaces('sum')
 def _sum(mode, x, dim=None, keepdim=False, dtype=None):
     if not x.is_floating_point() or not x.numel(): return torch.sum(x, dim, keepdim, dtype=dtype)
@@ -107,7 +108,7 @@ def _sum(mode, x, dim=None, keepdim=False, dtype=None):
     rows = x.to(dtype or x.dtype).permute(*kept, *dims).reshape(*shape, -1)
     if keepdim: shape = [1 if d in dims else n for d,n in enumerate(x.shape)]
     finite,others = _split_finite(rows)
-    total = exact_sum(*_on_grid(finite))+others.double().sum(-1, keepdim=True)
+    total = grid_sum(*_on_grid(finite))+others.double().sum(-1, keepdim=True)
     return total.to(rows.dtype).view(shape)
 
 @_replaces('mean')
@@ -115,6 +116,7 @@ def _mean(mode, x, dim=None, keepdim=False, dtype=None):
     total = _sum(mode, x, dim, keepdim, dtype)
     return divide(total, x.numel()/max(1, total.numel()))
 
+# %% ../../nbs/layers/18_portable_arithmetic.ipynb #0d713987
 @_replaces('cumsum')
 def _cumsum(mode, x, dim, dtype=None):
     if not x.is_floating_point() or not x.numel(): return torch.cumsum(x, dim)
@@ -123,6 +125,7 @@ def _cumsum(mode, x, dim, dtype=None):
     total = rows.cumsum(-1)+others.double().cumsum(-1)
     return total.to(x.dtype).movedim(-1, dim)
 
+# %% ../../nbs/layers/18_portable_arithmetic.ipynb #36184913
 @_replaces('argsort')
 def _argsort(mode, x, dim=-1, descending=False, stable=True):
     return torch.argsort(x, dim=dim, descending=descending, stable=True)
@@ -139,22 +142,22 @@ def _topk(mode, x, k, dim=-1):
 
 # %% ../../nbs/layers/18_portable_arithmetic.ipynb #99860546
 @_replaces('linear')
-def _linear(mode, x, weight, bias=None): return exact_linear(x, mode.prepared(weight), bias)
+def _linear(mode, x, weight, bias=None): return grid_linear(x, mode.prepared(weight), bias)
 
 @_replaces('matmul')
 def _matmul(mode, a, b):
-    y = exact_matmul(to_grid(a, row_power(a), 22).double(), to_grid(b, row_power(b, -2), 21).double(), 43)
+    y = grid_matmul(to_grid(a, row_power(a), 22).double(), to_grid(b, row_power(b, -2), 21).double(), 43)
     return y.to(torch.promote_types(a.dtype, b.dtype))
 
 @_replaces('layer_norm')
 def _layer_norm(mode, x, shape, weight=None, bias=None, eps=1e-5):
     check(len(shape)==1, 'normalized_shape', shape, 'one number')
-    return exact_layer_norm(x, weight, bias, eps)
+    return grid_layer_norm(x, weight, bias, eps)
 
 @_replaces('rms_norm')
 def _rms_norm(mode, x, shape, weight=None, eps=None):
     check(len(shape)==1, 'normalized_shape', shape, 'one number')
-    return exact_rms_norm(x, weight, eps)
+    return grid_rms_norm(x, weight, eps)
 
 @_replaces('conv1d')
 def _conv1d(mode, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -175,7 +178,7 @@ def _dropout(mode, x, p=.5, training=True, inplace=False):
 _exact = set('''
     abs add all amax amin and any arange argmax argmin as_tensor bfloat16 bitwise_and bool cat chunk
     clamp clamp_min clone contiguous copy cpu cuda detach device diff dim double embedding empty
-    empty_like eq equal expand expand_as fill flatten flip float floor full full_like gather ge getitem
+    empty_like eq equal expand expand_as fill flatten flip float floor full_like gather ge getitem
     gt half index index_copy index_select int invert is_complex is_contiguous is_floating_point
     is_inference isfinite isinf isnan item le len logical_and logical_not logical_or long lt masked_fill
     masked_scatter masked_select max maximum min minimum movedim mul narrow ne neg new_empty new_full
@@ -183,7 +186,9 @@ _exact = set('''
     reshape rmul roll round rsub scatter select set_grad_enabled setitem size split square squeeze
     stack sub take_along_dim to tolist transpose tril triu type_as unbind unflatten unique unsqueeze
     view view_as where xor zero zeros zeros_like'''.split())
-_factories = {'zeros','ones','empty','linspace'} # Floats by default, of PyTorch's default type
+
+# %% ../../nbs/layers/18_portable_arithmetic.ipynb #69ce20e6
+_factories = {'zeros','ones','empty'} # Floats by default, of PyTorch's default type
 
 def _key(weight):
     "Place, shape and type of a tensor"
@@ -224,7 +229,7 @@ class _PortableMode(TorchFunctionMode):
 # %% ../../nbs/layers/18_portable_arithmetic.ipynb #be167820
 def _flushes_subnormals(n=1):
     "Return True if a thread that computes some of n numbers sets subnormal ones to 0"
-    smallest = torch.full((n,), torch.finfo(torch.float64).tiny, dtype=torch.float64)
+    smallest = torch.ones(n, dtype=torch.float64)*torch.finfo(torch.float64).tiny
     return bool((smallest*.5==0).any())
 
 @contextmanager
@@ -242,6 +247,7 @@ def with_subnormals():
         torch.set_num_threads(threads)
         torch.set_flush_denormal(here)
 
+# %% ../../nbs/layers/18_portable_arithmetic.ipynb #43f184e9
 @contextmanager
 def portable_arithmetic(
     weights:dict|None=None, # Prepared weights of networks that stay; they are added here

@@ -140,7 +140,7 @@ def compress(
     steps:int|None=None, # Function evaluations for each set of blocks, at most; 16 if nothing is given
     seed:int=0, # Seed of the random order
     context:int|None=None, # Tokens before a block that it sees; an eighth of the model's length if None
-    streams:int=16, # Blocks coded side by side; fewer are slower, and make small files a little smaller
+    streams:int=16, # Blocks coded side by side; the first of each stream has no context
     fast:bool=False, # Use the arithmetic of the device: faster, but only its kind of machine decompresses
     most_tokens:int=_most_tokens, # Longest document, in tokens; a longer one is an error
     progress=lambda o: o, # Wraps the function evaluations for each set of blocks, for progress bars

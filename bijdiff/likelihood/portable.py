@@ -8,6 +8,7 @@ __all__ = ['PortableDenoiser', 'portable']
 # %% ../../nbs/likelihood/57_portable.ipynb #e0716afb
 from copy import copy, deepcopy
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from ..checks import check_shape, check_type
 from ..layers.portable_arithmetic import portable_arithmetic
@@ -29,8 +30,6 @@ def _join(outputs):
     return type(first)(*(None if o[0] is None else torch.cat(o) for o in zip(*outputs)))
 
 # %% ../../nbs/likelihood/57_portable.ipynb #ea66663a
-_most_tokens = 2**11 # Evaluated at a time on a CPU, for its cache
-
 class PortableDenoiser:
     "View of a denoiser in evaluation mode and portable arithmetic; it shares the weights"
     def __init__(self,
@@ -50,29 +49,36 @@ class PortableDenoiser:
         "Return the context in which the view is evaluated"
         return portable_arithmetic(self._weights)
 
-    def _in_slices(self, f, ids, t, mask):
-        "Call a function of ids, times and mask for a few sequences at a time"
-        ids = check_shape('xt', ids, 'B', 'L')
-        t = check_shape('t', t, len(ids)) if self.time_conditioning and t is not None else None
-        if mask is not None: mask = check_shape('mask', mask, *ids.shape)
-        n = max(1, len(ids))
-        if self.device.type=='cpu': n = max(1, _most_tokens//max(1, ids.shape[-1]))
-        def cut(o): return [None]*-(-len(ids)//n) if o is None else o.split(n)
-        with self.arithmetic():
-            if len(ids)<=n: return f(ids, t, mask)
-            return _join([f(*o) for o in zip(cut(ids), cut(t), cut(mask))])
+# %% ../../nbs/likelihood/57_portable.ipynb #6445b441
+_most_tokens = 2**11 # Evaluated at a time on a CPU, for its cache
 
-    def hidden(self, ids:Tensor, t:Tensor|None=None, mask:Tensor|None=None)->Tensor:
-        "Return the features from which `head` computes logits, (B, L, d_model)"
-        return self._in_slices(self._network.hidden, ids, t, mask)
+@patch
+def _in_slices(self:PortableDenoiser, f, ids, t, mask):
+    "Call a function of ids, times and mask for a few sequences at a time"
+    ids = check_shape('xt', ids, 'B', 'L')
+    t = check_shape('t', t, len(ids)) if self.time_conditioning and t is not None else None
+    if mask is not None: mask = check_shape('mask', mask, *ids.shape)
+    n = max(1, len(ids))
+    if self.device.type=='cpu': n = max(1, _most_tokens//max(1, ids.shape[-1]))
+    def cut(o): return [None]*-(-len(ids)//n) if o is None else o.split(n)
+    with self.arithmetic():
+        if len(ids)<=n: return f(ids, t, mask)
+        return _join([f(*o) for o in zip(cut(ids), cut(t), cut(mask))])
 
-    def head(self, h:Tensor)->Tensor:
-        "Return the logits at some positions, (..., V)"
-        with self.arithmetic(): return self._network.head(h)
+@patch
+def hidden(self:PortableDenoiser, ids:Tensor, t:Tensor|None=None, mask:Tensor|None=None)->Tensor:
+    "Return the features from which `head` computes logits, (B, L, d_model)"
+    return self._in_slices(self._network.hidden, ids, t, mask)
 
-    def __call__(self, ids, t=None, mask=None, features:bool=False)->Tensor|DenoiserOutput|Features:
-        "Return what a call of the network returns, without gradients"
-        return self._in_slices(lambda *o: self._network(*o, features=features), ids, t, mask)
+@patch
+def head(self:PortableDenoiser, h:Tensor)->Tensor:
+    "Return the logits at some positions, (..., V)"
+    with self.arithmetic(): return self._network.head(h)
+
+@patch
+def __call__(self:PortableDenoiser, ids, t=None, mask=None, features=False)->Tensor|DenoiserOutput|Features:
+    "Return what a call of the network returns, without gradients"
+    return self._in_slices(lambda *o: self._network(*o, features=features), ids, t, mask)
 
 # %% ../../nbs/likelihood/57_portable.ipynb #5aa036f0
 def portable(
