@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
-from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput
+from bijdiff.model.denoiser import BijectiveDenoiser, DenoiserOutput, Features
 from bijdiff.testing import chi_square, random_weights
 
 # Switches of PyTorch
@@ -179,8 +179,9 @@ class HandmadeDenoiser(BijectiveDenoiser):
         "Logits, (B, L, V), and gap logits, (B, L+1), or None"
         raise NotImplementedError
 
-    def forward(self, xt, t=None, mask=None):
+    def forward(self, xt, t=None, mask=None, features=False):
         logits,gap_logits = self.outputs(xt, t, mask)
+        if features: return Features(logits, gap_logits)
         return logits if gap_logits is None else DenoiserOutput(logits, gap_logits)
 
     def hidden(self, ids, t=None, mask=None): return self.outputs(ids, t, mask)[0]
@@ -226,9 +227,9 @@ def record_calls(monkeypatch, model, note=ids_and_time):
     "Return a list to which `note` of ids and times is added whenever a denoiser is called"
     calls = []
     def spy_on(f):
-        def spy(xt, t=None, mask=None):
+        def spy(xt, t=None, mask=None, **kwargs):
             calls.append(note(xt, t))
-            return f(xt, t, mask)
+            return f(xt, t, mask, **kwargs)
         return spy
     for name in ('forward', 'hidden'):
         monkeypatch.setattr(model, name, spy_on(getattr(model, name)))

@@ -12,12 +12,12 @@ from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
 from bijdiff.sampling import insertion
 from bijdiff.sampling.generate import sample
 from bijdiff.sampling.insertion import VariableLengthBatch
-from bijdiff.sampling.samplers import SamplerState
+from bijdiff.sampling.state import SamplerState
 
 # Functions of the package that planted faults replace, where they are looked up; and one tested by itself
 POISSON,TOKEN_PROBS = (insertion, '_poisson'),(insertion, 'token_probs')
 EXPECTED_GAPS,DELETE = (insertion, 'expected_gaps'),(VariableLengthBatch, 'delete')
-REVERSE_POSTERIOR = Corruption, 'reverse_posterior'
+DRAW_EARLIER = insertion, 'draw_earlier'
 find_lengths = insertion._find_lengths
 
 V,L = 2,3 # tokens are 0 and 1, and the mask is 2; longest text
@@ -185,17 +185,18 @@ def test_insertion_at_another_temperature(name):
 
 # Faults: each takes the right function and returns a wrong one
 
-def too_many(poisson): return lambda mean, run: poisson(1.05*mean, run)
-def too_few(expected_gaps): return lambda *args: expected_gaps(*args)-.05
+def too_many(poisson): return lambda mean, run: poisson(1.1*mean, run)
+def too_few(expected_gaps): return lambda *args: expected_gaps(*args)-.1
 def not_always(delete): return lambda self, which: delete(self, which&(torch.rand(which.shape)<.95))
-def at_another_time(reverse_posterior): return lambda self, p, z, s, t: reverse_posterior(self, p, z, .9*s, t)
+def at_another_time(draw_earlier):
+    return lambda noise, x0, z, s, t, u: draw_earlier(noise, x0, z, .9*s, t, u)
 
 FAULTS = {
     'too many come back': (POISSON, too_many),
     'too warm': (TOKEN_PROBS, warmer),
     'expects too few': (EXPECTED_GAPS, too_few),
     'starts too long': (DELETE, not_always),
-    'symbols from another time': (REVERSE_POSTERIOR, at_another_time),
+    'symbols from another time': (DRAW_EARLIER, at_another_time),
 }
 
 @pytest.mark.parametrize('name', FAULTS)

@@ -19,26 +19,30 @@ from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.predictions import LogitOutputs, ScoreOutputs
 from bijdiff.model.scoring import output_integrand
 from bijdiff.pictures import film_strip
-from bijdiff.sampling import conditionals, generate, samplers
+from bijdiff.sampling import conditionals, generate, repair, samplers, state
 from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.sampling.repair import self_correct
 from bijdiff.sampling.rules import UnmaskingRule
-from bijdiff.sampling.samplers import sample_categorical, SamplerState
+from bijdiff.sampling.samplers import reveal_probs
+from bijdiff.sampling.state import planned_step, sample_categorical, SamplerState
 from bijdiff.testing import tiny_denoiser
 
 # Functions of the package that planted faults replace, where they are looked up
-TOKEN_PROBS,REVEAL_PROBS = (samplers, 'token_probs'),(samplers, 'reveal_probs')
+TOKEN_PROBS,REVEAL_PROBS = (state, 'token_probs'),(samplers, 'reveal_probs')
 CLEAN_LOGITS,SCORES = (LogitOutputs, 'clean_logits'),(ScoreOutputs, 'scores')
 ON_OBSERVED,TWEEDIE = (samplers, 'condition_on_observed'),(samplers, '_tweedie')
-SAMPLE_CATEGORICAL,PREDICT = (samplers, 'sample_categorical'),(SamplerState, 'predict')
+DRAW_CATEGORICAL,PREDICT = (state, 'draw_categorical'),(SamplerState, 'predict')
 CONFIDENCE,FIRST_HITTING = (conditionals, 'confidence'),(generate, 'first_hitting')
 EVENT_RATES = Corruption, 'event_rates'
+REMASK_PROBS,NOISIER = (repair, 'remask_probs'),(repair, '_noisier')
+DRAW_EARLIER = samplers, 'draw_earlier'
 SEDD_OUTPUTS,SEDD_FORWARD = (SEDDAdapter, 'outputs'),(SEDDAdapter, 'forward')
 MDLM_FORWARD = MDLMAdapter, 'forward'
 
 V,L = 3,3 # tokens are 0, 1, 2, and the mask is 3
 N,STEPS = 200_000,4
-N_TESTS = 150 # chi-square tests in this file, at most
+STRENGTH = .4 # of samplers that take tokens back
+N_TESTS = 200 # chi-square tests in this file, at most
 ALL_MASKS = (V,)*L
 assert_fits = partial(assert_drawn_from, n_tests=N_TESTS)
 
@@ -74,7 +78,7 @@ def denoiser(name):
 TESTED_WITH_LIKELIHOODS = 'left_to_right','random','spread','block'
 ONLY = {
     'mask, scores': ('tweedie', 'euler'),
-    'mask, time-conditioned': ('ancestral', 'confidence', 'first_hitting'),
+    'mask, time-conditioned': ('ancestral', 'confidence', 'first_hitting', 'remask_rescale'),
 }
 
 def samplers_here(name):
@@ -158,6 +162,56 @@ def euler_step(score, state_probs, s, t):
     p = np.where(IS_OWN, 0., (t-s)*resampling_rates(state_probs, t)[Z][...,None]*score)
     return np.where(IS_OWN, (1-p.sum(-1, keepdims=True)).clip(0), p)
 
+def is_remasking(sampler): return sampler.startswith('remask')
+
+def inverse(f, value):
+    "The time at which a falling function has a value, by bisection"
+    low,high = 0.,1.
+    for _ in range(60):
+        middle = (low+high)/2
+        low,high = (middle, high) if f(middle)>value else (low, middle)
+    return low
+
+def remask_times(state_probs, sampler, steps):
+    "Times of a sampler that masks tokens again: 45% of a loop until alpha is 0.9, half of it there"
+    if sampler!='remask_loop': return np.linspace(1, 0, steps+1)
+    on,first,last = inverse(lambda t: state_probs(t)[0], .9),round(.45*steps),max(1, round(.05*steps))
+    return [*np.linspace(1, on, first+1), *[on]*(steps-first-last), *np.linspace(on, 0, last+1)[1:]]
+
+def remask_step(x, state_probs, s, t, is_last, is_first, kind):
+    "ReMDM, section 3: a token is masked with probability sigma, and masks are revealed as often as it takes"
+    a = 0. if is_first else state_probs(t)[0]
+    b = 1. if is_last else state_probs(s)[0]
+    most = min(1., (1-b)/a) if a else 0.
+    sigma = STRENGTH*most if kind=='rescale' else min(STRENGTH, most)
+    if kind=='loop' and s!=t: sigma = 0.
+    p = (b-(1-sigma)*a)/(1-a)
+    of_token = (1-sigma)*UNCHANGED + sigma*(np.arange(V+1)==V)
+    return np.where(IS_MASKED, marginal(p*x, [1, 1-p, 0]), of_token)
+
+def by_remasking(name, sampler, template, steps, **kw):
+    "Distribution over all texts of a sampler that masks tokens again"
+    (_,state_probs,_),free = NOISES[name],np.array(template)==V
+    dist,ts = start_from_noise(state_probs, template),remask_times(state_probs, sampler, steps)
+    for i,(t,s) in enumerate(zip(ts, ts[1:])):
+        _,x = predict(name, t, **kw)
+        kind = sampler.removeprefix('remask_')
+        dist = advance(dist, remask_step(x, state_probs, s, t, i==steps-1, i==0, kind), free)
+    return dist
+
+def by_correcting(name, template, steps, **kw):
+    "Distribution over all texts of ancestral steps, after each of which a part of the noise comes and goes"
+    (_,state_probs,_),free = NOISES[name],np.array(template)==V
+    dist,ts = start_from_noise(state_probs, template),np.linspace(1, 0, (steps+1)//2+1)
+    for i,(t,s) in enumerate(zip(ts, ts[1:])):
+        x = predict(name, t, **kw)[1]
+        dist = advance(dist, posterior_step(x, state_probs, s, t, s==0, i==0), free)
+        if s==0: return dist
+        back = s+STRENGTH*(t-s)
+        dist = advance(dist, transition(state_probs(s), state_probs(back))[Z], free)
+        x = predict(name, back, **kw)[1]
+        dist = advance(dist, posterior_step(x, state_probs, s, back, False, False), free)
+
 def advance(dist, K, free):
     "Distribution over all texts after a step in which each free symbol changes by its row of K"
     with np.errstate(invalid='ignore'): K = np.nan_to_num(K/K.sum(-1, keepdims=True)) # texts that cannot be
@@ -229,7 +283,7 @@ def by_first_hitting(name, template, n=8, **kw):
 
     Each of k masks is revealed next with probability 1/k. A time-conditioned network is called at times that
     fall by a factor u^(1/k) each, as here 1-alpha(t) = t: their density is k t^(k-1)/(time before)^k. The
-    quadrature over them has n nodes.
+    quadrature over them has n nodes; with top-p, which jumps between times, it needs many.
     """
     timed = denoiser(name).config.time_conditioning
     nodes = list(zip(*np.polynomial.legendre.leggauss(n))) if timed else [(1., 2.)]
@@ -251,13 +305,16 @@ def by_first_hitting(name, template, n=8, **kw):
 def exact_distribution(name, sampler, template=ALL_MASKS, steps=STEPS, **kw):
     "Probability of each text in Z"
     if sampler in UnmaskingRule.names: return by_rule(name, sampler, template, **kw)
-    if sampler=='first_hitting': return by_first_hitting(name, template, **kw)
+    if is_remasking(sampler): return by_remasking(name, sampler, template, steps, **kw)
+    if sampler=='forward_backward': return by_correcting(name, template, steps, **kw)
+    if sampler=='first_hitting': return by_first_hitting(name, template, 64 if 'top_p' in kw else 8, **kw)
     return by_steps(name, sampler, template, steps, **kw)
 
 def sample_counts(name, sampler, template=ALL_MASKS, n=N, seed=0, **kw):
     "How often each text in Z is sampled"
     model,noise = denoiser(name),NOISES[name].corruption
     if noise.masks_only and not model.config.time_conditioning: kw['schedule'] = noise.schedule
+    if is_remasking(sampler) or sampler=='forward_backward': kw['revise'] = STRENGTH
     x = sample(model, n, STEPS, template=torch.tensor(template), sampler=sampler, seed=seed, **kw)
     assert x.shape==(n, L)
     assert_given_kept(x, template, V)
@@ -299,7 +356,7 @@ def test_each_rule_has_its_own_distribution():
 def of_another_schedule(reveal_probs): return lambda steps, schedule: reveal_probs(steps, HalfCosine())
 def not_conditioned(condition_on_observed): return lambda probs, z, state_probs, V: probs
 def too_large(output_scores): return lambda *args: 1.05*output_scores(*args)
-def at_another_time(predict): return lambda self, t, where=None: predict(self, .9*t, where)
+def at_another_time(predict): return lambda self, t, index=None: predict(self, .9*t, index)
 def without_entropy(confidence): return lambda probs, rule: probs.max(-1).values
 
 def of_the_posterior(clean_logits):
@@ -324,14 +381,34 @@ def faster(event_rates):
 
 def left_to_right(first_hitting):
     def wrong(run, steps):
-        while (masked := run.x==V).any():
-            first = masked & (masked.cumsum(1)==1)
-            run.write(first, sample_categorical(run.mask_probs(.5, first), run.g))
+        order = run.free.cumsum(1)-1
+        run.follow([planned_step(.5, run.free & (order==k)) for k in range(L)])
     return wrong
 
-def in_pairs(sample_categorical):
+def in_pairs(draw_categorical):
     "Two samples of each draw: they are not independent"
-    return lambda probs, g: sample_categorical(probs, g)[torch.arange(probs.shape[0])//2*2]
+    return lambda weights, u: draw_categorical(weights, u)[torch.arange(len(weights))//2*2]
+
+def never_back(remask_probs):
+    "Tokens are never masked again, but masks are revealed as if they were"
+    def wrong(*args):
+        t,p,again = remask_probs(*args)
+        return t, p, 0*again
+    return wrong
+
+def not_made_up_for(remask_probs):
+    "Tokens are masked again, and no more masks are revealed for that"
+    def wrong(steps, schedule, kind, strength):
+        t,_,again = remask_probs(steps, schedule, kind, strength)
+        return t, reveal_probs(steps, schedule), again
+    return wrong
+
+def no_noise(noisier): return lambda run, index, s, t: run.x.flatten()[index]
+
+def masks_alone(draw_earlier):
+    "An earlier symbol is never another token than the clean one"
+    def wrong(noise, x0, z, s, t, u): return draw_earlier(noise, x0, z, s, t, u).where(u[0]<.9, x0)
+    return wrong
 
 class Fault(NamedTuple):
     "A noise and a sampler, a function of the package, and a wrong version of it"
@@ -359,7 +436,11 @@ FAULTS = {
     'rules swapped': Fault('mask', 'entropy', CONFIDENCE, without_entropy),
     'from left to right': Fault('mask', 'first_hitting', FIRST_HITTING, left_to_right),
     'called at another time': Fault('gidd', 'ancestral', PREDICT, at_another_time),
-    'samples not independent': Fault('mask', 'ancestral', SAMPLE_CATEGORICAL, in_pairs),
+    'never masked again': Fault('mask', 'remask_cap', REMASK_PROBS, never_back),
+    'masked again for nothing': Fault('mask', 'remask_rescale', REMASK_PROBS, not_made_up_for),
+    'no noise in the corrector': Fault('hybrid', 'forward_backward', NOISIER, no_noise),
+    'wrong earlier symbols': Fault('gidd', 'ancestral', DRAW_EARLIER, masks_alone),
+    'samples not independent': Fault('mask', 'ancestral', DRAW_CATEGORICAL, in_pairs),
 }
 
 @pytest.mark.parametrize('case', FAULTS)
@@ -483,7 +564,8 @@ def test_function_evaluations(name, sampler, n, steps, template):
     if sampler=='first_hitting': assert len(calls)==masks
     else: assert 0<len(calls)<=steps
     assert len({str(o) for o in calls})==len(calls)
-    if n==1 and m.noise.masks_only and not m.config.time_conditioning: assert len(calls)<=masks
+    once = m.noise.masks_only and not m.config.time_conditioning and not is_remasking(sampler)
+    if n==1 and once: assert len(calls)<=masks
 
 @pytest.mark.parametrize('name', ['mask, delete', 'all three'])
 def test_function_evaluations_that_find_lengths(name, monkeypatch):
@@ -565,18 +647,18 @@ class EnoughSteps(Exception): pass
 
 def stop_after(n, probs):
     "Note the probabilities of the first n samples, and stop at the last of them"
-    def fault(multinomial):
-        def f(p, num_samples, generator):
+    def fault(draw_categorical):
+        def f(p, u):
             probs.append(p)
             if len(probs)==n: raise EnoughSteps
-            return multinomial(p, num_samples, generator=generator)
+            return draw_categorical(p, u)
         return f
     return fault
 
 def test_tweedie_reveals_on_schedule_with_a_large_vocabulary(monkeypatch):
     "The sample that decides is in float64, from probabilities that are the schedule's to nine digits"
     probs,m = [],ConstantDenoiser(torch.zeros(1), 4, Corruption(BIG, schedule=LogLinear()))
-    plant_fault(monkeypatch, (torch, 'multinomial'), stop_after(6, probs))
+    plant_fault(monkeypatch, (samplers, 'draw_categorical'), stop_after(6, probs))
     with pytest.raises(EnoughSteps): sample(m, 1, 1000, sampler='tweedie')
     for i,p in enumerate(probs):
         a,b = 1-.999*(1-i/1000),1-.999*(1-(i+1)/1000)

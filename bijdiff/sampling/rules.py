@@ -15,10 +15,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..checks import check, check_ids, check_keys, check_lengths, check_number, check_one_of
 from ..checks import check_seed, check_type, check_whole, is_whole
+from ..diffusion.draws import Draws
 from ..diffusion.schedules import get_schedule, Schedule, schedule_from_dict, schedule_to_dict
 from ..model.denoiser import canonical, Denoiser
 from ..model.predictions import arithmetic_of
-from .conditionals import check_tempered, confidence_functions, Conditionals
+from .conditionals import check_ends, check_forbidden, check_tempered, Conditionals
+from .conditionals import confidence_functions, Constraints, ends_in_pass, probs_in_pass
 
 # %% ../../nbs/sampling/50_rules.ipynb #a5c3dfbb
 def reveal_counts(
@@ -54,6 +56,10 @@ class UnmaskingRule:
     budget:float|None = None # Sum of entropies revealed at once, the largest left out, nats, at least 0
     guidance:float = 0. # Weight of the difference that given tokens make to the logits, at least 0
     adjust:Callable|None = None # Function of logits, ids before the pass, and positions; returns logits
+    forbid:tuple = () # Ids that are never written, in the numbering of the network
+    stop_at_end:bool = False # Nothing but end tokens may follow an end token that is written
+    min_length:int = 0 # First position at which an end token may be written, with stop_at_end
+    max_length:int|None = None # First position from which all tokens are end tokens, with stop_at_end
 
     names = 'left_to_right','random','spread','block','confidence','margin','entropy'
 
@@ -73,6 +79,8 @@ class UnmaskingRule:
         check_number('guidance', self.guidance, 0)
         check(self.adjust is None or callable(self.adjust), 'adjust', self.adjust, 'None or a function')
         self._check_sizes()
+        self._set(forbid=check_forbidden(self.forbid))
+        check_ends(self.stop_at_end, self.min_length, self.max_length)
         if self.schedule is not None: self._set(schedule=get_schedule(self.schedule))
 
     def _check_sizes(self):
@@ -117,6 +125,10 @@ def rule_options(
     budget:float|None=None, # Sum of entropies revealed at once, the largest left out, nats, at least 0
     guidance:float=0., # Weight of the difference that given tokens make to the logits, at least 0
     adjust:Callable|None=None, # Function of logits, ids before the pass, and positions; returns logits
+    forbid:tuple=(), # Ids that are never written, in the numbering of the network
+    stop_at_end:bool=False, # Nothing but end tokens may follow an end token that is written
+    min_length:int=0, # First position at which an end token may be written, with stop_at_end
+    max_length:int|None=None, # First position from which all tokens are end tokens, with stop_at_end
 )->dict: # Keywords of UnmaskingRule
     "Return further keywords of all functions that take an unmasking rule by its name"
     return dict(locals())
@@ -210,9 +222,9 @@ def reveal_ranks(
 )->Tensor: # (n, L), 0 for the mask that comes first; positions without a mask come last
     "Return the order in which the masks are revealed"
     L = masked.shape[1]
-    if confidences is None: first = torch.arange(L).expand(masked.shape)
+    if confidences is None: first = torch.arange(L, device=masked.device).expand(masked.shape)
     else:
-        tilt = _tilt*torch.arange(L, dtype=confidences.dtype)
+        tilt = _tilt*torch.arange(L, dtype=confidences.dtype, device=masked.device)
         first = (confidences-tilt).argsort(dim=1, descending=True, stable=True)
     keys = order_keys.masked_fill(~masked, L).gather(1, first)
     return first.gather(1, keys.argsort(dim=1, stable=True)).argsort(dim=1)
@@ -225,24 +237,33 @@ def check_unmasking(
     expected = 'masking alone, which unmasking rules are for'
     check(model.noise.masks_only, 'the noise of the model', model.noise.weights, expected)
 
+def _check_choose(choose, rule, known):
+    "Check what chooses the tokens"
+    is_draws = isinstance(choose, Draws)
+    check(is_draws or callable(choose), 'choose', choose, 'Draws, or a function of probabilities and positions')
+    alone = 'False where tokens are chosen by a function, which sees one distribution at a time'
+    check(is_draws or known is not None or not rule.stop_at_end, 'stop_at_end', rule.stop_at_end, alone)
+
 @torch.no_grad()
 def unmask(
     model:Denoiser, # The denoiser, in evaluation mode
-    x:Tensor, # Canonical ids, masks where something is to be revealed, (n, L), on the CPU
+    x:Tensor, # Canonical ids, masks where something is to be revealed, (n, L)
     rule:str|UnmaskingRule|tuple, # Order of the masks: a rule, its name, or positions
-    choose, # Function of probabilities (k, V) and their positions (n, L), bool, that returns ids, (k,)
+    choose, # Draws; or a function of probabilities (k, V) and their positions (n, L), bool, that returns ids, (k,)
     lengths:Tensor|None=None, # Number of tokens of each sequence, (n,); L if None
     progress=lambda o: o, # Wraps the steps, for a progress bar
     known:Tensor|None=None, # Ids to be revealed, (n, L): choose gets only their probabilities, (k,)
+    record=lambda x: None, # Is called with the ids after each step
 )->Tensor: # Ids without masks, (n, L)
-    "Reveal all masks"
+    "Reveal all masks; all tensors but `lengths` are on the device of x"
     model,rule = canonical(model),get_rule(rule)
     check_unmasking(model)
-    check(callable(choose), 'choose', choose, 'a function of probabilities and positions')
+    _check_choose(choose, rule, known)
     x = check_ids(x, model.n_ids-1, 'x')
-    lengths,L = check_lengths(lengths, x),x.shape[1]
-    keys = rule.order_keys(lengths, L)
-    mask = torch.arange(L) < lengths[:,None]
+    lengths,L = check_lengths(lengths, x).cpu(),x.shape[1]
+    Constraints(model, rule).check_given(x, model.mask_id)
+    keys = rule.order_keys(lengths, L).to(x.device)
+    mask = (torch.arange(L) < lengths[:,None]).to(x.device)
     masked = (x==model.mask_id)&mask
     if known is not None:
         known = check_ids(known, model.n_ids-1, 'known', x.shape)
@@ -251,17 +272,18 @@ def unmask(
     def evaluate(x, where): return Conditionals(model, x, where, rule, lengths, given)
     for count in progress(_counts(masked.sum(1), rule).T):
         masked = (x==model.mask_id)&mask
-        if not masked.any(): break    # a threshold or a budget needs fewer steps
+        if rule.chooses_count and not masked.any(): break    # a threshold or a budget needs fewer steps
         x = _step(evaluate, x, masked, rule, choose, keys, count[:,None], known)
+        record(x)
     return x
 
 # %% ../../nbs/sampling/50_rules.ipynb #87469192
 def _counts(masks, rule):
     "Number of masks that each sequence reveals in each step, at least, (n, steps)"
-    different,which = masks.unique(return_inverse=True)
+    different,which = masks.cpu().unique(return_inverse=True)
     rows = [reveal_counts(n, rule.steps, rule.schedule, rule.tokens) for n in (0, *different.tolist())]
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, True)[which+1]
+    return torch.nn.utils.rnn.pad_sequence(rows, True)[which+1].to(masks.device)
 
 def _at_once(certain, masked, rule, keys):
     "Number of masks of the first block that have masks, (n, 1), that a threshold or a budget reveals"
@@ -271,20 +293,28 @@ def _at_once(certain, masked, rule, keys):
     before = torch.nn.functional.pad(entropies.cumsum(1)[:,:-1], (1, 0))
     return (before<=rule.budget).sum(1, keepdim=True)
 
+def _summary(d, rule, choose, known, now):
+    "Confidences, probabilities of known ids and drawn ids at the positions of a pass, or None for each"
+    u = choose.uniform(now.shape[1])[now] if isinstance(choose, Draws) else None
+    if u is None and known is None and not rule.adaptive: return None, None, None
+    return d.summarise(None if known is None else known[now], u)
+
 def _step(evaluate, x, masked, rule, choose, keys, count, known):
     "Reveal `count` (n, 1) masks of each sequence at one function evaluation, more by a threshold or a budget"
-    now = masked if rule.adaptive else masked & (reveal_ranks(masked, keys)<count)
-    d = evaluate(x, now)
-    chosen = None
-    if rule.adaptive or known is not None:
-        found,p = d.summarise(None if known is None else known[now])
+    seen = now = masked if rule.adaptive else masked & (reveal_ranks(masked, keys)<count)
+    d,chosen = evaluate(x, now),None
+    found,p,drawn = _summary(d, rule, choose, known, now)
     if rule.adaptive:
-        certain = torch.full(x.shape, -math.inf, dtype=found.dtype).masked_scatter(masked, found)
+        certain = torch.full(x.shape, -math.inf, dtype=found.dtype, device=x.device).masked_scatter(masked, found)
         if rule.chooses_count:
             with arithmetic_of(d.model): count = torch.maximum(count, _at_once(certain, masked, rule, keys))
         now = masked & (reveal_ranks(masked, keys, certain)<count)
         chosen = now[masked]
+    end = d.constraints.end
+    if drawn is not None:
+        ids = torch.where(now, x.masked_scatter(seen, drawn), x)
+        return ids if end is None else ids.masked_fill(ends_in_pass(ids, now, end), end)
     if known is None:
         return x.masked_scatter(now, torch.cat([choose(o, d.positions(j)) for j,o in d.parts(chosen)]))
-    choose(p if chosen is None else p[chosen], now)
+    choose(probs_in_pass(p if chosen is None else p[chosen], known, now, end), now)
     return torch.where(now, known, x)
