@@ -49,7 +49,7 @@ from .likelihood.codec import compress, compress_file, decompress, decompress_fi
 from .likelihood.quality import TextQuality
 from .likelihood.scores import format_scores, score_table, small_scores, SmallLanguage
 from .likelihood.scores import total_probability
-from .pictures import film_strip, plot_bits, plot_film_strip
+from .pictures import film_strip, gif_bytes, plot_bits, plot_film_strip
 from .training.dynamics import area_under_curve, compare_runs, epochs_to_target, fit_trend
 from .training.dynamics import oscillation, oscillation_windows, plot_runs, plot_spectrum
 from .training.dynamics import plot_trend, seed_interval
@@ -88,7 +88,7 @@ by_task = {
         'plot_runs plot_spectrum plot_trend seed_interval'),
     'Writing': ('Samples from nothing, after a prompt, into blanks, in any order; repairs',
         'infill_template prompt_template heal_blanks heal_prompt sample samplers_for UnmaskingRule unmask '
-        'self_correct film_strip plot_film_strip write_answers TextQuality'),
+        'self_correct film_strip plot_film_strip gif_bytes write_answers TextQuality'),
     'Likelihood': ('Bounds with error bars, exact likelihoods of a sampler, and the density of states',
         'Estimate nelbo nelbo_draws Score score_ids all_orders_nats answer_nll char_bits document_nll '
         'latent_nats log_prob order_bound order_estimate order_nats token_nll plot_bits score_table '

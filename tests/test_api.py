@@ -28,8 +28,8 @@ PINNED = {
         'area_under_curve compare_runs epochs_to_target fit_trend oscillation oscillation_windows '
         'plot_runs plot_spectrum plot_trend seed_interval'),
     'Writing': (
-        'film_strip heal_blanks heal_prompt infill_template plot_film_strip prompt_template sample '
-        'samplers_for self_correct TextQuality unmask UnmaskingRule write_answers'),
+        'film_strip gif_bytes heal_blanks heal_prompt infill_template plot_film_strip prompt_template '
+        'sample samplers_for self_correct TextQuality unmask UnmaskingRule write_answers'),
     'Likelihood': (
         'all_orders_nats answer_nll char_bits document_nll Estimate latent_nats log_prob nelbo '
         'nelbo_draws order_bound order_estimate order_nats plot_bits Score score_ids token_nll '
@@ -53,8 +53,8 @@ def test_the_list_is_the_pinned_one():
     names = {task:set(names.split()) for task,(_,names) in bijdiff.all.by_task.items()}
     assert names=={task:set(names.split()) for task,names in PINNED.items()}
 
-def test_the_list_has_at_most_129_names_each_once():
-    assert len(bijdiff.all.__all__)==len(set(bijdiff.all.__all__))<=129
+def test_the_list_has_at_most_130_names_each_once():
+    assert len(bijdiff.all.__all__)==len(set(bijdiff.all.__all__))<=130
 
 @pytest.mark.parametrize('name', bijdiff.all.__all__)
 def test_each_name_is_described_on_the_page(name):

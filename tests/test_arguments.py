@@ -292,6 +292,9 @@ CALLS = {
 
     'film_strip': (film_strip, frames),
     'plot_film_strip': (plot_film_strip, frames | dict(width=('count', 64))),
+    'gif_bytes': (gif_bytes, {k: v for k,v in frames.items() if k!='n'} | dict(
+        width=('count', 64), seconds=('positive', 6.),
+        colours=('frames', ('red', 'black', 'grey', 'white')))),
     'plot_bits': (plot_bits, dict(
         chars=('frames', [('a', 1.), ('b', 2.)]), n=('count', 2), width=('count', 8), top=('positive', 8.))),
     'split_text': (split_text, dict(text=('string', 'abcd'), valid_pct=('inside', .5))),

@@ -3,13 +3,14 @@ import io, math, subprocess, sys, unicodedata, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 import pytest, torch
+from PIL import Image, ImageChops
 from bijdiff.data.loaders import text_dls
 from bijdiff.data.subwords import BPETokenizer
 from bijdiff.data.tokens import CharTokenizer
 from bijdiff.display import visible
 from bijdiff.documents import print_scores, write_texts
 from bijdiff.likelihood.exact import char_bits
-from bijdiff.pictures import film_strip, plot_bits, plot_film_strip
+from bijdiff.pictures import _cell, _margin, film_strip, gif_bytes, plot_bits, plot_film_strip
 from bijdiff.reports import _print_continued, _print_infill, _print_samples
 from bijdiff.testing import run_command, small_learner, tiny_denoiser
 
@@ -90,6 +91,10 @@ def test_pictures_of_any_text_warn_once_at_most(text):
             fig.canvas.draw()
         assert len(notes)<=1 and all('no installed font' in str(note.message) for note in notes)
         assert not any(steering(t.get_text()) for ax in fig.axes for t in ax.texts)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter('always')
+        gif_bytes(frames, tokenizer)
+    assert len(notes)<=1 and all('no installed font' in str(note.message) for note in notes)
 
 # Warnings of other packages
 
@@ -172,3 +177,149 @@ def test_bits_of_a_token_are_those_of_its_characters_in_equal_parts():
     chars,bits = zip(*char_bits(PAIRS, ids, torch.arange(1., len(ids)+1)*math.log(2)))
     assert ''.join(chars)=='the é' and PAIRS.decode(ids[:1])=='the'
     assert bits[:3]==pytest.approx([1/3]*3) and sum(bits)==pytest.approx(sum(range(1, len(ids)+1)))
+
+def test_a_mask_is_as_wide_as_its_token_beside_one_that_is_replaced_later():
+    ids = torch.tensor(PAIRS.encode('the cat on the other mat'))[None]
+    replaced = torch.full_like(ids, MASK)
+    replaced[0,0] = PAIRS.encode('on')[0]
+    assert film_strip([replaced, ids], PAIRS).split('\n')[0]==PAIRS.decode(replaced[0,:1])+'░'*21
+
+# A text that writes itself
+
+N_FADING = 5                     # frames after the last one of the sampler
+GREY,WHITE,BLACK = (0xdd,)*3,(255,)*3,(0,)*3
+
+def shown(gif):
+    "Frames of a GIF as a viewer shows them, and how long, in hundredths of a second"
+    image,frames,durations = Image.open(io.BytesIO(gif)),[],[]
+    for k in range(image.n_frames):
+        image.seek(k)
+        frames.append(image.convert('RGB'))
+        durations.append(image.info['duration']//10)
+    return frames, durations
+
+def cells(frame):
+    "Pixels of each cell of a frame, line by line"
+    w,h = _cell
+    corners = [(x, y) for y in range(_margin, frame.height-_margin, h)
+               for x in range(_margin, frame.width-_margin, w)]
+    return [frame.crop((x, y, x+w, y+h)) for x,y in corners]
+
+def colours(image): return {colour for _,colour in image.getcolors()}
+def is_bar(cell): return GREY in colours(cell) and colours(cell)<={GREY, WHITE}
+def is_blank(cell): return colours(cell)=={WHITE}
+def is_coloured(cell): return any(len({*colour})>1 for colour in colours(cell))
+
+def changed_cells(a, b):
+    "Numbers of the cells in which two frames differ; the margins may not"
+    outside = ImageChops.difference(a, b)
+    outside.paste(BLACK, (_margin, _margin, a.width-_margin, a.height-_margin))
+    assert outside.getbbox() is None
+    return [i for i,(one,other) in enumerate(zip(cells(a), cells(b))) if one.tobytes()!=other.tobytes()]
+
+LETTERS = CharTokenizer('abcdefghij\n')
+BLANK = LETTERS.vocab_size
+
+def ids_of(text):
+    "Ids of one sequence of letters and masks, (1, L)"
+    return torch.tensor([[BLANK if c=='░' else LETTERS.encode(c)[0] for c in text]], dtype=torch.long)
+
+def gif_of(*texts, **kwargs):
+    "Frames and durations of the GIF in which these texts follow each other"
+    return shown(gif_bytes([ids_of(o) for o in texts], LETTERS, **kwargs))
+
+def test_a_gif_shows_every_frame_in_its_time_and_stays_at_the_end():
+    frames,durations = gif_of(*('abcd'[:k]+'░'*(4-k) for k in range(5)), seconds=3)
+    assert len(frames)==5+N_FADING and durations==[60]*5+[8]*(N_FADING-1)+[200]
+    assert Image.open(io.BytesIO(gif_bytes([ids_of('a')], LETTERS))).info['loop']==0
+
+def test_a_gif_begins_with_bars_and_ends_with_black_letters():
+    frames,_ = gif_of('░░░░', 'a░c░', 'abc\n')
+    assert all(map(is_bar, cells(frames[0])))
+    assert not any(is_bar(c) or is_blank(c) or is_coloured(c) for c in cells(frames[-1]))
+
+def test_a_frame_differs_where_a_token_is_new_or_fades():
+    frames,_ = gif_of('░░░░░░', '░b░░░░', '░b░░e░', width=4)
+    assert frames[0].size==(4*_cell[0]+2*_margin, 2*_cell[1]+2*_margin)
+    assert changed_cells(frames[0], frames[1])==[1]
+    assert changed_cells(frames[1], frames[2])==[1, 4]
+    assert [is_coloured(c) for c in cells(frames[2])]==[i in (1, 4) for i in range(8)]
+    assert [is_bar(c) for c in cells(frames[-1])]==[i in (0, 2, 3, 5) for i in range(8)]
+
+def test_a_new_token_fades_to_black():
+    frames,_ = gif_of('░', *'a'*(N_FADING+3))
+    reds = [max(r-g for r,g,b in colours(f)) for f in frames]
+    assert reds[0]==0 and reds[1]>150 and reds[1:N_FADING+2]==sorted(reds[1:N_FADING+2], reverse=True)
+    assert reds[N_FADING+1:]==[0]*len(reds[N_FADING+1:]) and reds[N_FADING]>0
+
+def test_given_tokens_are_black_from_the_beginning():
+    frames,_ = gif_of('a░', 'ab')
+    assert [is_coloured(c) for c in cells(frames[0])+cells(frames[1])]==[False, False, False, True]
+
+def test_tokens_that_are_masked_or_replaced_again_are_seen_to_change():
+    frames,_ = gif_of('░b', 'ab', '░b', 'cb', 'cd')
+    first,second = zip(*map(cells, frames))
+    assert [is_bar(c) for c in first[:5]]==[True, False, True, False, False]
+    assert is_coloured(first[3]) and not is_coloured(second[3]) and is_coloured(second[4])
+    assert first[-1].tobytes()!=cells(gif_of('░b', 'ab')[0][-1])[0].tobytes()
+
+def test_masks_of_a_gif_are_as_wide_as_their_tokens():
+    text = 'the cat on the other mat'
+    frames,_ = shown(gif_bytes(frames_of(text), PAIRS, width=17))
+    assert [is_bar(c) for c in cells(frames[0])]==[True]*24+[False]*10
+    assert [is_blank(c) for c in cells(frames[-1])[:24]]==[c==' ' for c in text]
+
+def test_inserted_tokens_are_coloured_and_those_that_they_move_are_not():
+    "Also where the same letters stand before the ones that were moved"
+    texts = 'cab', 'c░ab', 'cdab', 'abcdaeb░'
+    frames = [[ids_of('a')[0], ids_of(o)[0]] for o in texts]
+    found,_ = shown(gif_bytes(frames, LETTERS, which=1))
+    numbers = [[i for i,c in enumerate(cells(f)) if is_coloured(c)] for f in found[:4]]
+    assert len(found)==4+N_FADING and numbers==[[], [], [1], [0, 1, 3, 5]]
+    assert is_bar(cells(found[1])[1]) and is_bar(cells(found[-1])[7]) and is_blank(cells(found[0])[3])
+
+def test_masks_that_are_inserted_are_not_those_that_were_written():
+    "As many masks in both frames, yet the last letter is the one that has moved"
+    frames,_ = gif_of('░░a', 'bca░░░')
+    assert [is_coloured(c) for c in cells(frames[1])]==[True, True, False, False, False, False]
+
+def test_a_gif_begins_with_an_empty_sequence():
+    for texts in (('', 'ab'), ('', '')):
+        frames,_ = gif_of(*texts)
+        assert all(map(is_blank, cells(frames[0]))) and len(cells(frames[0]))==max(1, len(texts[1]))
+
+@pytest.mark.parametrize('n, seconds, expected', [(500, 6, 95), (60, 6, 60), (60, .5, 25), (60, .001, 2)])
+def test_a_gif_has_evenly_chosen_frames_that_browsers_do_not_slow_down(n, seconds, expected):
+    frames,durations = gif_of(*('abcdefghij'[k%10] for k in range(n)), seconds=seconds)
+    assert len(frames)<=expected+N_FADING<=100 and min(durations)>=2
+    assert sum(durations[:-N_FADING])==pytest.approx(max(100*seconds, 2*expected), abs=1)
+
+def test_the_same_frames_make_the_same_bytes():
+    frames = frames_of('the cat on the other mat', 12)
+    assert gif_bytes(frames, PAIRS)==gif_bytes([f.clone() for f in frames], PAIRS)
+
+def test_the_gif_of_256_characters_and_64_frames_is_below_150_kB():
+    text = (Path(__file__).parent.parent/'LICENSE').read_text(encoding='utf-8')[2000:2256]
+    tokenizer = CharTokenizer.train(text)
+    ids,at = torch.tensor(tokenizer.encode(text)),torch.rand(256, generator=torch.Generator().manual_seed(0))
+    frames = [torch.where(at<k/63, ids, tokenizer.vocab_size)[None] for k in range(64)]
+    gif = gif_bytes(frames, tokenizer)
+    assert Image.open(io.BytesIO(gif)).n_frames==64+N_FADING and len(gif)<150_000
+
+def test_colours_of_a_gif_are_chosen():
+    frames,_ = gif_of('░a', 'ba', colours=('blue', 'white', '#333333', 'black'))
+    bar,given = cells(frames[0])
+    assert colours(bar)=={(0x33,)*3, BLACK} and WHITE in colours(given) and BLACK in colours(given)
+    assert (0, 0, 255) in colours(cells(frames[1])[0])
+
+@pytest.mark.parametrize('name, value', [
+    ('frames', []), ('tokenizer', None), ('which', 1), ('which', -1), ('width', 0), ('width', 2.5),
+    ('seconds', 0), ('seconds', -1), ('seconds', math.nan), ('seconds', 601),
+    ('colours', 'red'), ('colours', ('red', 'red', 'red')), ('colours', ('red', 'red', 'red', 'no'))])
+def test_a_gif_of_wrong_arguments_is_rejected_by_name(name, value):
+    with pytest.raises(ValueError, match=f'{name} is .*; expected'):
+        gif_bytes(**dict(frames=[ids_of('ab')], tokenizer=LETTERS) | {name: value})
+
+def test_a_gif_that_would_be_too_high_is_rejected():
+    with pytest.raises(ValueError, match='width is 1; expected'):
+        gif_bytes([torch.zeros(1, 4000, dtype=torch.long)], LETTERS, width=1)

@@ -94,6 +94,7 @@ MODEL = {
     'compress fast':  lambda m: decompress(m, compress(m, b'the same again', steps=4, fast=True)),
     'portable':       lambda m: sample(portable(m), 2, steps=4, seed=1),
     'film strip':     lambda m: plot_film_strip(frames(m), m.tokenizer),
+    'gif_bytes':      lambda m: gif_bytes(frames(m), m.tokenizer),
     'plot_bits':      lambda m: plot_bits([('a', 1.), ('b', 2.)]),
     'clean_posterior':lambda m: clean_posterior(m, ids(2, 8), torch.tensor([.5, .5]), None, Corruption(256)),
 }
