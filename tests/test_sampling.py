@@ -30,7 +30,7 @@ from bijdiff.testing import tiny_denoiser
 # Functions of the package that planted faults replace, where they are looked up
 TOKEN_PROBS,REVEAL_PROBS = (state, 'token_probs'),(samplers, 'reveal_probs')
 CLEAN_LOGITS,SCORES = (LogitOutputs, 'clean_logits'),(ScoreOutputs, 'scores')
-ON_OBSERVED,TWEEDIE = (samplers, 'condition_on_observed'),(samplers, '_tweedie')
+ON_OBSERVED,TWEEDIE = (samplers, 'observed_probs'),(samplers, '_tweedie')
 DRAW_CATEGORICAL,PREDICT = (state, 'draw_categorical'),(SamplerState, 'predict')
 CONFIDENCE,FIRST_HITTING = (conditionals, 'confidence'),(generate, 'first_hitting')
 EVENT_RATES = Corruption, 'event_rates'
@@ -354,7 +354,7 @@ def test_each_rule_has_its_own_distribution():
 # Faults: each takes the right function and returns a wrong one
 
 def of_another_schedule(reveal_probs): return lambda steps, schedule: reveal_probs(steps, HalfCosine())
-def not_conditioned(condition_on_observed): return lambda probs, z, state_probs, V: probs
+def not_conditioned(observed_probs): return lambda own, z, state_probs, V: 0*own
 def too_large(output_scores): return lambda *args: 1.05*output_scores(*args)
 def at_another_time(predict): return lambda self, t, index=None: predict(self, .9*t, index)
 def without_entropy(confidence): return lambda probs, rule: probs.max(-1).values
@@ -428,7 +428,7 @@ FAULTS = {
     'not conditioned in the end': Fault('uniform', 'ancestral', ON_OBSERVED, not_conditioned),
     'posterior, not leave-one-out: uniform': Fault('uniform', 'ancestral', CLEAN_LOGITS, of_the_posterior),
     'posterior, not leave-one-out: hybrid': Fault('hybrid', 'tweedie', CLEAN_LOGITS, of_the_posterior),
-    'score not taken back': Fault('hybrid', 'tweedie', TWEEDIE, score_not_taken_back),
+    'score not taken back': Fault('uniform, scores', 'tweedie', TWEEDIE, score_not_taken_back),
     'scores too large': Fault('uniform, scores', 'tweedie', SCORES, too_large),
     'rates too high': Fault('hybrid', 'euler', EVENT_RATES, faster),
     'rates of masks too high': Fault('mask', 'euler', EVENT_RATES, faster),
@@ -658,15 +658,15 @@ def stop_after(n, probs):
 def test_tweedie_reveals_on_schedule_with_a_large_vocabulary(monkeypatch):
     "The sample that decides is in float64, from probabilities that are the schedule's to nine digits"
     probs,m = [],ConstantDenoiser(torch.zeros(1), 4, Corruption(BIG, schedule=LogLinear()))
-    plant_fault(monkeypatch, (samplers, 'draw_categorical'), stop_after(6, probs))
+    plant_fault(monkeypatch, (samplers, 'draw_categorical'), stop_after(12, probs))
     with pytest.raises(EnoughSteps): sample(m, 1, 1000, sampler='tweedie')
-    for i,p in enumerate(probs):
+    for i,(tokens,weights) in enumerate(zip(probs[::2], probs[1::2])):
         a,b = 1-.999*(1-i/1000),1-.999*(1-(i+1)/1000)
-        revealed,p = (b-a)/(1-a),p/p.sum(-1, keepdim=True)
-        assert p.dtype==torch.float64
-        assert p.shape[-1]==BIG+1
-        assert (1-p[:,-1]-revealed).abs().max()<1e-9
-        assert (p[:,:-1]/(revealed/BIG)-1).abs().max()<1e-6
+        weights = weights/weights.sum(-1, keepdim=True)    # of the clean token, the symbol, the mask, any token
+        assert tokens.dtype==weights.dtype==torch.float64
+        assert tokens.shape[-1]==BIG and (tokens*BIG-1).abs().max()<1e-6
+        assert (weights[:,0]-(b-a)/(1-a)).abs().max()<1e-9
+        assert (weights[:,[1, 3]]==0).all()
 
 def test_samples_of_tiny_probabilities():
     "Rare tokens are sampled as often as they should, though float32 cannot resolve the probability of one"

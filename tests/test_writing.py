@@ -1,19 +1,16 @@
 """Writing in batches and with constraints: the same sequences at any batch size, in bounded memory, and with
 probabilities that are those of the likelihood, enumerated over all sequences of a small language."""
-import math
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from helpers import assert_drawn_from, count_sequences, HandmadeDenoiser, plant_fault, TableDenoiser
+from helpers import assert_drawn_from, count_sequences, plant_fault, TableDenoiser
 from torch.utils._python_dispatch import TorchDispatchMode
-from bijdiff.diffusion import draws
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.diffusion.draws import draw_categorical, Draws
 from bijdiff.diffusion.schedules import LogLinear
-from bijdiff.likelihood.codec import compress
-from bijdiff.likelihood.exact import log_prob, token_nll
-from bijdiff.sampling import conditionals, repair, rules, state
+from bijdiff.likelihood.exact import log_prob
+from bijdiff.sampling import conditionals, rules, state
 from bijdiff.sampling.generate import sample, sample_batches, samplers_for
 from bijdiff.sampling.rules import UnmaskingRule
 from bijdiff.testing import tiny_denoiser
@@ -29,7 +26,7 @@ def mix(z):
     return z^(z>>31)
 
 def number(seed, stream, sequence, call, position):
-    "A uniformly distributed number: the key of a seed, of a sequence and of a call are mixed one after the other"
+    "A uniformly distributed number: keys of a seed, of a sequence and of a call are mixed one after the other"
     gamma,key = 0x9E3779B97F4A7C15,mix((seed+stream*0x9E3779B97F4A7C15)&MASK64)
     key = mix((mix(key)+(sequence+1)*gamma)&MASK64)
     key = mix((key+call*gamma)&MASK64)
@@ -104,7 +101,8 @@ def test_many_sequences_go_by_batches_with_a_progress_bar():
     assert sample(model, 100, 1, bs=99).shape==(100, 256)
 
 @pytest.mark.parametrize('kwargs, name', [
-    (dict(bs=0), 'bs'), (dict(bs=1, frames=[]), 'bs'), (dict(revise=0), 'revise'), (dict(revise=1.1), 'revise'),
+    (dict(bs=0), 'bs'), (dict(bs=1, frames=[]), 'bs'), (dict(revise=0), 'revise'),
+    (dict(revise=1.1), 'revise'),
     (dict(revise=.1, rule='random'), 'revise'), (dict(revise=.1, sampler='ancestral'), 'sampler')])
 def test_bad_options_are_named_before_any_work(kwargs, name, monkeypatch):
     model = table('mask')
@@ -141,10 +139,10 @@ def test_no_sampler_has_more_numbers_than_a_chunk_or_a_part(noise, kwargs, monke
     for sampler in samplers_for(model):
         if sampler in UnmaskingRule.names: continue    # see test_conditionals
         with Largest() as largest: sample(model, 4, 2, sampler=sampler, length=32)
-        assert largest.numbers[torch.float64]<=max(4*8256, 100_001), sampler    # the times of scores
+        assert largest.numbers[torch.float64]<=max(4*8000, 100_001), sampler    # the times of scores
         assert largest.numbers[torch.float32]<=32*8000, sampler
 
-@pytest.mark.parametrize('sampler', ['ancestral', 'first_hitting', 'remask_cap', 'remask_loop', 'random', 'spread'])
+@pytest.mark.parametrize('sampler', ['ancestral', 'first_hitting', 'remask_cap', 'remask_loop', 'random'])
 def test_only_positions_that_are_revealed_go_through_the_head(sampler, monkeypatch):
     model,rows = tiny_denoiser(5, 12),[]
     head = model.head
@@ -184,8 +182,9 @@ CONSTRAINTS = dict(
     longest=dict(stop_at_end=True, max_length=3),
     all=dict(stop_at_end=True, min_length=1, max_length=3, forbid=(3,)),
 )
-RULES = [('left_to_right', {}), ('random', dict(steps=2)), ('spread', dict(steps=1)), ('block', dict(steps=3)),
-         ('confidence', dict(steps=2)), ('entropy', dict(budget=1.)), ('margin', dict(top_p=.8, temperature=.7))]
+RULES = [('left_to_right', {}), ('random', dict(steps=2)), ('spread', dict(steps=1)),
+         ('block', dict(steps=3)), ('confidence', dict(steps=2)), ('entropy', dict(budget=1.)),
+         ('margin', dict(top_p=.8, temperature=.7))]
 every_constraint = pytest.mark.parametrize('name', CONSTRAINTS)
 every_rule = pytest.mark.parametrize('rule, options', RULES, ids=[rule for rule,_ in RULES])
 N_TESTS = 100
@@ -213,7 +212,7 @@ def test_sequences_are_written_with_their_probabilities(name, rule, options):
 def by_hand(z):
     """Probability of a sequence that stops at its end, in two steps of the order 2 0 3 1
 
-    A token is drawn from its logits; after an end token there are end tokens, and none before another token."""
+    A token is drawn from its logits; after an end token come end tokens, and none before another token."""
     z,p,seen = list(z),1.,[4]*4
     for step in ((0, 2), (1, 3)):
         logits = ending()(torch.tensor([seen]))[0].numpy()
@@ -266,19 +265,23 @@ def test_constraints_that_cannot_be_met_are_named_before_any_work(options, name,
     with pytest.raises(ValueError, match=name): sample_batches(model, 2, rule='spread', **options)
 
 def test_a_model_without_an_end_token_cannot_stop_at_it():
-    with pytest.raises(ValueError, match='stop_at_end'): sample(table('mask'), rule='spread', stop_at_end=True)
+    with pytest.raises(ValueError, match='stop_at_end'):
+        sample(table('mask'), rule='spread', stop_at_end=True)
 
 def test_all_forbidden_tokens_are_too_many():
     with pytest.raises(ValueError, match='forbid'): sample(table('mask'), rule='spread', forbid=(0, 1, 2))
 
 def test_a_function_that_leaves_no_allowed_token_is_named():
-    def alone(logits, x, where): return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor(1), 0.)
+    def alone(logits, x, where):
+        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor(1), 0.)
     assert (sample(ending(), 2, rule='spread', adjust=alone)==1).all()
-    with pytest.raises(ValueError, match='adjust'): sample(ending(), 2, rule='spread', adjust=alone, forbid=[1])
+    with pytest.raises(ValueError, match='adjust'):
+        sample(ending(), 2, rule='spread', adjust=alone, forbid=[1])
 
-def test_the_codec_takes_forbidden_tokens_and_no_end(monkeypatch):
+def test_functions_that_choose_tokens_see_no_end():
+    rule,choose = UnmaskingRule(stop_at_end=True),lambda p, where: p.argmax(-1)
     with pytest.raises(ValueError, match='stop_at_end'):
-        rules.unmask(ending(), torch.full((1, 4), 4), UnmaskingRule(stop_at_end=True), lambda p, where: p.argmax(-1))
+        rules.unmask(ending(), torch.full((1, 4), 4), rule, choose)
 
 def test_rules_with_constraints_are_written_into_files():
     rule = UnmaskingRule('spread', forbid=[3, 1, 3], stop_at_end=True, min_length=1, max_length=9)

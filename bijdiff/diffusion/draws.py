@@ -70,7 +70,7 @@ _block = 256 # Weights of a block
 
 def _first_above(sums, target):
     "Number of the first cumulative sum above a target, (k,), and the sum before it, (k,)"
-    target = torch.minimum(target, sums[:,-1]*(1-2.**-53))    # below the last sum, however the target was rounded
+    target = torch.minimum(target, sums[:,-1]*(1-2.**-53))    # below the last sum, if rounded
     i = (sums<=target[:,None]).sum(-1)
     before = F.pad(sums, (1, 0)).gather(1, i[:,None])[:,0]
     return i, before
@@ -83,11 +83,12 @@ def draw_categorical(
     K = weights.shape[-1]
     w,u = weights.reshape(-1, K),u.reshape(-1)
     if K<=_block: return _first_above(w.cumsum(-1), u*w.sum(-1))[0].view(weights.shape[:-1])
-    blocks = F.pad(w, (0, -K%_block)).unflatten(1, (-1, _block))
-    sums = blocks.sum(-1).cumsum(-1)
+    whole = K//_block*_block
+    sums = w[:,:whole].unflatten(1, (-1, _block)).sum(-1)
+    sums = torch.cat([sums, w[:,whole:].sum(-1, keepdim=True)], 1).cumsum(-1)
     target = u*sums[:,-1]
     i,before = _first_above(sums, target)
-    rest = (target-before).clamp(min=0)
-    inside = blocks[torch.arange(len(w), device=w.device),i].cumsum(-1)
-    j,_ = _first_above(inside, rest)
+    index = i[:,None]*_block + torch.arange(_block, device=w.device)
+    inside = torch.where(index<K, w.gather(1, index.clamp(max=K-1)), 0.).cumsum(-1)
+    j,_ = _first_above(inside, (target-before).clamp(min=0))
     return (i*_block+j).view(weights.shape[:-1])

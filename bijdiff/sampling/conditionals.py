@@ -26,7 +26,8 @@ def check_tempered(
 
 def _tempered(logits, temperature, top_p):
     "The distribution that tokens are drawn from; not finite where the logits are not"
-    p = (logits.double()/temperature).softmax(-1)
+    logits = logits.double()
+    p = (logits if temperature==1 else logits/temperature).softmax(-1)
     if top_p==1: return p
     sorted_p,order = p.sort(dim=-1, descending=True, stable=True)
     before = torch.nn.functional.pad(sorted_p.cumsum(-1)[...,:-1], (1, 0))
@@ -180,7 +181,7 @@ class Conditionals:
     "Distributions of the tokens at some positions, after one function evaluation, never all in memory"
     def __init__(self,
         model:Denoiser, # The denoiser, with canonical ids
-        x:Tensor, # Ids, masks where something is hidden, (n, L); what is computed from logits is on its device
+        x:Tensor, # Ids, masks where something is hidden, (n, L); distributions are on its device
         where:Tensor, # True at the positions, (n, L), bool
         rule, # Unmasking rule whose temperature, top_p, guidance, adjust and constraints are used
         lengths:Tensor, # Number of tokens of each sequence, (n,), on the CPU
@@ -224,7 +225,8 @@ class Conditionals:
             logits[:,c.end] = logits[:,c.end].masked_fill(never, -torch.inf)
         if self.rule.adjust is None: return logits
         is_left = bool((logits.amax(-1)>-torch.inf).all())
-        check(is_left, 'adjust', self.rule.adjust, 'a finite logit of a token that is allowed, at each position')
+        expected = 'a finite logit of a token that is allowed, at each position'
+        check(is_left, 'adjust', self.rule.adjust, expected)
         return logits
 
     def _probs(self, logits):

@@ -107,7 +107,8 @@ def _revising_sampler(known, sampler, rule, revise):
     "Name of a sampler that takes tokens back; the first one that fits if none is given"
     check_number('revise', revise, above=0, most=1)
     fitting = [name for name in known if name in _revising]
-    check(fitting, 'revise', revise, f"None, as samplers of this model never take tokens back: {', '.join(known)}")
+    never = f"None, as samplers of this model never take tokens back: {', '.join(known)}"
+    check(fitting, 'revise', revise, never)
     check(rule is None, 'revise', revise, 'None with an unmasking rule, which never takes tokens back')
     if sampler is not None: check_one_of('with revise, sampler', sampler, fitting)
     return sampler or fitting[0]

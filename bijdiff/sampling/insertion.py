@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..checks import check_whole
-from ..diffusion.draws import draw_categorical
 from ..diffusion.objective import expected_gaps
 from ..model.predictions import call_features, logits_of
 from .conditionals import token_probs
 from .state import draw_in_parts, SamplerState
-from .samplers import condition_on_observed, draw_earlier
+from .samplers import draw_clean, draw_earlier
 from .samplers import start_from_noise
 
 # %% ../../nbs/sampling/53_insertion.ipynb #62d3f542
@@ -139,14 +138,14 @@ def _start(run, length_steps):
 def _draw_symbols(run, w, h, where, t, s):
     "Draw symbols at time s given those at time t, at positions (n, width); clean tokens for s=0"
     V,p,device = run.noise.vocab_size,_probs_at(run.noise, t),run.x.device
-    u = [run.plans.uniform(w.capacity+1)[:,:w.width][where].to(device) for _ in range(3)]
+    u = torch.stack([run.plans.uniform(w.capacity+1)[:,:w.width][where] for _ in range(4)]).to(device)
     z,index = w.x[where].to(device),where.flatten().nonzero()[:,0].to(device)
     if not len(index): return
     def draw(out, k):
         probs = token_probs(out, run.temperature, run.top_p)
-        return draw_categorical(condition_on_observed(probs, z[k], p, V), u[0][k])
+        return draw_clean(probs, z[k], p, u[:2,k])
     ids = draw_in_parts(lambda rows: logits_of(run.model, h[rows.to(h.device)]).to(device), index, V, draw)
-    if s>0: ids = draw_earlier(run.noise, ids, z, s, t, torch.stack(u[1:]))
+    if s>0: ids = draw_earlier(run.noise, ids, z, s, t, u[2:])
     w.write(w.x.masked_scatter(where, ids.cpu()))
 
 def _show(run, w):

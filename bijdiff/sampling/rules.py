@@ -240,7 +240,8 @@ def check_unmasking(
 def _check_choose(choose, rule, known):
     "Check what chooses the tokens"
     is_draws = isinstance(choose, Draws)
-    check(is_draws or callable(choose), 'choose', choose, 'Draws, or a function of probabilities and positions')
+    expected = 'Draws, or a function of probabilities and positions'
+    check(is_draws or callable(choose), 'choose', choose, expected)
     alone = 'False where tokens are chosen by a function, which sees one distribution at a time'
     check(is_draws or known is not None or not rule.stop_at_end, 'stop_at_end', rule.stop_at_end, alone)
 
@@ -249,7 +250,7 @@ def unmask(
     model:Denoiser, # The denoiser, in evaluation mode
     x:Tensor, # Canonical ids, masks where something is to be revealed, (n, L)
     rule:str|UnmaskingRule|tuple, # Order of the masks: a rule, its name, or positions
-    choose, # Draws; or a function of probabilities (k, V) and their positions (n, L), bool, that returns ids, (k,)
+    choose, # Draws; or a function of probabilities (k, V) and positions (n, L), bool, that returns ids, (k,)
     lengths:Tensor|None=None, # Number of tokens of each sequence, (n,); L if None
     progress=lambda o: o, # Wraps the steps, for a progress bar
     known:Tensor|None=None, # Ids to be revealed, (n, L): choose gets only their probabilities, (k,)
@@ -305,7 +306,7 @@ def _step(evaluate, x, masked, rule, choose, keys, count, known):
     d,chosen = evaluate(x, now),None
     found,p,drawn = _summary(d, rule, choose, known, now)
     if rule.adaptive:
-        certain = torch.full(x.shape, -math.inf, dtype=found.dtype, device=x.device).masked_scatter(masked, found)
+        certain = found.new_full(x.shape, -math.inf).masked_scatter(masked, found)
         if rule.chooses_count:
             with arithmetic_of(d.model): count = torch.maximum(count, _at_once(certain, masked, rule, keys))
         now = masked & (reveal_ranks(masked, keys, certain)<count)

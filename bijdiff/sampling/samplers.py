@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reveal_probs', 'ancestral_masks', 'unmask_by_rule', 'first_hitting', 'uniform_tokens', 'start_from_noise',
-           'condition_on_observed', 'draw_earlier', 'earlier_symbols', 'ancestral', 'reverse_by_scores']
+           'observed_probs', 'draw_clean', 'draw_earlier', 'earlier_symbols', 'ancestral', 'reverse_by_scores']
 
 # %% ../../nbs/sampling/52_samplers.ipynb #da8f1904
 import torch
@@ -14,7 +14,6 @@ from ..checks import check_one_of, check_whole
 from ..diffusion.draws import draw_categorical
 from ..diffusion.schedules import get_schedule, Schedule
 from ..diffusion.corruption import Corruption, MaskingCorruption, StateProbs
-from ..diffusion.transitions import marginal_probs
 from ..model.predictions import LogitOutputs, output_kind, ScoreOutputs
 from .rules import unmask, UnmaskingRule
 from .state import planned_step, SamplerState
@@ -90,20 +89,31 @@ def start_from_noise(
     noise = torch.where(is_mask, V, uniform_tokens(run.draws.uniform(L), V))
     run.set_ids(torch.where(run.free, noise, run.x))
 
-def condition_on_observed(
-    probs:Tensor, # Probabilities of the clean tokens given all other symbols, (..., V)
-    z:Tensor, # Observed symbols, ids 0..V, (...)
+def observed_probs(
+    own:Tensor, # Probability of each symbol as the clean token, given all other symbols, (k,)
+    z:Tensor, # Observed symbols, ids 0..V, (k,)
     state_probs:StateProbs, # State probabilities at one time, the same for all
     V:int, # Number of clean tokens
-)->Tensor: # Posterior of the clean tokens, (..., V); the symbol itself where nothing else is possible
-    "Condition the clean tokens on their own symbols, by Bayes' rule"
+)->Tensor: # (k,)
+    """Return the probability that a symbol was kept, given the symbol; 1 where nothing else is possible
+
+    Given the symbol, the clean token is the symbol with this probability, and otherwise it has the distribution
+    given all other symbols (Bayes' rule)."""
     kept,_,sub,_ = (o[0].item() for o in state_probs)
-    is_token,own = (z<V)[...,None],z.clamp(max=V-1)[...,None]
-    post = probs*torch.where(is_token, sub/V, 1.)
-    post = post.scatter_add(-1, own, is_token*kept*probs.gather(-1, own))
-    total = post.sum(-1, keepdim=True)
-    post = post.scatter_add(-1, own, (total==0).to(post))
-    return post/torch.where(total==0, 1., total)
+    was_kept = torch.where(z<V, kept*own, 0.)
+    total = was_kept + torch.where(z<V, sub/V, 1.)
+    return torch.where(total>0, was_kept/total.clamp(min=1e-300), 1.)
+
+def draw_clean(
+    probs:Tensor, # Probabilities of the clean tokens given all other symbols, (k, V), float64
+    z:Tensor, # Observed symbols, ids 0..V, (k,)
+    state_probs:StateProbs, # State probabilities at one time, the same for all
+    u:Tensor, # Uniformly distributed numbers in [0, 1), (2, k)
+)->Tensor: # (k,)
+    "Draw clean tokens given all symbols, their own included"
+    V = probs.shape[-1]
+    own = probs.gather(-1, z.clamp(max=V-1)[:,None])[:,0]
+    return torch.where(u[0]<observed_probs(own, z, state_probs, V), z, draw_categorical(probs, u[1]))
 
 # %% ../../nbs/sampling/52_samplers.ipynb #28682a76
 def _numbers(o):
@@ -119,19 +129,29 @@ def draw_earlier(
     s:float, # Earlier time
     t:float, # Later time
     u:Tensor, # Uniformly distributed numbers in [0, 1), (2, k)
+    masks:bool=True, # False for tokens alone
 )->Tensor: # (k,)
     "Draw symbols at time s given clean tokens and symbols at time t"
     V,p = noise.vocab_size,_numbers(noise.state_probs(_one(s)))
     if z is None: weights = u.new_tensor([p.kept, 0., p.mask, p.substitute]).expand(len(x0), 4)
     else:
         step,masked = _numbers(noise.step(_one(s), _one(t))),z==V
-        from_any = torch.where(masked, step.token_to_mask, step.token_to_token/V).to(u)    # from any token to z
+        # From any token to z, from the mask to z, and staying at z
+        from_any = torch.where(masked, step.token_to_mask, step.token_to_token/V).to(u)
         from_mask = torch.where(masked, step.mask_to_mask, step.mask_to_token/V).to(u)
         stays = torch.where(masked, 0., step.unchanged).to(u)
         weights = torch.stack([(from_any+stays*(x0==z))*p.kept, stays*p.substitute/V,
-                               from_mask*p.mask, from_any*p.substitute], 1)
+                               from_mask*p.mask*masks, from_any*p.substitute], 1)
     choices = torch.stack([x0, x0 if z is None else z, torch.full_like(x0, V), uniform_tokens(u[1], V)], 1)
     return choices.gather(1, draw_categorical(weights, u[0])[:,None])[:,0]
+
+def _clean_symbols(run, index, t, p, u):
+    "Clean tokens at some positions, drawn given the symbols there with state probabilities p; None for no symbols"
+    z = run.x.flatten()[index]
+    def draw(out, k):
+        probs = run.clean_probs(out, z[k], t)
+        return draw_categorical(probs, u[0,k]) if p is None else draw_clean(probs, z[k], p, u[:,k])
+    return run.draw_at(t, index, draw)
 
 def earlier_symbols(
     run:SamplerState, # Sequences being written
@@ -141,14 +161,10 @@ def earlier_symbols(
     first:bool, # True at the first step, where symbols are noise and say nothing about clean tokens
 )->Tensor: # (k,)
     "Draw symbols at an earlier time from their reverse posterior"
-    z,u = run.x.flatten()[index],[run.uniform(index) for _ in range(3)]
-    p,V = run.state_probs(t),run.noise.vocab_size
-    def draw(out, k):
-        probs = run.clean_probs(out, z[k], t)
-        if not first: probs = condition_on_observed(probs, z[k], p, V)
-        return draw_categorical(probs, u[0][k])
-    x0 = run.draw_at(t, index, draw)
-    return x0 if s==0 else draw_earlier(run.noise, x0, None if first else z, s, t, torch.stack(u[1:]))
+    u = torch.stack([run.uniform(index) for _ in range(4)])
+    x0 = _clean_symbols(run, index, t, None if first else run.state_probs(t), u[:2])
+    if s==0: return x0
+    return draw_earlier(run.noise, x0, None if first else run.x.flatten()[index], s, t, u[2:])
 
 def ancestral(
     run:SamplerState, # Sequences, changed in place
@@ -191,33 +207,64 @@ def may_change(self:MaskingCorruption,
     "Return True at masks: under masking alone a revealed token never changes"
     return x==self.mask_id
 
-@patch
-def tempered_scores(self:LogitOutputs, run, out, z, t):
-    marginals = marginal_probs(run.clean_probs(out, z, t)[:,None], run.state_probs(t))[:,0]
-    return marginals/marginals.gather(1, z[:,None])
-
-@patch
-def tempered_scores(self:ScoreOutputs,
-    run:SamplerState, # Sequences being written
-    out:Tensor, # Outputs of the network at some positions, (k, V)
-    z:Tensor, # Symbols there, (k,)
-    t:float, # Time
-)->Tensor: # (k, V+1), float64; 1 at z
-    "Return the ratios of probabilities that scores estimate; of logits at the temperature of the sampler"
-    return self.scores(out.double()[:,None], z[:,None], run.state_probs(t))[:,0].exp()
 
 # %% ../../nbs/sampling/52_samplers.ipynb #67c78d9f
-def _by_scores(run, t, s, index, kind):
-    "Symbols at time s at some positions, (k,)"
-    noise,V,outputs = run.noise,run.noise.vocab_size,output_kind(run.model)
+def _euler_weights(run, z, p_own, t, h):
+    "Weights of a token of the network, of any token, of the mask and of no change in an Euler step, (k, 4)"
+    V,m,rates = run.noise.vocab_size,_numbers(run.state_probs(t)),_numbers(run.noise.event_rates(_one(t)))
+    masked = z==V
+    into = h*torch.where(masked, rates.to_mask, rates.to_token/V)
+    factor = into/torch.where(masked, m.mask, m.kept*p_own+m.substitute/V)
+    changes = torch.stack([factor*m.kept*(1-p_own), factor*m.substitute*torch.where(masked, 1., 1-1/V),
+                           torch.where(masked, 0., factor*m.mask)], 1)
+    return torch.cat([changes, (1-changes.sum(1, keepdim=True)).clamp(min=0)], 1)
+
+def _other_token(u, z, V):
+    "A uniformly drawn token that is not z, (k,)"
+    masked = z==V
+    drawn = (u*torch.where(masked, V, V-1)).long()
+    return drawn + ((drawn>=z)&~masked).long()
+
+def _last_tokens(run, index, t):
+    "Tokens at time 0, where some schedules have a rest of the noise, drawn given that they are no masks"
+    u,p,start = torch.stack([run.uniform(index) for _ in range(4)]),run.state_probs(t),run.state_probs(0.)
+    back = run.noise.step(_one(0.), _one(t)).mask_to_token*start.mask
+    x0 = _clean_symbols(run, index, t, p._replace(substitute=p.substitute-back), u[:2])
+    return draw_earlier(run.noise, x0, run.x.flatten()[index], 0., t, u[2:], masks=False)
+
+@patch
+def draw_by_scores(self:LogitOutputs, run, t, s, index, kind):
+    if s==0: return _last_tokens(run, index, t)
+    if kind=='tweedie': return earlier_symbols(run, index, t, s, first=False)
+    z,V,u = run.x.flatten()[index],run.noise.vocab_size,torch.stack([run.uniform(index) for _ in range(3)])
+    def draw(out, k):
+        p,own = run.clean_probs(out, z[k], t),z[k].clamp(max=V-1)[:,None]
+        p_own = torch.where(z[k]==V, 0., p.gather(1, own)[:,0])
+        kept = torch.where((p_own==0)|(p_own==1), p.gather(1, own)[:,0], 0.)    # 1: no other token is drawn
+        other = draw_categorical(p.scatter_(1, own, kept[:,None]), u[0,k])
+        choices = torch.stack([other, _other_token(u[1,k], z[k], V), torch.full_like(z[k], V), z[k]], 1)
+        weights = _euler_weights(run, z[k], p_own, t, t-s)
+        return choices.gather(1, draw_categorical(weights, u[2,k])[:,None])[:,0]
+    return run.draw_at(t, index, draw)
+
+@patch
+def draw_by_scores(self:ScoreOutputs,
+    run:SamplerState, # Sequences being written
+    t:float, # Time
+    s:float, # Earlier time
+    index:Tensor, # Positions, by their numbers in all sequences, (k,)
+    kind:str, # tweedie or euler
+)->Tensor: # (k,)
+    "Draw symbols at an earlier time with an analytic or an Euler step"
+    noise,V,p = run.noise,run.noise.vocab_size,run.state_probs(t)
     z,u,is_tweedie = run.x.flatten()[index],run.uniform(index),kind=='tweedie' or s==0
     how = _numbers(noise.step(_one(s), _one(t)) if is_tweedie else noise.event_rates(_one(t)))
     def draw(out, k):
-        score = outputs.tempered_scores(run, out, z[k], t)
-        p = _tweedie(score, z[k], how, V) if is_tweedie else _euler(score, z[k], how, t-s, V)
+        score = self.scores(out.double()[:,None], z[k][:,None], p)[:,0].exp()
+        p_new = _tweedie(score, z[k], how, V) if is_tweedie else _euler(score, z[k], how, t-s, V)
         score[:,V] = 0.
-        if s==0: p[:,V] = 0.
-        return draw_categorical(torch.where(p.sum(1, keepdim=True)>0, p, score), u[k])
+        if s==0: p_new[:,V] = 0.
+        return draw_categorical(torch.where(p_new.sum(1, keepdim=True)>0, p_new, score), u[k])
     return run.draw_at(t, index, draw)
 
 def reverse_by_scores(
@@ -229,9 +276,10 @@ def reverse_by_scores(
     check_whole('steps', steps)
     check_one_of('kind', kind, ('tweedie','euler'))
     start_from_noise(run)
+    outputs = output_kind(run.model)
     ts = [_start_time(run.noise), *torch.linspace(1, 0, steps+1, dtype=torch.float64)[1:].tolist()]
     for t,s in zip(ts, ts[1:]):
         if t<=s: continue
         index = (run.free & run.noise.may_change(run.x)).flatten().nonzero()[:,0]
         if not len(index): break
-        run.write(index, _by_scores(run, t, s, index, kind))
+        run.write(index, outputs.draw_by_scores(run, t, s, index, kind))

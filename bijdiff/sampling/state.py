@@ -87,7 +87,8 @@ def _hidden(self:SamplerState, t):
     "Features of the network, evaluated again only if ids or the time of a conditioned network have changed"
     conditioned = is_time_conditioned(self.model)
     t = _times(t, len(self.x))*conditioned
-    if self._evaluated_at is None or self.n_changes!=self._evaluated_at[0] or (t!=self._evaluated_at[1]).any():
+    before,at = self._evaluated_at or (None, None)
+    if self.n_changes!=before or (t!=at).any():
         self._h = self.model.hidden(self.x.to(self.model.device), t if conditioned else None).flatten(0, 1)
         self._evaluated_at = self.n_changes,t
         self.nfe += 1
@@ -121,7 +122,8 @@ def draw_in_parts(
 )->Tensor: # (k,)
     "Draw ids at some positions, without the outputs at all of them in memory"
     size,found,start = chunk_rows(len(index), vocab_size),[index[:0]],0
-    part = max(1, _part//vocab_size) if index.device.type=='cpu' else size    # a GPU is fast with large tensors
+    is_cpu = index.device.type=='cpu'    # a GPU is fast with large tensors
+    part = max(1, _part//vocab_size) if is_cpu else size
     for rows in index.split(size):
         for out in outputs(rows).split(part):
             found.append(draw(out, slice(start, start+len(out))))
@@ -144,7 +146,8 @@ def clean_probs(self:SamplerState,
     t:float, # Time
 )->Tensor: # (k, V), float64
     "Return the distributions of clean tokens"
-    logits = output_kind(self.model).clean_logits(out[:,None], z[:,None], self.state_probs(t), self.model.noise)
+    outputs,p = output_kind(self.model),self.state_probs(t)
+    logits = outputs.clean_logits(out[:,None], z[:,None], p, self.model.noise)
     return token_probs(logits[:,0], self.temperature, self.top_p)
 
 # %% ../../nbs/sampling/51_state.ipynb #0b208e1b
