@@ -9,7 +9,8 @@ __all__ = ['bijdiff_train', 'bijdiff_sample', 'bijdiff_score', 'bijdiff_compress
 from .console import check_effects, check_memory, check_numbers, command # first: it handles Ctrl-C
 import inspect, os
 from pathlib import Path
-from .files import check_model_folder, check_source, check_target, content_path, stream_beside
+from .files import check_model_folder, check_source, check_target, content_path, read_stdin
+from .files import stream_beside
 from fastcore.meta import delegates
 from .options import fit_options, model_options, noise_options, size_options
 
@@ -138,6 +139,15 @@ _needs_in_sampling = {
     'guidance': (lambda o: o['rule'] and (o['prompt'] or o['infill']), 'a rule, and a prompt or infill'),
 }
 
+def _read_given(prompt, infill):
+    "Return prompt and infill by name, with the text of standard input in place of -"
+    if prompt is None and infill=='-':
+        infill = read_stdin()
+        expected = 'a text with a blank, ____'
+        if not infill: raise ValueError(f"infill is '', from standard input; expected {expected}")
+    if infill is None and prompt=='-': prompt = read_stdin()
+    return dict(prompt=prompt, infill=infill)
+
 @command
 @delegates(size_options)
 def bijdiff_sample(
@@ -146,17 +156,20 @@ def bijdiff_sample(
     steps:int=None, # Steps from noise to text; 128 if not given, and one token a step by a rule
     sampler:str=None, # ancestral, tweedie, euler, first_hitting or insertion; a fitting one if not given
     rule:str=None, # No sampler, but left_to_right, random, spread, block, confidence, margin or entropy
-    prompt:str=None, # Beginning of the text; without an end token it may end in a space or within a word
-    infill:str=None, # A text with blanks, ____: four subwords, or a part of the rest; ____{12}: 12 tokens
+    prompt:str=None, # Beginning, - for stdin; without an end token it may end in a space or within a word
+    infill:str=None, # Text with blanks, - for stdin; ____: 4 subwords, or part of the rest; ____{9}: 9 tokens
     temperature:float=1., # Temperature: below 1 favours likely tokens, above 1 gives more variety
     top_p:float=1., # Draw from the most probable tokens that together have this probability
     guidance:float=0., # Weight of what the given text changes in the logits, at least 0; with a rule
     seed:int=0, # Seed of all random numbers
     judge:str=None, # Causal language model of Hugging Face, name or folder: prints the texts' perplexity
+    json_lines:bool=False, # One line of JSON for each text, with its tokens and all that it depends on
     **kwargs,
 ):
     "Write texts with a trained model"
     name,of_model,options = _split_options(bijdiff_sample, dict(locals()), _needs_in_sampling)
+    options |= _read_given(prompt, infill)
+    check_effects(bijdiff_sample, options, _needs_in_sampling)
     from bijdiff.documents import write_texts                 # here, as it imports PyTorch and fastai
     write_texts(name, model_options=of_model, **options)
 

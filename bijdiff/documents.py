@@ -12,15 +12,15 @@ from contextlib import redirect_stdout
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from . import __version__
 from .checks import check, check_ids, check_one_of, check_seed, check_type, check_whole, parse_json
 from .files import stream_beside, write_target
-from .display import print_text, terminal_bar, visible
+from .display import print_above_bar, print_text, terminal_bar, visible
 from .data.corpora import read_text
 from .model.denoiser import Denoiser
 from .model.foreign import load_denoiser
 from .sampling.rules import get_rule
 from .sampling.generate import cut_at_end, prompt_template, sample, samplers_for
+from .sampling.origins import command_to_dict, finite, origin, rule_to_dict, text_to_json
 from .sampling.prompts import heal_blanks, heal_prompt
 from .likelihood.bounds import score_ids
 from .likelihood.exact import char_bits, document_nll
@@ -72,6 +72,7 @@ def write_texts(
     infill:str|None=None, # A text with blanks, ____ or ____{12} for twelve tokens, that are to be filled
     seed:int=0, # Seed of all random numbers
     judge:str|None=None, # Name or folder of a model of Hugging Face that scores the texts
+    json_lines:bool=False, # True for a line of JSON for each text, with all that it depends on
     model_options:dict|None=None, # Further arguments of load_model
     **kwargs, # Options of sample
 ):
@@ -80,21 +81,33 @@ def write_texts(
     check_seed(seed)
     if prompt is not None and infill is not None:
         raise ValueError('prompt and infill are both given; expected one of them')
-    model,texts = load_model(name, **model_options or {}),[]
-    if judge is not None: judge = Judge(judge, model.device)
-    tokenizer = model.tokenizer
+    target = sys.stdout if json_lines else None
+    with redirect_stdout(sys.stderr if json_lines else sys.stdout):
+        model = load_model(name, **model_options or {})
+        if judge is not None: judge = Judge(judge, model.device)
+        with terminal_bar(range(n), n>1) as bar:
+            texts = _write(model, n, prompt, infill, seed, bar, target, **kwargs)
+        if judge is not None and any(texts):
+            print_judgement('the texts', judge, judge(texts), file=sys.stderr)
+
+def _write(model, n, prompt, infill, seed, bar, target, **kwargs):
+    "Print texts of a model, or write them as JSON to a stream; return them"
+    tokenizer,texts = model.tokenizer,[]
     is_ended = prompt is not None and tokenizer.eod_id is not None
     if is_ended: kwargs = _to_the_end(model, kwargs)
     length_steps = 64 if infill is not None and _inserts(model) else 0
     tempered = {k:kwargs[k] for k in ('temperature','top_p') if k in kwargs}
+    kept = kwargs | dict(length_steps=length_steps)
+    common = command_to_dict(model, fingerprint(model), n, prompt, infill, seed, **kept) if target else {}
     for size,seed in _sample_batches(model, n, seed):
         template = _templates(model, size, prompt, infill, seed=seed, **tempered)
         for ids in sample(model, size, template=template, length_steps=length_steps, seed=seed, **kwargs):
             if is_ended: ids = cut_at_end(ids, tokenizer.eod_id)
             texts.append(tokenizer.decode(ids))
-            print_text(texts[-1] + '\n')
-    if judge is not None and any(texts):
-        print_judgement('the texts', judge, judge(texts), file=sys.stderr)
+            if target is None: print_text(texts[-1] + '\n')
+            else: print_above_bar(text_to_json(len(texts)-1, texts[-1], ids, common), target)
+            bar.update()
+    return texts
 
 # %% ../nbs/87_documents.ipynb #17ff7ae0
 def _answer(tokenizer, template, ids):
@@ -239,18 +252,10 @@ def print_scores(
     for name in changed: print(f'{name}: the tokenizer changes this text; these are bits of the changed text')
 
 # %% ../nbs/87_documents.ipynb #5a0c1e19
-def _finite(bits):
-    "None for infinitely many bits, which JSON does not have"
-    return bits if math.isfinite(bits) else None
-
 def _row_to_dict(row):
     "Row of a JSON file"
-    per_unit = {f'bits_per_{k[:-1]}': _finite(row['bits']/row[k]) for k in ('tokens','characters','bytes')}
-    return dict(row, bits=_finite(row['bits']), **per_unit)
-
-def _rule_to_dict(rule):
-    "Name of an unmasking rule and its values other than the defaults"
-    return {'rule':rule.rule, **rule.to_dict()}
+    per_unit = {f'bits_per_{k[:-1]}': finite(row['bits']/row[k]) for k in ('tokens','characters','bytes')}
+    return dict(row, bits=finite(row['bits']), **per_unit)
 
 def scores_to_json(
     model:Denoiser, # The model
@@ -262,9 +267,8 @@ def scores_to_json(
 )->bytes:
     "Return all numbers of a score as JSON, with null for infinitely many bits"
     if rule is None: kind = dict(quantity='bound on minus the log-probability', draws=n)
-    else: kind = dict(quantity='exact minus log-probability', rule=_rule_to_dict(rule))
-    versions = dict(bijdiff=__version__, torch=torch.__version__, device=model.device.type)
-    content = dict(kind, model=fingerprint(model), seq_len=model.seq_len, seed=seed, **versions)
+    else: kind = dict(quantity='exact minus log-probability', rule=rule_to_dict(rule))
+    content = dict(kind, **origin(model, fingerprint(model), seed))
     docs = [_row_to_dict(row) for row in rows]
     if not lines: return json.dumps(dict(content, rows=docs), indent=1, allow_nan=False).encode()
     docs = docs[:-1] if len(docs)>1 else docs                # without the total
@@ -282,7 +286,7 @@ def print_quantity(
     "Print what has been scored"
     if rule is None: print(f'bound on minus the log-probability, {n} draws of the noise')
     else:
-        values = ', '.join(f'{k}={v}' for k,v in _rule_to_dict(rule).items())
+        values = ', '.join(f'{k}={v}' for k,v in rule_to_dict(rule).items())
         print(f'exact minus log-probability, of the sampler with {values}')
 
 def print_tables(

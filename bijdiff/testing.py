@@ -92,13 +92,15 @@ def chi_square(
 def run_command(
     f, # A command of the package
     line:str, # Arguments, separated by spaces
+    stdin:bytes=b'', # Content of standard input
 )->tuple[int,str,str]: # Exit status, stdout and stderr
     "Run a command as if it had been started from a command line"
     out = io.StringIO()
     err = io.StringIO()
     status = 0
     argv = [f'/somewhere/{f.__name__}', *line.split()]
-    with mock.patch.object(sys, 'argv', argv), redirect_stdout(out), redirect_stderr(err):
+    given = io.TextIOWrapper(io.BytesIO(stdin))
+    with mock.patch.multiple(sys, argv=argv, stdin=given), redirect_stdout(out), redirect_stderr(err):
         try: f()
         except SystemExit as e: status = e.code or 0
     return status, out.getvalue(), err.getvalue()
