@@ -19,7 +19,7 @@ from bijdiff.console import command
 from bijdiff.data.corpus_loaders import corpus_dls
 from bijdiff.data.pairs import pair_dls
 from bijdiff.data.tokens import CharTokenizer
-from bijdiff.documents import write_answers
+from bijdiff.writing import write_answers
 from bijdiff.likelihood.exact import answer_nll
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.training.learner import diffusion_learner

@@ -61,7 +61,7 @@ def measure(texts, quality, judge):
 
 def quality_of(row):
     "Return the measures of a row as Quality"
-    values = {name: row[name] for name in Quality._fields}
+    values = {name: row.get(name, [None, None]) for name in Quality._fields}    # older rows have fewer
     restored = lambda numbers: Estimate(*(math.nan if o is None else o for o in numbers))
     return Quality(**{name: restored(o) if isinstance(o, list) else o for name,o in values.items()})
 

@@ -61,7 +61,7 @@ from .training.experts import ExpertCallback
 from .training.instruments import BlockNormCallback, LatticeUsageCallback, ProbeCallback
 from .training.instruments import RunLogCallback, TensorBoardCallback
 from .training.logs import run_log
-from .documents import write_answers
+from .writing import write_answers
 
 # %% ../nbs/99_all.ipynb #8aa05a07
 by_task = {

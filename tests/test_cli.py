@@ -1,5 +1,5 @@
 """The commands as a user runs them: other processes, real files."""
-import inspect, json, os, resource, shutil, signal, subprocess, sys, time
+import fcntl, inspect, json, os, pty, resource, shutil, signal, struct, subprocess, sys, termios, time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,8 @@ def imports_of(name, *args):
     "Exit status and output of a command in a new process, and what it has imported"
     code = f"import sys\nsys.argv[:] = {[name, *args]}\n{print_imports}"
     root = Path(__file__).resolve().parent.parent
-    options = dict(capture_output=True, text=True, cwd=root, timeout=60)       # none of them does any work
+    options = dict(capture_output=True, text=True, cwd=root, timeout=60,       # none of them does any work
+                   stdin=subprocess.DEVNULL)
     done = subprocess.run([sys.executable, '-c', code], **options)
     return done.returncode, done.stdout+done.stderr, {*done.stdout.splitlines()[-1].split()}
 
@@ -119,7 +120,8 @@ MISTAKES = {
         ('m --n 1000000000', 'n is'), ('m --steps 1000000000000', 'steps is'), ('m --top_p nan', 'top_p is'),
         ('m --temperature inf', 'temperature is'), ('m --sampler first_hitting --steps 9', 'steps is'),
         ('m --threshold .5', 'threshold is'), ('m --guidance 2 --rule spread', 'guidance is'),
-        ('m --budget nan --rule entropy', 'budget is')],
+        ('m --budget nan --rule entropy', 'budget is'), ('m --infill -', "infill is ''"),
+        ('m --prompt - --rule spread --guidance 2', 'guidance is')],
     'bijdiff_score': [
         ('m README.md --n 1000000000', 'n is'), ('m README.md --rule block --n 4', 'n is'),
         ('m README.md --rule spread --seed 4', 'seed is'), ('m README.md --top_p .5', 'top_p is'),
@@ -257,6 +259,56 @@ def test_sample_and_score(trained, part):
     assert text.startswith('The ') and text.rstrip().endswith(' is')
     table = succeed('bijdiff_score', out, part, '--n', 4)
     assert 'bits per character' in table and '±' in table
+
+def sample_from(given, *args, **kw):
+    "Exit status, stdout and stderr of bijdiff_sample with some bytes on standard input"
+    path = Path(sys.executable).parent/'bijdiff_sample'
+    options = dict(input=given, capture_output=True, timeout=500) | kw
+    done = subprocess.run([sys.executable, path, *map(str, args)], **options)
+    return done.returncode, done.stdout.decode(), (done.stderr or b'').decode()
+
+def test_sample_reads_standard_input_and_writes_lines_of_json(trained):
+    options = '--n', 2, '--steps', 4, '--seed', 3, '--json_lines'
+    status,out,err = sample_from(b'The \n', trained[0], '--prompt', '-', *options)
+    assert (status, err)==(0, '') and out.count('\n')==2
+    assert out==succeed('bijdiff_sample', trained[0], '--prompt', 'The ', *options)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert all((o['prompt'], o['seed'], o['text'][:4])==('The ', 3, 'The ') for o in rows)
+    _,out,_ = sample_from(b'The ____ is\r\n', trained[0], '--infill', '-', '--steps', 4)
+    assert out.startswith('The ') and out.endswith(' is\n\n')
+
+@pytest.mark.parametrize('given, options, words', [
+    (b'\xff', '--prompt -', 'standard input is not UTF-8 (byte 0xff at position 0)'),
+    (b'\n', '--infill -', "infill is ''"), (b'a', '--prompt - --infill -', 'both given'),
+    (b'a', '--prompt - --infill a____', 'both given')])
+def test_sample_reports_mistakes_of_standard_input_in_one_line(given, options, words, trained):
+    status,out,err = sample_from(given, trained[0], *options.split())
+    assert (status, out, err.count('\n'))==(2, '', 1) and words in err
+
+def test_sample_without_standard_input_reports_that(trained):
+    closed = dict(input=None, preexec_fn=lambda: os.close(0))
+    status,out,err = sample_from(None, trained[0], '--prompt', '-', **closed)
+    assert (status, out, err)==(2, '', 'bijdiff_sample: error: standard input is closed; expected a text\n')
+
+def read_to_the_end(terminal):
+    "What has been written to a terminal whose other side is closed"
+    content = b''
+    while True:
+        try: content += os.read(terminal, 10_000)
+        except OSError: return content
+
+def test_sample_reads_a_terminal_and_shows_its_bar_on_one(trained):
+    "Text, line break, end of input; the output is no terminal"
+    ours,theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    os.write(ours, b'The \n\x04')
+    on_terminal = dict(input=None, capture_output=False, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
+    options = '--prompt', '-', '--n', 3, '--steps', 4, '--json_lines'
+    status,out,_ = sample_from(None, trained[0], *options, **on_terminal)
+    os.close(theirs)
+    assert status==0 and [json.loads(line)['prompt'] for line in out.splitlines()]==['The ']*3
+    assert b'0/3' in read_to_the_end(ours)
+    os.close(ours)
 
 def test_the_error_bar_of_a_total(trained):
     "The standard error of a total is the spread of the totals of equal documents over seeds, sd(sum_i b_i)"

@@ -1,14 +1,17 @@
 """Texts for people: no character steers the terminal, whatever the model or the file has in it."""
-import io, math, subprocess, sys, unicodedata, warnings
-from contextlib import redirect_stdout
+import io, json, math, subprocess, sys, unicodedata, warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest, torch
 from PIL import Image, ImageChops
+from bijdiff import writing
 from bijdiff.data.loaders import text_dls
 from bijdiff.data.subwords import BPETokenizer
 from bijdiff.data.tokens import CharTokenizer
+from bijdiff.diffusion.corruption import Corruption
 from bijdiff.display import visible
-from bijdiff.documents import print_scores, write_texts
+from bijdiff.documents import print_scores
+from bijdiff.writing import write_texts
 from bijdiff.likelihood.exact import char_bits
 from bijdiff.pictures import _cell, _margin, film_strip, gif_bytes, plot_bits, plot_film_strip
 from bijdiff.reports import _print_continued, _print_infill, _print_samples
@@ -66,6 +69,118 @@ def test_texts_go_as_they_are_into_files(model, tmp_path):
     for place in (io.StringIO(), Terminal()):
         with redirect_stdout(place): write_texts(tmp_path, n=3, steps=2)
         assert bool(steering(place.getvalue()))!=place.isatty()
+
+# Lines of JSON
+
+@pytest.fixture(scope='module')
+def folder(model, tmp_path_factory):
+    "Folder of the model"
+    path = tmp_path_factory.mktemp('saved')/'model'
+    model.save_pretrained(path)
+    return path
+
+def rows_of(folder, place=None, **kwargs):
+    "Lines of JSON that are written to a stream"
+    place = place or io.StringIO()
+    with redirect_stdout(place): write_texts(folder, json_lines=True, **kwargs)
+    assert place.getvalue().isascii() and place.getvalue().endswith('}\n')
+    return [json.loads(line) for line in place.getvalue().splitlines()]
+
+def test_texts_in_json_are_exact_on_a_terminal_as_well(folder, tokenizer):
+    for place in (io.StringIO(), Terminal()):
+        rows = rows_of(folder, place, n=3, steps=2)
+        assert not steering(place.getvalue()) and steering(rows[0]['text'])
+        assert [o['text'] for o in rows]==[tokenizer.decode(o['ids']) for o in rows]
+        assert [o['tokens'] for o in rows]==[64]*3 and [o['number'] for o in rows]==[0, 1, 2]
+
+def test_texts_in_json_are_those_that_are_printed(folder):
+    with redirect_stdout(io.StringIO()) as out: write_texts(folder, n=3, steps=2, seed=5)
+    rows = rows_of(folder, n=3, steps=2, seed=5)
+    assert ''.join(o['text']+'\n\n' for o in rows)==out.getvalue()
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(steps=3, temperature=.5), dict(steps=3, top_p=.5, sampler='ancestral', prompt='word '),
+    dict(sampler='first_hitting', temperature=.7), dict(sampler='confidence', steps=2),
+    dict(rule='random', seed=5), dict(rule='block', threshold=.05, infill='[31m____ word'),
+    dict(rule='entropy', budget=6., temperature=.8, seed=2),
+    dict(rule='margin', steps=4, guidance=2., prompt='word')], ids=str)
+def test_a_line_has_all_that_is_needed_to_write_its_text_again(folder, options):
+    rows = rows_of(folder, n=2, **options)
+    for row in rows:
+        assert row['seed']==options.get('seed', 0) and ('rule' in row)!=('sampler' in row)
+        given = {k:row[k] for k in ('n', 'seed', 'prompt', 'infill') if k in row}
+        assert rows_of(folder, **given, **row.get('rule', {}), **row.get('sampler', {}))==rows
+
+def test_defaults_of_a_sampler_are_written_out(folder):
+    assert rows_of(folder)[0]['sampler']==dict(sampler='ancestral', steps=128, temperature=1., top_p=1.)
+
+def saved(path, noise=None, eod=False):
+    "Folder of a model of the letters a and b"
+    tokenizer = CharTokenizer('ab', eod=eod)
+    model = tiny_denoiser(tokenizer.vocab_size, 16, noise=noise)
+    model.tokenizer = tokenizer
+    model.save_pretrained(path)
+    return path
+
+def test_steps_that_find_lengths_are_named(tmp_path):
+    row, = rows_of(saved(tmp_path, Corruption(2, .5, 0, .5)), infill='a____b', steps=2)
+    assert row['sampler']=={**rows_of(tmp_path, steps=2)[0]['sampler'], 'length_steps':64}
+
+def test_a_text_that_has_ended_has_its_ids_alone(tmp_path):
+    "And the rule that is taken then"
+    rows = rows_of(saved(tmp_path, eod=True), prompt='ab', n=8)
+    assert all(o['rule']==dict(rule='left_to_right') and o['ids'][:2]==[0, 1] for o in rows)
+    assert all(len(o['text'])==o['tokens']==len(o['ids']) for o in rows)
+    assert min(o['tokens'] for o in rows)<16 and not {2} & {i for o in rows for i in o['ids']}
+
+def test_whatever_else_is_printed_goes_to_standard_error(folder, monkeypatch, capsys):
+    load = writing.load_model
+    def loud(*args, **kwargs):
+        print('loading')
+        return load(*args, **kwargs)
+    monkeypatch.setattr(writing, 'load_model', loud)
+    write_texts(folder, json_lines=True, steps=2)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)['tokens']==64 and printed.err=='loading\n'
+
+# Bars
+
+def screen(written):
+    "Lines of a terminal after all has been written to it"
+    lines = []
+    for line in written.split('\n'):
+        cells = []
+        for part in line.split('\r'): cells[:len(part)] = part
+        lines.append(''.join(cells).rstrip())
+    return lines
+
+def written_on(out, err, folder, **kwargs):
+    "What texts and bar write on standard output and on standard error"
+    with redirect_stdout(out), redirect_stderr(err): write_texts(folder, **kwargs)
+    return out.getvalue(),err.getvalue()
+
+def test_a_bar_counts_texts_on_standard_error_alone(folder):
+    for options in (dict(), dict(json_lines=True)):
+        plain = written_on(io.StringIO(), io.StringIO(), folder, n=3, steps=2, **options)
+        shown = written_on(io.StringIO(), Terminal(), folder, n=3, steps=2, **options)
+        assert plain[1]=='' and shown[0]==plain[0] and '0/3' in shown[1]
+        assert screen(shown[1])==['']
+        assert written_on(io.StringIO(), Terminal(), folder, n=1, steps=2, **options)[1]==''
+
+@pytest.mark.parametrize('options', [dict(), dict(json_lines=True)], ids=str)
+def test_a_bar_leaves_no_trace_between_texts(folder, options):
+    "Of output and bar on one terminal"
+    place,alone = Terminal(),Terminal()
+    written_on(place, place, folder, n=3, steps=2, **options)
+    written_on(alone, io.StringIO(), folder, n=3, steps=2, **options)
+    assert '0/3' in place.getvalue() and screen(place.getvalue())==screen(alone.getvalue())
+
+def test_a_bar_is_gone_when_a_mistake_is_reported(folder):
+    place = Terminal()
+    with pytest.raises(ValueError, match='steps'): written_on(place, place, folder, n=3, steps=0)
+    assert '0/3' in place.getvalue() and screen(place.getvalue())==['']
+
+# Commands
 
 def test_errors_and_notes_of_commands_are_visible():
     from bijdiff.console import command

@@ -1,5 +1,5 @@
 """Outputs of the commands: tried before the work, private while they are written, nothing of others lost."""
-import json, os, stat, struct
+import io, json, os, stat, struct, sys
 from pathlib import Path
 import pytest
 from bijdiff import documents, files, runs
@@ -182,10 +182,27 @@ def test_bits_of_characters_are_computed_for_a_picture_alone(folder, monkeypatch
     assert run_command(bijdiff_score, rule)[0]==0 and not asked
     assert run_command(bijdiff_score, f'{rule} --picture {folder}/bits.png')[0]==0 and asked==[len(TEXT)]
 
-def test_many_texts_are_drawn_in_batches(folder, monkeypatch):
-    "Of which each has random numbers of its own, and the first those of a single batch"
+def test_many_texts_are_drawn_in_batches(folder):
+    "The size of a batch changes nothing, and more texts change none before them"
     texts = lambda n: run_command(bijdiff_sample, f'{folder}/model --n {n} --steps 2')[1]
     few,whole = texts(2),texts(5)
-    monkeypatch.setattr(documents._sample_batches, '__defaults__', (2*16*256,))
-    batched = texts(5)
-    assert batched!=whole and batched.startswith(few) and not batched.startswith(2*few)
+    batched = texts('5 --bs 2')
+    assert batched==whole and batched.startswith(few) and not batched.startswith(2*few)
+
+# Standard input
+
+@pytest.mark.parametrize('content, text', [
+    (b'', ''), (b'a', 'a'), (b'a\n', 'a'), (b'a\r\n', 'a'), (b'a\n\n', 'a\n'), (b'\na\r\n\r\n', '\na\r\n'),
+    (b'a\r', 'a\r'), (b'a\0b\x1b', 'a\0b\x1b'), ('\ufeffa\ufeff'.encode(), 'a\ufeff'),
+    ('naïve 日本\u2028\n'.encode(), 'naïve 日本\u2028')])
+def test_standard_input_is_read_without_its_last_line_break(content, text, monkeypatch):
+    "Whatever encoding the terminal has"
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content), encoding='ascii'))
+    assert files.read_stdin()==text
+
+@pytest.mark.parametrize('content, place', [
+    (b'\xff\xfea\0', '0xff at position 0'), (b'a\xe9', '0xe9 at position 1'),
+    (b'\xef\xbb\xbfa\x80', '0x80 at position 4'), (b'a\xed\xa0\x80', '0xed at position 1')])
+def test_standard_input_that_is_no_text_is_rejected(content, place, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(ValueError, match=f'standard input.*{place}'): files.read_stdin()

@@ -5,7 +5,7 @@ import pyarrow as pa, pyarrow.parquet
 import pytest, torch
 from fastai.basics import Callback
 from torch import Tensor
-from bijdiff import documents
+from bijdiff import writing
 from bijdiff.data import stores
 from bijdiff.data.loaders import position_masks
 from bijdiff.data.pairs import pair_dls, PairDataset
@@ -296,18 +296,17 @@ def test_the_exact_code_length_of_an_answer_ends_with_its_end_token():
 def test_answers_are_cut_at_the_first_end_after_the_prompt(monkeypatch):
     model = network()
     model.tokenizer = CharTokenizer('ab', eod=True)
-    batches = []
+    calls = []
     def written(model, n, template, seed, rule):
-        batches.append((n, seed))
+        calls.append((n, seed))
         assert rule=='left_to_right'
         return torch.where(template==3, torch.tensor([0, 1, 2, 1]), template)
-    monkeypatch.setattr(documents, 'sample', written)
-    monkeypatch.setattr(documents, '_sample_batches', lambda model, n, seed: [(2, seed), (1, seed+1)])
+    monkeypatch.setattr(writing, 'sample', written)
     templates = [[2, 3, 3, 3], [0, 0, 3, 3], [1, 3, 3, 3]]
-    assert documents.write_answers(model, templates, seed=5)==['b', '', 'b']
-    assert batches==[(2, 5), (1, 6)]
-    with rejects('templates'): documents.write_answers(model, [[4, 3, 3, 3]])
-    with rejects('templates'): documents.write_answers(model, [[2, 3, 3, 3], [0, 0, 1, 1]])
+    assert writing.write_answers(model, templates, seed=5)==['b', '', 'b']
+    assert calls==[(3, 5)]
+    with rejects('templates'): writing.write_answers(model, [[4, 3, 3, 3]])
+    with rejects('templates'): writing.write_answers(model, [[2, 3, 3, 3], [0, 0, 1, 1]])
 
 def test_a_fine_tuned_model_has_the_length_of_its_pairs(load):
     "At other lengths it was not trained"

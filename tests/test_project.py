@@ -213,7 +213,7 @@ def test_staircase():
 def small_tree(tmp_path):
     "Folder of notebooks that import nothing; data and likelihood have lower numbers than they should"
     for name in ('00_checks', 'data/04_tokens', 'layers/05_norm', 'layers/06_block', 'likelihood/07_bounds',
-                 'sampling/08_rules', 'likelihood/09_codec', '29_display', '90_testing', '99_all'):
+                 'sampling/08_rules', 'likelihood/09_codec', '29_display', '91_testing', '99_all'):
         write_notebook(tmp_path/f'{name}.ipynb', '1+1')
     return tmp_path
 

@@ -9,7 +9,7 @@ from bijdiff.data.corpora import pydoc_corpus
 from bijdiff.data.subwords import BPETokenizer, HubTokenizer, pack_tokenizer
 from bijdiff.data.tokens import ByteTokenizer, CharTokenizer, whole_characters
 from bijdiff.diffusion.corruption import Corruption
-from bijdiff.documents import _templates, write_texts
+from bijdiff.writing import _templates, write_texts
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.sampling.generate import infill_template, sample, split_blanks
 from bijdiff.sampling.prompts import heal_blanks, heal_prompt, tokenisations

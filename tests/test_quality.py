@@ -6,11 +6,11 @@ import pytest, torch
 from bijdiff import reports
 from bijdiff.data.loaders import text_dls
 from bijdiff.diffusion.corruption import Corruption
-from bijdiff.documents import write_texts
+from bijdiff.writing import write_texts
 from bijdiff.likelihood import quality as quality_module
 from bijdiff.likelihood.quality import CharNGrams, distinct_ngrams, even_chunks, Judge, load_judge_tokenizer
-from bijdiff.likelihood.quality import print_quality, ratio_estimate, shuffled_texts, TextQuality
-from bijdiff.likelihood.quality import word_entropy
+from bijdiff.likelihood.quality import print_quality, ratio_estimate, repetition, shuffled_texts
+from bijdiff.likelihood.quality import TextQuality, word_entropy
 from bijdiff.reports import _print_continued, _print_infill, _print_samples, _print_text_quality, _writing
 from bijdiff.sampling.generate import sample
 from bijdiff.testing import tiny_denoiser
@@ -87,6 +87,61 @@ def test_variety_is_counted():
     assert word_entropy('a b c d a b c d')==2 and word_entropy(' \n')==0
     assert distinct_ngrams(['aaaa', 'aab'], 2)==2/5 and math.isnan(distinct_ngrams(['a'], 2))
 
+def slow_repetition(tokens, n):
+    "Fraction of the n-grams that stand further left as well, one comparison after the other"
+    starts = range(len(tokens)-n+1)
+    seen = [any(tokens[j:j+n]==tokens[i:i+n] for j in range(i)) for i in starts]
+    return sum(seen)/len(seen)
+
+def slow_run(tokens):
+    "Length of the longest part whose tokens are all equal, by the length of all"
+    parts = [(i, j) for i in range(len(tokens)) for j in range(i+1, len(tokens)+1)]
+    return max(j-i for i,j in parts if len(set(tokens[i:j]))==1)/len(tokens)
+
+def mean_and_error(values):
+    values = torch.tensor(values, dtype=torch.double)
+    return values.mean().item(),(values.std()/len(values)**.5).item()
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_repetition_is_that_of_comparisons_one_by_one(n):
+    "Of random ids in rows and in lists of several lengths, and of words with these numbers"
+    rng = random.Random(n)
+    ids = [[rng.randrange(3) for _ in range(length)] for length in (20, 20, 20, 5, 11)]
+    for rows,kinds in ((ids[:3], (list, torch.tensor)), (ids, (list,))):
+        want = mean_and_error([slow_repetition(o, n) for o in rows])
+        runs = mean_and_error([slow_run(o) for o in rows])
+        texts = ['\n '.join(map(str, o)) for o in rows]
+        for sequences in (*(kind(rows) for kind in kinds), [torch.tensor(o) for o in rows], texts):
+            found = repetition(sequences, n)
+            assert found.ngrams==pytest.approx(want) and found.longest_run==pytest.approx(runs)
+
+@pytest.mark.parametrize('sequence, n, repeated, run', [
+    ([5]*8, 4, 4/5, 1), ([*range(8)], 4, 0, 1/8), ([5], 1, 0, 1), ([5, 5], 1, 1/2, 1),
+    ('no '*8, 4, 4/5, 1), ('a b c d a b c d', 4, 1/5, 1/8), ('a b b b a', 2, 1/4, 3/5)])
+def test_repetition_of_sequences_by_hand(sequence, n, repeated, run):
+    found = repetition([sequence], n)
+    assert (found.ngrams.mean, found.longest_run.mean)==pytest.approx((repeated, run))
+    assert math.isnan(found.ngrams.se) and math.isnan(found.longest_run.se)
+
+def test_sequences_without_an_ngram_count_in_the_longest_run_alone():
+    found = repetition([[5]*8, [1, 1, 2], []])
+    assert found.ngrams.mean==4/5 and found.longest_run.mean==pytest.approx((1+2/3)/2)
+    assert all(math.isnan(o.mean) for o in repetition([[], '']))
+    assert math.isnan(repetition(['one two three']).ngrams.mean)
+
+def test_a_single_sequence_repeats_what_is_not_distinct():
+    ids = [*REFERENCE.encode()]
+    assert repetition([ids], 3).ngrams.mean==pytest.approx(1-distinct_ngrams([REFERENCE], 3))
+    twice = repetition([ids, ids], 3).ngrams
+    assert twice.mean==repetition([ids], 3).ngrams.mean and twice.se==0
+    assert distinct_ngrams([REFERENCE]*2, 3)<distinct_ngrams([REFERENCE], 3)
+
+def test_the_quality_of_texts_has_their_repetition_in_words():
+    texts = [REFERENCE, 'the cat '*9, 'no no no on']
+    measured = TextQuality(REFERENCE)(texts)
+    assert (measured.repetition, measured.longest_run)==repetition(texts)
+    assert measured.longest_run.mean>repetition([[*o.encode()] for o in texts]).longest_run.mean
+
 def test_the_size_of_the_texts_is_there():
     measured = TextQuality(REFERENCE)(['abcdef', '', 'abc'])
     assert (measured.mean_length, measured.n_texts)==(3, 3)
@@ -110,6 +165,10 @@ def test_shuffled_texts_have_the_characters_of_the_text_and_follow_the_seed():
     (TextQuality('a'), ('a',), 'texts'), (TextQuality('a'), ([''],), 'texts'),
     (even_chunks, ('abc', 2, 2), 'n'), (even_chunks, ('abc', 1, 0), 'length'),
     (even_chunks, (1, 1, 1), 'text'),
+    (repetition, ('a a a',), 'sequences'), (repetition, (3,), 'sequences'),
+    (repetition, ([1, 2],), 'sequences'), (repetition, ([[1., 2.]],), 'sequences'),
+    (repetition, ([['a']],), 'sequences'), (repetition, (['a'], 0), 'n'),
+    (repetition, (torch.tensor([1, 2]),), 'sequences'),
     (shuffled_texts, ('abc', 4, 1), 'n'), (shuffled_texts, ('abc', 1, 0), 'length')])
 def test_wrong_arguments_are_named(f, args, name):
     with pytest.raises(ValueError, match=f'\\b{name}\\b'): f(*args)
@@ -120,6 +179,7 @@ def test_the_table_has_a_row_for_each_setting(capsys):
     title,*rows = capsys.readouterr().out.splitlines()
     assert 'known words' in title and len(rows)==2 and '\x1b' not in rows[1]
     assert re.findall(r'\d\.\d{3}', rows[0])[0]=='0.714'
+    assert f'{measured(TEXTS).longest_run.mean:.3f} ± {measured(TEXTS).longest_run.se:.3f}' in rows[0]
 
 def test_texts_without_a_word_have_a_dash_in_the_table(capsys):
     print_quality({'one': TextQuality(REFERENCE)(['日本語の文'])})

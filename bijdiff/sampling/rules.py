@@ -256,7 +256,7 @@ def unmask(
     known:Tensor|None=None, # Ids to be revealed, (n, L): choose gets only their probabilities, (k,)
     record=lambda x: None, # Is called with the ids after each step
 )->Tensor: # Ids without masks, (n, L)
-    "Reveal all masks; all tensors but `lengths` are on the device of x"
+    "Reveal all masks; what is computed from logits is on the device of x"
     model,rule = canonical(model),get_rule(rule)
     check_unmasking(model)
     _check_choose(choose, rule, known)
