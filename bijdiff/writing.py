@@ -63,7 +63,8 @@ def rule_to_dict(
     "Return the name of an unmasking rule and its values other than the defaults"
     return {'rule':rule.rule, **rule.to_dict()}
 
-def _sampler_to_dict(name, length_steps=0, steps=None, temperature=1., top_p=1., schedule=None, revise=None, **kwargs):
+def _sampler_to_dict(name, length_steps=0, steps=None, temperature=1., top_p=1., schedule=None, revise=None,
+                     **kwargs):
     "Name of a sampler and all its values"
     values = dict(sampler=name, steps=128 if steps is None else steps, temperature=temperature, top_p=top_p)
     if name=='first_hitting': del values['steps']

@@ -662,7 +662,7 @@ def test_tweedie_reveals_on_schedule_with_a_large_vocabulary(monkeypatch):
     with pytest.raises(EnoughSteps): sample(m, 1, 1000, sampler='tweedie')
     for i,(tokens,weights) in enumerate(zip(probs[::2], probs[1::2])):
         a,b = 1-.999*(1-i/1000),1-.999*(1-(i+1)/1000)
-        weights = weights/weights.sum(-1, keepdim=True)    # of the clean token, the symbol, the mask, any token
+        weights = weights/weights.sum(-1, keepdim=True)    # of clean token, symbol, mask, any token
         assert tokens.dtype==weights.dtype==torch.float64
         assert tokens.shape[-1]==BIG and (tokens*BIG-1).abs().max()<1e-6
         assert (weights[:,0]-(b-a)/(1-a)).abs().max()<1e-9

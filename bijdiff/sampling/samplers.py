@@ -97,8 +97,8 @@ def observed_probs(
 )->Tensor: # (k,)
     """Return the probability that a symbol was kept, given the symbol; 1 where nothing else is possible
 
-    Given the symbol, the clean token is the symbol with this probability, and otherwise it has the distribution
-    given all other symbols (Bayes' rule)."""
+    With this probability the clean token is the symbol itself, and otherwise it has the distribution given
+    all other symbols (Bayes' rule)."""
     kept,_,sub,_ = (o[0].item() for o in state_probs)
     was_kept = torch.where(z<V, kept*own, 0.)
     total = was_kept + torch.where(z<V, sub/V, 1.)
@@ -146,7 +146,7 @@ def draw_earlier(
     return choices.gather(1, draw_categorical(weights, u[0])[:,None])[:,0]
 
 def _clean_symbols(run, index, t, p, u):
-    "Clean tokens at some positions, drawn given the symbols there with state probabilities p; None for no symbols"
+    "Clean tokens at some positions, given the symbols there and their state probabilities, if any"
     z = run.x.flatten()[index]
     def draw(out, k):
         probs = run.clean_probs(out, z[k], t)
@@ -226,7 +226,7 @@ def _other_token(u, z, V):
     return drawn + ((drawn>=z)&~masked).long()
 
 def _last_tokens(run, index, t):
-    "Tokens at time 0, where some schedules have a rest of the noise, drawn given that they are no masks"
+    "Tokens at time 0, where some schedules have a rest of the noise, drawn without masks"
     u,p,start = torch.stack([run.uniform(index) for _ in range(4)]),run.state_probs(t),run.state_probs(0.)
     back = run.noise.step(_one(0.), _one(t)).mask_to_token*start.mask
     x0 = _clean_symbols(run, index, t, p._replace(substitute=p.substitute-back), u[:2])
