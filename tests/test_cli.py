@@ -7,7 +7,7 @@ import pytest, torch
 from safetensors.torch import load_file
 from bijdiff.data.tokens import ByteTokenizer
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.testing import tiny_denoiser
+from bijdiff.testing import run_command, tiny_denoiser
 from bijdiff.training.checkpoint_file import CHECKPOINT
 
 quick = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3'.split()
@@ -42,9 +42,23 @@ def succeed(name, *args, **kw):
     assert status==0, err
     return out
 
+def succeed_here(name, *args, **kw):
+    "Stdout of a command that must not fail, in this process"
+    status,out,err = run_here(name, *args, **kw)
+    assert status==0, err
+    return out
+
+def run_here(name, *args, **kw):
+    "Exit status, stdout and stderr of a command that runs in this process, which saves the imports"
+    line = ' '.join(map(str, args))
+    has_spaces = line.split()!=[*map(str, args)]
+    if kw or has_spaces: return run(name, *args, **kw)
+    from bijdiff import cli
+    return run_command(getattr(cli, name), line)
+
 def fail(name, *args, **kw):
     "The one line on stderr of a command that must end with status 2"
-    status,_,err = run(name, *args, **kw)
+    status,_,err = run_here(name, *args, **kw)
     assert status==2 and err.count('\n')==1, err
     return err
 
@@ -237,7 +251,7 @@ def test_another_default_is_seen():
     ('--lambda_likelihood -1', 'lambda_likelihood is -1'),
     ('--judge ./no_model', 'judge is ')])
 def test_bad_options(train, tmp_path, args, message):
-    status,_,err = train(tmp_path/'never', *args.split(), run=run)
+    status,_,err = train(tmp_path/'never', *args.split(), run=run_here)
     assert status==2 and message in err.splitlines()[-1], err
     assert 'Traceback' not in err and not (tmp_path/'never').exists()
 
@@ -351,16 +365,16 @@ def test_exact_scores(trained, part, tmp_path):
 def test_files_that_come_back(trained, part, tmp_path):
     "A file is compressed to as many bits as its exact likelihood says, and restored"
     out,_ = trained
-    compress = partial(succeed, 'bijdiff_compress', out, part, '--steps', 4, '--context', 0)
+    compress = partial(succeed_here, 'bijdiff_compress', out, part, '--steps', 4, '--context', 0)
     assert 'bits per byte' in compress()
     compressed = (tmp_path/'part.txt.bij').read_bytes()
-    succeed('bijdiff_score', out, part, '--rule', 'spread', '--steps', 4, '--json-file', tmp_path/'bits.json')
+    succeed_here('bijdiff_score', out, part, '--rule', 'spread', '--steps', 4, '--json-file', tmp_path/'bits.json')
     bits = json.loads((tmp_path/'bits.json').read_text())['rows'][0]['bits']
     assert abs(8*len(compressed)-bits)<.01*bits + 64 + 8*300             # the last words, and the header
     assert 'exists; choose another name' in fail('bijdiff_compress', out, part, '--steps', 4)
     compress('--force')
     assert (tmp_path/'part.txt.bij').read_bytes()==compressed
-    succeed('bijdiff_decompress', out, f'{part}.bij', '--out', tmp_path/'back.txt')
+    succeed_here('bijdiff_decompress', out, f'{part}.bij', '--out', tmp_path/'back.txt')
     assert (tmp_path/'back.txt').read_bytes()==part.read_bytes()
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith('.')]
 
@@ -369,8 +383,8 @@ def test_options_of_compression_are_in_the_file(trained, part, tmp_path):
     from bijdiff.likelihood.codec import _unpack
     packed = tmp_path/'part.txt.bij'
     def header(*options):
-        succeed('bijdiff_compress', trained[0], part, '--steps', 1, '--force', *options)
-        succeed('bijdiff_decompress', trained[0], packed, '--out', tmp_path/'back.txt', '--force')
+        succeed_here('bijdiff_compress', trained[0], part, '--steps', 1, '--force', *options)
+        succeed_here('bijdiff_decompress', trained[0], packed, '--out', tmp_path/'back.txt', '--force')
         assert (tmp_path/'back.txt').read_bytes()==part.read_bytes()
         return _unpack(packed.read_bytes())[1]
     plain = header()
@@ -385,11 +399,11 @@ def test_longer_files_than_allowed_are_neither_written_nor_restored(trained, par
     compress = 'bijdiff_compress', trained[0], part, '--steps', 1
     assert 'most_tokens=999' in fail(*compress, *limit)
     assert not packed.exists()
-    succeed(*compress, '--most_tokens', 1000)
+    succeed_here(*compress, '--most_tokens', 1000)
     decompress = 'bijdiff_decompress', trained[0], packed, '--out', tmp_path/'back.txt'
     assert 'most_tokens=999' in fail(*decompress, *limit)
     assert not (tmp_path/'back.txt').exists()
-    succeed(*decompress, '--most_tokens', 1000)
+    succeed_here(*decompress, '--most_tokens', 1000)
 
 def test_damaged_files_are_rejected(trained, part, tmp_path):
     succeed('bijdiff_compress', trained[0], part, '--steps', 4)
@@ -428,17 +442,17 @@ def test_compressed_data_through_pipes(trained, part, tmp_path):
     ('--mask .4 --substitute .2 --delete .4', ['insertion'])])
 def test_every_noise_trains_samples_and_scores(train, corpus, tmp_path, noise, samplers):
     out = tmp_path/'model'
-    printed = train(out, *noise.split(), '--epochs', 1)
+    printed = train(out, *noise.split(), '--epochs', 1, run=succeed_here)
     assert 'lattice float32   0\n' in printed and '⟦' in printed
     for sampler in samplers:
         steps = [] if sampler=='first_hitting' else ['--steps', 8]
-        text = succeed('bijdiff_sample', out, '--sampler', sampler, *steps, '--prompt', 'The ')
-        assert text.startswith('The ')
-    text = succeed('bijdiff_sample', out, '--steps', 8, '--infill', 'The ____ is')
+        text = succeed_here('bijdiff_sample', out, '--sampler', sampler, *steps, '--prompt', 'The')
+        assert text.startswith('The')
+    text = succeed_here('bijdiff_sample', out, '--steps', 8, '--infill', 'The ____ is')
     assert text.startswith('The ') and text.rstrip('\n').endswith(' is') and '░' not in text
     part = tmp_path/'part.txt'
     part.write_text(corpus.read_text(encoding='utf-8')[:300], encoding='utf-8')
-    assert 'bits per character' in succeed('bijdiff_score', out, part, '--n', 4)
+    assert 'bits per character' in succeed_here('bijdiff_score', out, part, '--n', 4)
     unfit = 'first_hitting' if 'delete' in noise or 'substitute' in noise else 'insertion'
     assert f"sampler is '{unfit}'" in fail('bijdiff_sample', out, '--sampler', unfit)
 
@@ -525,7 +539,7 @@ def books(tmp_path_factory):
         (folder/f'{split}.jsonl').write_text(rows, encoding='utf-8')
     return folder
 
-def on_books(books, out, *args, run=succeed):
+def on_books(books, out, *args, run=succeed_here):
     "Run a short training on the folder"
     where = ['--corpus', str(books), '--cache_dir', str(books.parent/'cache'), '--out', str(out)]
     return run('bijdiff_train', *where, *SMALL, *args)

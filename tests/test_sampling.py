@@ -356,7 +356,7 @@ def test_each_rule_has_its_own_distribution():
 def of_another_schedule(reveal_probs): return lambda steps, schedule: reveal_probs(steps, HalfCosine())
 def not_conditioned(observed_probs): return lambda own, z, state_probs, V: 0*own
 def too_large(output_scores): return lambda *args: 1.05*output_scores(*args)
-def at_another_time(predict): return lambda self, t, index=None: predict(self, .9*t, index)
+def at_another_time(predict): return lambda self, t, index=None: predict(self, .8*t, index)
 def without_entropy(confidence): return lambda probs, rule: probs.max(-1).values
 
 def of_the_posterior(clean_logits):
