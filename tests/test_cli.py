@@ -368,7 +368,8 @@ def test_files_that_come_back(trained, part, tmp_path):
     compress = partial(succeed_here, 'bijdiff_compress', out, part, '--steps', 4, '--context', 0)
     assert 'bits per byte' in compress()
     compressed = (tmp_path/'part.txt.bij').read_bytes()
-    succeed_here('bijdiff_score', out, part, '--rule', 'spread', '--steps', 4, '--json-file', tmp_path/'bits.json')
+    score = '--rule', 'spread', '--steps', 4, '--json-file', tmp_path/'bits.json'
+    succeed_here('bijdiff_score', out, part, *score)
     bits = json.loads((tmp_path/'bits.json').read_text())['rows'][0]['bits']
     assert abs(8*len(compressed)-bits)<.01*bits + 64 + 8*300             # the last words, and the header
     assert 'exists; choose another name' in fail('bijdiff_compress', out, part, '--steps', 4)
