@@ -17,15 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import check, check_keys, check_number, check_one_of, check_type, check_whole
+from .checks import check, check_keys, check_one_of, check_type, check_whole
 from .display import visible
-from .random_states import independent_seed
 from .writing import load_model
 from .model.denoiser import canonical, Denoiser, eval_mode, from_canonical, to_canonical
 from .model.foreign import ForeignDenoiser
 from .sampling.generate import cut_at_end
 from .sampling.rules import check_unmasking, get_rule, rule_options, unmask, UnmaskingRule
-from .sampling.state import sample_categorical
+from .diffusion.draws import sample_categorical
 
 # %% ../nbs/95_lm_eval.ipynb #93060d59
 def split_ids(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from bijdiff.diffusion.corruption import Corruption
 from bijdiff.likelihood.exact import log_prob
 from bijdiff.model.config import DenoiserConfig
@@ -222,6 +223,18 @@ class TableDenoiser(HandmadeDenoiser):
 def ids_and_time(xt, t):
     "Noisy ids and times of a call of a denoiser"
     return xt.clone(), t if t is None else t.clone()
+
+class Largest(TorchDispatchMode):
+    "Notes the largest result of all operations, in numbers, by type"
+    def __init__(self):
+        super().__init__()
+        self.numbers = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for o in out if isinstance(out, tuple|list) else [out]:
+            if not isinstance(o, torch.Tensor): continue
+            self.numbers[o.dtype] = max(self.numbers.get(o.dtype, 0), o.numel())
+        return out
 
 def record_calls(monkeypatch, model, note=ids_and_time):
     "Return a list to which `note` of ids and times is added whenever a denoiser is called"

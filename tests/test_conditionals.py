@@ -1,7 +1,6 @@
 """Distributions in bounded memory: chunks of logits and parts of distributions change no sample or file."""
 import pytest, torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from helpers import plant_fault
+from helpers import Largest, plant_fault
 from bijdiff.data.tokens import ByteTokenizer
 from bijdiff.likelihood.codec import compress, decompress
 from bijdiff.likelihood.exact import log_prob, token_nll
@@ -73,18 +72,6 @@ def test_probabilities_sum_to_one_in_chunks_and_parts(rule, monkeypatch):
     set_part(monkeypatch, 2, 3)
     every = torch.cartesian_prod(*[torch.arange(3)]*3)
     for steps in (1, 2, 3): assert abs(log_prob(m, every, rule, steps).exp().sum()-1)<1e-12
-
-class Largest(TorchDispatchMode):
-    "Notes the largest result of all operations, in numbers, by type"
-    def __init__(self):
-        super().__init__()
-        self.numbers = {}
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for o in out if isinstance(out, tuple|list) else [out]:
-            if not isinstance(o, torch.Tensor): continue
-            self.numbers[o.dtype] = max(self.numbers.get(o.dtype, 0), o.numel())
-        return out
 
 @pytest.mark.parametrize('rule', ['spread', 'confidence', 'entropy'])
 @plain_and_tempered

@@ -13,10 +13,11 @@ from helpers import assert_drawn_from, assert_given_kept, count_sequences, deriv
 from helpers import gidd_weights, HandmadeDenoiser, Noise, of_sampled_tokens, plant_fault, record_calls
 from helpers import TableDenoiser, tempered_probs, warmer
 from bijdiff.diffusion.corruption import Corruption, GIDDCorruption
+from bijdiff.diffusion.draws import sample_categorical
 from bijdiff.diffusion.schedules import Cosine, Geometric, HalfCosine, LogLinear
 from bijdiff.model.adapters import MDLMAdapter, SEDDAdapter
 from bijdiff.model.config import DenoiserConfig
-from bijdiff.model.predictions import LogitOutputs, ScoreOutputs
+from bijdiff.model.predictions import LogitOutputs, output_kind, ScoreOutputs
 from bijdiff.model.scoring import output_integrand
 from bijdiff.pictures import film_strip
 from bijdiff.sampling import conditionals, generate, repair, samplers, state
@@ -24,7 +25,7 @@ from bijdiff.sampling.generate import sample, samplers_for
 from bijdiff.sampling.repair import self_correct
 from bijdiff.sampling.rules import UnmaskingRule
 from bijdiff.sampling.samplers import reveal_probs
-from bijdiff.sampling.state import planned_step, sample_categorical, SamplerState
+from bijdiff.sampling.state import planned_step, SamplerState
 from bijdiff.testing import tiny_denoiser
 
 # Functions of the package that planted faults replace, where they are looked up
@@ -330,6 +331,40 @@ def test_around_a_prompt(name, sampler):
     kw,template = {} if 'scores' in name else dict(temperature=.7, top_p=.9),(V, 1, V)
     counts = sample_counts(name, sampler, template, 50_000, 1, **kw)
     assert_fits(counts, exact_distribution(name, sampler, template, **kw))
+
+# One step, with points that are evenly spread in place of random numbers
+
+def step_frequencies(name, z, step, n=2**16):
+    "How often a step makes each symbol of a sequence, (L, V+1), by a Sobol sequence in several dimensions"
+    run = SamplerState(denoiser(name), torch.tensor(z).expand(n, -1), NOISES[name].corruption)
+    columns = iter(torch.quasirandom.SobolEngine(4, scramble=True, seed=1).draw(n, dtype=torch.float64).T)
+    run.uniform = lambda index: next(columns)[index//L].clamp(max=1-2**-53)
+    with torch.no_grad(): ids = step(run, torch.arange(n*L)).view(n, L)
+    return torch.nn.functional.one_hot(ids, V+1).double().mean(0).numpy()
+
+def one_step(name, sampler, t, s):
+    "The function that makes a step, and its probabilities for all texts, by hand"
+    state_probs,(out,x) = NOISES[name].state_probs,predict(name, t)
+    if sampler=='ancestral':
+        K = posterior_step(x, state_probs, s, t, s==0, False)
+        return lambda run, index: samplers.earlier_symbols(run, index, t, s, first=False), K
+    score = scores(denoiser(name), out, x, state_probs(t))
+    if sampler=='euler' and s: K = euler_step(score, state_probs, s, t)
+    else: K = tweedie_step(score, state_probs, s, t, s==0)
+    outputs = output_kind(denoiser(name))
+    return lambda run, index: outputs.draw_by_scores(run, t, s, index, sampler), K
+
+ONE_STEP = [(name, sampler) for name,sampler in CASES
+            if sampler in ('ancestral', 'tweedie', 'euler') and not NOISES[name].corruption.masks_only]
+
+@pytest.mark.parametrize('t, s', [(.7, .45), (.3, 0.)])
+@pytest.mark.parametrize('name, sampler', ONE_STEP)
+def test_one_step_has_the_probabilities_of_its_formula(name, sampler, t, s):
+    step,K = one_step(name, sampler, t, s)
+    has_masks = NOISES[name].state_probs(t)[1]>0
+    for z in ([0, 1, 2], [1, 1, 0], *([[V, 2, V]] if has_masks else [])):
+        want = K[index(z)]/K[index(z)].sum(-1, keepdims=True)
+        assert np.abs(step_frequencies(name, z, step)-want).max()<2e-4
 
 # What follows from the definitions without a chain
 

@@ -24,17 +24,6 @@ def check_tempered(
     check_number('temperature', temperature, above=0)
     check_number('top_p', top_p, above=0, most=1)
 
-def _tempered(logits, temperature, top_p):
-    "The distribution that tokens are drawn from; not finite where the logits are not"
-    logits = logits.double()
-    p = (logits if temperature==1 else logits/temperature).softmax(-1)
-    if top_p==1: return p
-    sorted_p,order = p.sort(dim=-1, descending=True, stable=True)
-    before = torch.nn.functional.pad(sorted_p.cumsum(-1)[...,:-1], (1, 0))
-    dropped = before >= top_p    # more probable tokens reach top_p already
-    p = p.scatter(-1, order, sorted_p.masked_fill(dropped, 0.))
-    return p/p.sum(-1, keepdim=True)
-
 def token_probs(
     logits:Tensor, # Logits, (..., V)
     temperature:float=1., # Temperature, above 0; below 1 favours likely tokens, above 1 gives more variety
@@ -42,10 +31,16 @@ def token_probs(
 )->Tensor: # (..., V), float64
     "Return the distribution that tokens are drawn from"
     check_tempered(temperature, top_p)
-    p = _tempered(check_floats('logits', logits), temperature, top_p)
+    logits = check_floats('logits', logits).double()
+    p = (logits if temperature==1 else logits/temperature).softmax(-1)
     finite = 'finite probabilities; the weights are not finite, or the temperature is too close to 0'
     check(bool(p[...,:1].isfinite().all()), 'temperature', temperature, finite)    # all of a row are, or none
-    return p
+    if top_p==1: return p
+    sorted_p,order = p.sort(dim=-1, descending=True, stable=True)
+    before = torch.nn.functional.pad(sorted_p.cumsum(-1)[...,:-1], (1, 0))
+    dropped = before >= top_p    # more probable tokens reach top_p already
+    p = p.scatter(-1, order, sorted_p.masked_fill(dropped, 0.))
+    return p/p.sum(-1, keepdim=True)
 
 # %% ../../nbs/sampling/49_conditionals.ipynb #c01049ab
 def _largest(probs): return probs.max(-1).values
@@ -116,8 +111,10 @@ class Constraints:
         wrong = is_other & _has_before(is_end)
         wrong[:,:least] |= is_end[:,:least]
         if self.max_length is not None: wrong[:,self.max_length:] |= is_other[:,self.max_length:]
-        at = wrong.nonzero().tolist()
-        check(not at, 'position', at[:1], 'given tokens that stop_at_end, min_length and max_length allow')
+        at = wrong.nonzero()[:1].tolist()
+        name = f'the given token at {at[0] if at else None}'
+        allowed = 'one that stop_at_end, min_length and max_length allow there'
+        check(not at, name, x[wrong][:1].tolist(), allowed)
 
     def at(self, x, mask_id):
         "True where the end token is not allowed, and where it alone is allowed, (n, L) each"

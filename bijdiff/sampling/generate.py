@@ -21,7 +21,7 @@ from ..diffusion.corruption import Corruption, DeletingCorruption, MaskingCorrup
 from ..model.denoiser import canonical, check_denoiser, Denoiser, eval_mode, from_canonical
 from ..model.denoiser import to_canonical
 from ..model.predictions import any_schedule, output_kind
-from .conditionals import check_tempered, Constraints, token_probs
+from .conditionals import Constraints, token_probs
 from .rules import get_rule, rule_options, UnmaskingRule
 from .samplers import ancestral, ancestral_masks, first_hitting, reverse_by_scores
 from .samplers import unmask_by_rule
@@ -125,12 +125,9 @@ def _check_lengths(sampler, length_steps):
 # %% ../../nbs/sampling/55_generate.ipynb #8947861a
 _positions = 2**14 # Positions of a batch, where its size is not given
 
-def _batch_size(bs, L, n, frames):
+def _batch_size(bs, L):
     "Number of sequences that are written at a time"
-    if bs is not None: check_whole('bs', bs)
-    if frames is None: return bs or max(1, _positions//max(L, 1))
-    check(bs is None or bs>=n, 'bs', bs, f'None or at least n={n}, so that frames show all sequences')
-    return n
+    return max(1, _positions//max(L, 1)) if bs is None else check_whole('bs', bs)
 
 def _prepared(view, steps, sampler, rule, schedule, seed, revise, tempered, **kwargs):
     "The sampler or the rule, the noise, the number of steps and options of the sampler; all are checked"
@@ -162,7 +159,7 @@ def sample_batches(
     length_steps:int=0, # Evaluations in which blanks of a template find their length first, with insertion
     revise:float|None=None, # Strength of a sampler that takes tokens back, in (0, 1]; its own default if None
     seed:int=0, # Seed of all random numbers, also of the random order of a rule
-    frames:list|None=None, # Collects a copy of the ids after every step that changed something
+    frames:list|None=None, # Collects the ids of the first batch after every step that changed something
     bs:int|None=None, # Sequences of a batch, which do not change what is written; 16,384 tokens if None
     progress=lambda o: o, # Wraps the batches, for a progress bar
     **kwargs
@@ -175,10 +172,11 @@ def sample_batches(
     if length_steps: options['length_steps'] = length_steps
     x = _start(view, n, template, length)
     if rule is not None: Constraints(view, rule).check_given(x, view.mask_id)
-    bs = _batch_size(bs, x.shape[1], n, frames)
+    bs = _batch_size(bs, x.shape[1])
     def state(i):
         numbers = range(i, min(i+bs, n))
-        return SamplerState(view, x[i:i+bs], noise, temperature, top_p, seed, frames, numbers)
+        shown = frames if i==0 else None
+        return SamplerState(view, x[i:i+bs], noise, temperature, top_p, seed, shown, numbers)
     return _batches(map(state, progress(range(0, n, bs))), sampler, rule, steps, options)
 
 # %% ../../nbs/sampling/55_generate.ipynb #0240821a

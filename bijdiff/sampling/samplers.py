@@ -219,6 +219,14 @@ def _euler_weights(run, z, p_own, t, h):
                            torch.where(masked, 0., factor*m.mask)], 1)
     return torch.cat([changes, (1-changes.sum(1, keepdim=True)).clamp(min=0)], 1)
 
+def _without_own(p, z):
+    "Probabilities without that of the symbol itself, but where it is the only token; and that one, (k,)"
+    V = p.shape[1]
+    own = z.clamp(max=V-1)[:,None]
+    p_own = torch.where(z==V, 0., p.gather(1, own)[:,0])
+    is_removed = (z<V)&(p_own<1)
+    return p.scatter(1, own, torch.where(is_removed[:,None], 0., p.gather(1, own))), p_own
+
 def _other_token(u, z, V):
     "A uniformly drawn token that is not z, (k,)"
     masked = z==V
@@ -238,13 +246,10 @@ def draw_by_scores(self:LogitOutputs, run, t, s, index, kind):
     if kind=='tweedie': return earlier_symbols(run, index, t, s, first=False)
     z,V,u = run.x.flatten()[index],run.noise.vocab_size,torch.stack([run.uniform(index) for _ in range(3)])
     def draw(out, k):
-        p,own = run.clean_probs(out, z[k], t),z[k].clamp(max=V-1)[:,None]
-        p_own = torch.where(z[k]==V, 0., p.gather(1, own)[:,0])
-        kept = torch.where((p_own==0)|(p_own==1), p.gather(1, own)[:,0], 0.)    # 1: no other token is drawn
-        other = draw_categorical(p.scatter_(1, own, kept[:,None]), u[0,k])
-        choices = torch.stack([other, _other_token(u[1,k], z[k], V), torch.full_like(z[k], V), z[k]], 1)
-        weights = _euler_weights(run, z[k], p_own, t, t-s)
-        return choices.gather(1, draw_categorical(weights, u[2,k])[:,None])[:,0]
+        p,p_own = _without_own(run.clean_probs(out, z[k], t), z[k])
+        changes = draw_categorical(p, u[0,k]),_other_token(u[1,k], z[k], V),torch.full_like(z[k], V)
+        which = draw_categorical(_euler_weights(run, z[k], p_own, t, t-s), u[2,k])
+        return torch.stack([*changes, z[k]], 1).gather(1, which[:,None])[:,0]
     return run.draw_at(t, index, draw)
 
 @patch
