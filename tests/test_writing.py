@@ -25,7 +25,7 @@ def mix(z):
     return z^(z>>31)
 
 def number(seed, stream, sequence, call, position):
-    "A uniformly distributed number: keys of a seed, of a sequence and of a call are mixed one after the other"
+    "A uniformly distributed number: keys of seed, sequence and call are mixed one after the other"
     gamma,key = 0x9E3779B97F4A7C15,mix((seed+stream*0x9E3779B97F4A7C15)&MASK64)
     key = mix((mix(key)+(sequence+1)*gamma)&MASK64)
     key = mix((key+call*gamma)&MASK64)
@@ -64,7 +64,7 @@ def test_a_draw_is_where_the_sum_of_the_weights_exceeds_the_number(K):
         assert sums[i]>=target*sums[-1]*(1-1e-12) and sums[i]-row[i]<=target*sums[-1]*(1+1e-12)
 
 def test_a_draw_at_the_very_end_is_a_possible_one():
-    "Sums of a block and of its weights one by one are rounded otherwise; no number leads beyond the last weight"
+    "Sums of a block and of its weights are rounded otherwise; no number leads beyond the last weight"
     g = np.random.default_rng(0)
     last = torch.tensor([1-2**-53]*500, dtype=torch.float64)
     for K,end in product((255, 257, 300, 511, 1000), (0., .7)):
@@ -136,7 +136,8 @@ def test_revise_chooses_a_sampler_that_takes_tokens_back():
 
 LARGE = 30_000 # four distributions have more numbers than the times at which scores are tried
 
-@pytest.mark.parametrize('noise', [Corruption(LARGE), Corruption(LARGE, .5, .5), Corruption(LARGE, .4, .3, .3)])
+@pytest.mark.parametrize('noise', [
+    Corruption(LARGE), Corruption(LARGE, .5, .5), Corruption(LARGE, .4, .3, .3)])
 def test_no_sampler_has_more_numbers_than_a_chunk_or_a_part(noise, monkeypatch):
     "128 positions of a large vocabulary in two steps"
     model = tiny_denoiser(LARGE, 32, noise=noise).float()
