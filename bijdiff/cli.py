@@ -165,7 +165,7 @@ def _read_given(prompt, infill):
 @command
 @delegates(size_options)
 def bijdiff_sample(
-    model:str, # Folder of a saved model, or hf: and a masked model of Hugging Face: hf:NAME_OR_FOLDER
+    model:str='bijdiff:books', # Folder of a saved model, or hf: and a masked model of Hugging Face: hf:NAME
     n:int=1, # Number of texts
     steps:int=None, # Steps from noise to text; 128 if not given, and one token a step by a rule
     sampler:str=None, # ancestral, tweedie, euler, first_hitting, insertion or one that revises; see the page

@@ -72,12 +72,27 @@ def _spell_as(parser):
         return known.get(same(name), name)+eq+value if word.startswith('--') else word
     return spell
 
+def _make_positional(parser, action):
+    "Replace an option by an argument without a name, which may be left out"
+    parser._remove_action(action)
+    parser._optionals._group_actions.remove(action)
+    for name in action.option_strings: del parser._option_string_actions[name]
+    parser.add_argument(action.dest, nargs='?', type=action.type, default=action.default, help=action.help)
+
+def _usage(parser):
+    "Name of a command, and the arguments that have no name; the options are listed below it"
+    endings = {'+':'{0} [{0} ...]', '?':'[{0}]', None:'{0}'}
+    named = [endings[o.nargs].format(o.dest) for o in parser._actions if not o.option_strings]
+    return ' '.join(['%(prog)s [options]', *named])
+
 def _arguments(f, argv):
     "Read the arguments of a function from a command line"
     from fastcore.script import anno_parser                  # here, as it takes longer than all other imports
     parser = anno_parser(f, f.__name__)
-    for action in parser._actions:
+    for action in [*parser._actions]:
         if action.type is list: action.type,action.nargs = str,'+'
+        if '--model' in action.option_strings: _make_positional(parser, action)
+    parser.usage = _usage(parser)
     given = vars(parser.parse_args([*map(_spell_as(parser), argv)]))
     for name in given.keys()-inspect.signature(f).parameters.keys():      # options of fastcore's debugger
         if given.pop(name): parser.error(f'unrecognized arguments: --{name}')

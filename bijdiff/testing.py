@@ -7,7 +7,7 @@ __all__ = ['random_weights', 'tiny_denoiser', 'roundtrip_error', 'peak_mib', 'ch
            'small_learner', 'quiet_fit']
 
 # %% ../nbs/91_testing.ipynb #d74c5c11
-import io, sys
+import io, shlex, sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from unittest import mock
@@ -91,14 +91,14 @@ def chi_square(
 # %% ../nbs/91_testing.ipynb #c9fad386
 def run_command(
     f, # A command of the package
-    line:str, # Arguments, separated by spaces
+    line:str, # Arguments as in a shell
     stdin:bytes=b'', # Content of standard input
 )->tuple[int,str,str]: # Exit status, stdout and stderr
     "Run a command as if it had been started from a command line"
     out = io.StringIO()
     err = io.StringIO()
     status = 0
-    argv = [f'/somewhere/{f.__name__}', *line.split()]
+    argv = [f'/somewhere/{f.__name__}', *shlex.split(line)]
     given = io.TextIOWrapper(io.BytesIO(stdin))
     with mock.patch.multiple(sys, argv=argv, stdin=given), redirect_stdout(out), redirect_stderr(err):
         try: f()

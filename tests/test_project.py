@@ -14,7 +14,7 @@ folders = dict(layers=['checks'], diffusion=['checks'], data=['diffusion', 'disp
                model=['layers', 'diffusion', 'data'], sampling=['model'], likelihood=['model', 'sampling'],
                training=['likelihood', 'pictures'])
 may_be_imported = dict(folders, checks=[], display=[], files=[])
-unnumbered = ['index.ipynb', 'tutorials', 'experiments']
+unnumbered = ['index.ipynb', 'related.ipynb', 'glossary.ipynb', 'gallery.ipynb', 'tutorials', 'experiments']
 not_loaded = dict.fromkeys(['layers', 'diffusion'], ['fastai', 'datasets', 'matplotlib', 'tokenizers'])
 for place in ('checks', 'display', 'model', 'sampling', 'likelihood', 'pictures'):
     not_loaded[place] = ['fastai']
@@ -506,6 +506,11 @@ def test_the_citation_agrees_with_the_settings():
 def test_readme_is_the_index():
     status,out = run(sys.executable, 'tools/make_readme.py', '--check')
     assert status==0, out
+
+def test_readme_is_one_screen():
+    "Words, those of commands and outputs included"
+    n = len((root/'README.md').read_text(encoding='utf-8').split())
+    assert n<=700, f'README.md has {n} words, 700 are allowed; results belong to nbs/experiments/results.ipynb'
 
 def quoted_results(text):
     "Result files that a text names, from the root of the project"

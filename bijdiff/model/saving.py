@@ -9,10 +9,11 @@ __all__ = ['write_atomically', 'tensor_bytes', 'tensors_hash', 'plain_weights', 
 import hashlib, json, os, shutil, tempfile, time, warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, MISSING
+from importlib import resources
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from ..checks import check, check_keys, naming, parse_json
+from ..checks import check, check_keys, check_one_of, naming, parse_json
 from ..files import write_synced
 from ..data.subwords import tokenizer_from_dict
 from .headers import read_header, read_tensors, to_bytes
@@ -219,6 +220,12 @@ def _load(cls, folder, device):
     return model.to(device).eval()
 
 # %% ../../nbs/model/42_saving.ipynb #1db67dad
+def _from_package(name):
+    "Folder of a model that comes with the package"
+    models = Path(resources.files('bijdiff'))/'models'
+    check_one_of('the model', name, sorted(f'bijdiff:{p.name}' for p in models.glob('[a-z]*')))
+    return models/name.removeprefix('bijdiff:')
+
 def _from_hub(name):
     "Folder with the files of a repository on the Hugging Face Hub"
     import huggingface_hub
@@ -256,13 +263,14 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls,
-        folder, # A folder written by save_pretrained, or the name of a repository on the Hugging Face Hub
+        folder, # A folder written by save_pretrained, bijdiff:books, or a repository of the Hugging Face Hub
         device='cpu', # Device of the model
     )->'Pretrained': # A network of this class, in evaluation mode
         "Load a saved model; raise an error that names a damaged, foreign or missing file"
         if cls.config_class is None:
             raise TypeError(f'{cls.__name__}.config_class is None; expected a dataclass')
         name = str(folder)
+        if name.startswith('bijdiff:'): return _load(cls, _from_package(name), device)
         on_hub = name.count('/')==1 and not name.startswith(('.','/','~')) and not Path(folder).exists()
         return _load(cls, Path(_from_hub(name) if on_hub else folder), device)
 
