@@ -14,7 +14,7 @@ folders = dict(layers=['checks'], diffusion=['checks'], data=['diffusion', 'disp
                model=['layers', 'diffusion', 'data'], sampling=['model'], likelihood=['model', 'sampling'],
                training=['likelihood', 'pictures'])
 may_be_imported = dict(folders, checks=[], display=[], files=[])
-unnumbered = ['index.ipynb', 'tutorials', 'experiments']
+unnumbered = ['index.ipynb', 'related.ipynb', 'glossary.ipynb', 'tutorials', 'experiments']
 not_loaded = dict.fromkeys(['layers', 'diffusion'], ['fastai', 'datasets', 'matplotlib', 'tokenizers'])
 for place in ('checks', 'display', 'model', 'sampling', 'likelihood', 'pictures'):
     not_loaded[place] = ['fastai']
@@ -518,6 +518,21 @@ def test_results_that_are_quoted_exist():
     named = set().union(*(quoted_results(p.read_text(encoding='utf-8')) for p in notebooks))
     missing = sorted(n for n in named if not (root/n).exists())
     assert named and not missing, f'{missing} are quoted in notebooks: run the script, commit its result'
+
+def cited_papers(text):
+    "Numbers of papers on arXiv that a text links to, or names after a year"
+    return set(re.findall(r'(?:arxiv\.org/abs/|\b20\d\d, )(\d{4}\.\d{4,5})\b', text))
+
+def test_papers_stand_in_the_references():
+    "Every paper on arXiv that a page names is in the references, and every reference is cited above them"
+    text = 'Dinh 2014, 1410.8516, and [Ou](https://arxiv.org/abs/2406.03736); 0.25 2024.12345'
+    assert cited_papers(text)=={'1410.8516', '2406.03736'}
+    related = nbs/'related.ipynb'
+    cited, listed = map(cited_papers, '\n'.join(sources(related, ['markdown'])).split('## References'))
+    assert cited==listed, f'cited or listed, but not both: {sorted(cited^listed)}'
+    for path in notebooks:
+        missing = cited_papers('\n'.join(sources(path, ['markdown'])))-listed
+        assert not missing, f'{path.name} names {sorted(missing)}: add them to {related.name}'
 
 def lost_paths(path, base):
     "Paths written with `../`, or opened, that do not lead from the folder of a notebook into benchmarks"
