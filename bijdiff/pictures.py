@@ -50,11 +50,11 @@ def _check_frames(frames, tokenizer, n, which):
     check_whole('which', which, 0, len(frames[0])-1)
 
 def _widths(runs):
-    "Number of cells of each token: all those of a character belong to its first token"
+    "Return the number of cells of each token: all those of a character belong to its first token"
     return [n for ids,text in runs for n in (len(text), *[0]*(len(ids)-1))]
 
 def _in_cells(runs, widths, fits):
-    "Number of tokens and text of each run; where all tokens fit, with a character for each of its cells"
+    "Yield number of tokens and text of each run; where all tokens fit, with a character for each cell"
     start = 0
     for ids,text in runs:
         end = start+len(ids)
@@ -63,7 +63,7 @@ def _in_cells(runs, widths, fits):
         start = end
 
 def _mask_ids(frames, tokenizer):
-    "Return the ids in frames that stand for a mask"
+    "Return the ids in frames that are decoded as a mask"
     return {i for i in set().union(*(o.tolist() for o in frames)) if tokenizer.decode([i])==MASK_CHAR}
 
 def _laid_out(frames, tokenizer):
@@ -129,7 +129,7 @@ def _draw_char(ax, x, y, char, fonts, **kwargs):
 
 # %% ../nbs/69_pictures.ipynb #568d4a5f
 def _bars(cell, n, width):
-    "Corners of the bars of a mask of n cells, one in each line that it stands in"
+    "Yield the corners of the bars of a mask of n cells, one bar in each of its lines"
     end = cell+n
     while cell<end:
         line,x = divmod(cell, width)
@@ -158,7 +158,7 @@ def _draw_frame(ax, runs, is_new, width, fonts):
 
 # %% ../nbs/69_pictures.ipynb #6b79d321
 def _changed(new, old):
-    "True for each token that is not that of the frame before"
+    "Return True for each token that differs from that of the frame before"
     old = old.tolist()
     return [i>=len(old) or o!=old[i] for i,o in enumerate(new.tolist())]
 

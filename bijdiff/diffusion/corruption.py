@@ -108,7 +108,7 @@ class DeletingCorruption(Corruption):
 @patch
 def state_probs(self:Corruption,
     t:Tensor, # Times in [0, 1], any shape
-)->StateProbs: # Each as t
+)->StateProbs: # Probabilities, each of the shape of t
     "Return the probabilities of the four states of a token"
     corrupted = [w*(1-self._schedules[k].alpha(t)) for k,w in self.weights.items()]
     return StateProbs((1-sum(corrupted)).clamp(min=0), *corrupted)
@@ -116,7 +116,7 @@ def state_probs(self:Corruption,
 @patch
 def state_prob_rates(self:Corruption,
     t:Tensor, # Times in [0, 1], any shape
-)->StateProbs: # Each as t
+)->StateProbs: # Derivatives, each of the shape of t
     "Return the derivatives of the state probabilities by time"
     corrupted = [-w*self._schedules[k].dalpha(t) for k,w in self.weights.items()]
     return StateProbs(-sum(corrupted), *corrupted)
@@ -162,7 +162,7 @@ class EventRates(NamedTuple):
 @patch
 def event_rates(self:Corruption,
     t:Tensor, # Times in [0, 1], any shape
-)->EventRates: # Each as t
+)->EventRates: # Rates, each of the shape of t
     "Return the rates of masking, of substitution and of deletion"
     p,dp = self.state_probs(t),self.state_prob_rates(t)
     if not self.weights['mask']:
@@ -191,8 +191,8 @@ def rate_matrix(self:Corruption,
 def marginals(self:Corruption,
     x0:Tensor, # Clean ids, any shape (B, ...)
     t:Tensor, # Times in [0, 1], (B,)
-)->Tensor: # (B, ..., V+2): tokens, mask, deleted
-    "Return the probabilities of what each token has become"
+)->Tensor: # Probabilities of tokens, mask and deletion, (B, ..., V+2)
+    "Return the distribution over tokens, mask and deletion for each clean token"
     V = self.vocab_size
     kept,mask,sub,delete = (o.view(-1, *[1]*x0.ndim) for o in self.state_probs(t))
     tokens = kept*F.one_hot(x0, V).to(t) + sub/V
@@ -274,7 +274,7 @@ def padding_mask(self:DeletingCorruption, noisy:NoisyBatch)->Tensor|None: return
 def loss_targets(self:Corruption,
     noisy:NoisyBatch, # Noisy sequences, from `corrupt`
 )->tuple: # Clean ids of the symbols (B, L), padding mask (B, L) and gaps (B, L+1), where tokens are deleted
-    "Return what a loss needs beside clean ids, noisy ids and times"
+    "Return the inputs of a loss beside clean ids, noisy ids and times"
     return ()
 
 @patch
@@ -283,14 +283,14 @@ def loss_targets(self:DeletingCorruption, noisy:NoisyBatch)->tuple:
 
 @patch
 def config_fields(self:Corruption)->dict: # Fields of DenoiserConfig
-    "Return what a network needs for this noise: time conditioning, and a head for gaps"
+    "Return the fields that a network needs for this noise: time conditioning, and a head for gaps"
     return dict(time_conditioning=not self.masks_only, gap_head=self.deletes)
 
 # %% ../../nbs/diffusion/22_corruption.ipynb #5bc29802
 @patch
 def check_heads(self:Corruption,
-    gap_head:bool, # Whether the network predicts how many tokens are missing in each gap
-    score_head:bool, # Whether the network gives log-scores
+    gap_head:bool, # True if the network predicts how many tokens are missing in each gap
+    score_head:bool, # True if the network gives log-scores
 ):
     "Check that the heads of a network fit this noise"
     needed = self.deletes and self.weights['mask']>0
@@ -314,7 +314,7 @@ def to_dict(self:Corruption)->dict: # Input of corruption_from_dict
 def to_dict(self:GIDDCorruption)->dict: return dict(p_uniform=self.p_uniform, gamma=self.gamma, T=self.T)
 
 def corruption_from_dict(
-    vocab_size:int, # V
+    vocab_size:int, # V: clean tokens are 0..V-1
     d:dict, # Plain values, from to_dict
 )->Corruption:
     "Make the noise that a dictionary describes"

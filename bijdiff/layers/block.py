@@ -31,9 +31,9 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.randn(d_model, 1, window)*window**-0.5)
 
     def forward(self,
-        x:Tensor, # (B, L, d_model)
+        x:Tensor, # State, (B, L, d_model)
         mask:Tensor|None=None, # True at tokens and False at padding, (B, L); padding counts as 0
-    )->Tensor: # (B, L, d_model)
+    )->Tensor: # Weighted sums, (B, L, d_model)
         if not x.shape[1]: return x # A convolution needs at least one position
         h = zero_padding(x, mask).transpose(1, 2)
         return F.conv1d(h, self.weight, padding='same', groups=len(self.weight)).transpose(1, 2)
@@ -52,9 +52,9 @@ class AdaptiveNorm(nn.Module):
         self.to_scale_shift = linear
 
     def forward(self,
-        x:Tensor, # (B, L, d_model)
+        x:Tensor, # State, (B, L, d_model)
         cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
-    )->Tensor: # (B, L, d_model)
+    )->Tensor: # Normalised state, (B, L, d_model)
         if self.to_scale_shift is None:
             check(cond is None, 'cond', cond, 'None for a layer without cond_dim')
             return self.norm(x)
@@ -136,7 +136,7 @@ def update(self:BijectiveTransformerBlock,
     mask:Tensor|None=None, # True at tokens and False at padding, (B, L); the update is 0 there
     cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
     rotary:tuple|None=None, # Rotary angles from rotary_angles, shared by layers
-)->Tensor: # (B, L, d_model)
+)->Tensor: # Update, (B, L, d_model)
     "Compute the update of the active stream"
     x2,cond = alias(x2),alias(cond)
     read = None if self.attention==self.ffn else _stream(self.ffn, x1, x2)
@@ -194,7 +194,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self,
         t:Tensor, # Times in [0, 1], (B,)
-    )->Tensor: # (B, dim)
+    )->Tensor: # Conditioning vectors, (B, dim)
         freqs = torch.logspace(*self.exponents, self.n_freqs, device=t.device, dtype=torch.float32)
         angles = t[:,None].to(self.net[0].weight)*freqs.to(self.net[0].weight)
         return self.net(torch.cat([angles.sin(), angles.cos()], -1))

@@ -71,7 +71,7 @@ def training_flags(
             for m in flags: _close(m, key)
 
 def _close(m, key):
-    "Give a module the flag of the last block that is still open; a flag that somebody else has set stays"
+    "Give a module the flag of the last block that is still open; a flag that was set from outside stays"
     held = _flags[m]
     untouched = m.training==[*held.values()][-1]
     del held[key]

@@ -50,10 +50,10 @@ def prior_sampler(self:MaskingCorruption, model, x, given=None):
 
 @patch
 def prior_sampler(self:DeletingCorruption, model, x, given=None):
-    symbols,L = Corruption.prior_sampler(self, model, x, given),x.shape[1]
+    token_prior,L = Corruption.prior_sampler(self, model, x, given),x.shape[1]
     length = length_term(torch.tensor([L]), self, binomial_log_prior(L, self))
     def draw(g):
-        nats = symbols(g)
+        nats = token_prior(g)
         return nats + length.to(nats)
     return draw
 
@@ -70,7 +70,7 @@ def prior_nats(
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #fde43d83
 def _put_back(noisy, mask_id):
-    "The symbols at their positions in the clean sequence, masks where they are missing, (B, L)"
+    "Return the tokens at their positions in the clean sequence, with masks where they are missing, (B, L)"
     B,L = noisy.xt.shape
     z = torch.full((B, L+1), mask_id, device=noisy.xt.device)
     return z.scatter(1, torch.where(noisy.attention_mask, noisy.position, L), noisy.xt)[:,:L]
@@ -93,7 +93,7 @@ def reconstruction_nats(
     x:Tensor, # Clean ids, (B, L)
     noise:str|Schedule|Corruption, # The noise; masking if it is a schedule, or the name of one
     g:torch.Generator, # Source of the noise at time 0
-    given:Tensor|None=None, # True at given positions, which cost nothing, (B, L); none if None
+    given:Tensor|None=None, # True at given positions, which are not scored, (B, L); none if None
 )->Tensor: # (B,), nats per sequence
     "Draw the reconstruction term of the bound once; 0 for schedules without noise at time 0"
     zero,noise = torch.zeros(len(x)),as_corruption(noise, model.noise.vocab_size)
@@ -109,7 +109,7 @@ def reconstruction_nats(
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #f1141606
 def _one_draw(model, x, noise, prior, g, given=None):
-    "Integrand at one random time per sequence, and end terms, nats per sequence, (B,)"
+    "Return the integrand at one random time per sequence, with the end terms, nats per sequence, (B,)"
     t = low_discrepancy_times(len(x), noise.T, g)[torch.randperm(len(x), generator=g)]
     noisy = noise.corrupt(x, t, g, given=given)
     out = call_features(model, noisy.xt, t, noise.padding_mask(noisy))
@@ -118,7 +118,7 @@ def _one_draw(model, x, noise, prior, g, given=None):
 
 # %% ../../nbs/likelihood/60_bounds.ipynb #5b851ace
 def _scored_noise(model, schedule, T):
-    "The noise that a bound is for"
+    "Return the noise that a bound is for"
     output_kind(model).check_T(T)
     if any_schedule(model): return Corruption(model.noise.vocab_size, schedule=schedule or 'half_cosine', T=T)
     for name,v in dict(schedule=schedule, T=T).items():

@@ -30,9 +30,9 @@ _SUM = 16 # Bytes of the checksum at the end
 _HEADER = 2**20 # Most bytes of a header
 
 def _description(model):
-    "What a model is beside its weights, in plain values"
+    "Return configuration and tokenizer of a model, in plain values"
     tokenizer = model.tokenizer
-    if isinstance(model, Pretrained): # without fields of default value, so that new options change nothing
+    if isinstance(model, Pretrained): # no fields of default value: new options then change nothing
         default = type(model.config)
         fields = {k:v for k,v in vars(model.config).items() if v!=getattr(default, k, None)}
     else:
@@ -54,13 +54,13 @@ def fingerprint(
 def _checksum(b): return hashlib.sha256(b).digest()[:_SUM]
 
 def _pack(header, words):
-    "The bytes of a file"
+    "Return the bytes of a file"
     head = json.dumps(header, separators=(',',':')).encode()
     body = _MAGIC+struct.pack('<BI', _VERSION, len(head))+head+words.astype('<u4').tobytes()
     return body+_checksum(body)
 
 def _unpack(blob):
-    "Format version, header and bits, if the file is whole"
+    "Return format version, header and words of a file, if it is whole"
     start = len(_MAGIC)+5
     if blob[:len(_MAGIC)]!=_MAGIC[:len(blob)]:
         raise ValueError('this was not written by bijdiff_compress; expected a .bij file')
@@ -88,7 +88,7 @@ def _to_text(data, name):
         raise ValueError(f'the data is not UTF-8 at byte {e.start}; expected {advice}') from None
 
 def _to_ids(tokenizer, data):
-    "Ids of a file, if they stand for exactly its bytes"
+    "Return the ids of a file, if they decode to exactly its bytes"
     check(tokenizer is not None, 'the tokenizer of the model', None, 'a tokenizer, as bijdiff_train saves it')
     if _is_bytes(tokenizer): return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
     name = getattr(tokenizer, 'kind', type(tokenizer).__name__)
@@ -103,7 +103,7 @@ _most_side_by_side = 2**13 # Tokens of all windows that are coded side by side; 
 _most_tokens = 2**24 # Of a file, unless the caller allows more
 
 def _coding_rule(model, rule='spread', steps=None, seed=0, **kwargs):
-    "The rule for the arguments of compress, which are checked"
+    "Check the arguments of compress, and return their rule"
     check_unmasking(model)
     given = [k for k in ('tokens','threshold','budget') if kwargs.get(k) is not None]
     if steps is None and not given and not isinstance(rule, UnmaskingRule): steps = 16
@@ -119,7 +119,7 @@ def _check_tokens(n, most_tokens):
     check(n<=most_tokens, 'the number of tokens', n, f'at most most_tokens={most_tokens}')
 
 def _settings(model, rule='spread', steps=None, seed=0, context=None, streams=16, fast=False, **kwargs):
-    "Arithmetic, rule, context and streams for the arguments of compress, which are checked"
+    "Check the arguments of compress, and return arithmetic, rule, context and streams"
     arithmetic = arithmetic_for(model, fast)
     rule = _coding_rule(arithmetic.view, rule, steps, seed, **kwargs)
     context = model.seq_len//8 if context is None else context
@@ -127,7 +127,7 @@ def _settings(model, rule='spread', steps=None, seed=0, context=None, streams=16
     return arithmetic, rule, int(context), int(streams)
 
 def _canonical_ids(view, data):
-    "Canonical ids of a file"
+    "Return the canonical ids of a file"
     ids = to_canonical(view, _to_ids(view.tokenizer, data))
     check_ids(ids[None], view.mask_id-1, 'the tokenized data')
     return ids
@@ -139,7 +139,7 @@ def compress(
     rule:str|UnmaskingRule='spread', # Unmasking rule, or its name
     steps:int|None=None, # Function evaluations for each set of blocks, at most; 16 if nothing is given
     seed:int=0, # Seed of the random order
-    context:int|None=None, # Tokens before a block that it sees; an eighth of the model's length if None
+    context:int|None=None, # Given tokens before a block; an eighth of the model's length if None
     streams:int=16, # Blocks coded side by side; the first of each stream has no context
     fast:bool=False, # Use the arithmetic of the device: faster, but only its kind of machine decompresses
     most_tokens:int=_most_tokens, # Longest document, in tokens; a longer one is an error
@@ -245,7 +245,7 @@ def _convert(f, source, out, force):
 _of_work = 'progress','most_tokens'
 
 def _compressed(model, data, read_back, kwargs):
-    "Compressed data, which comes back"
+    "Compress data, and check that it comes back"
     blob = compress(model, data, **kwargs)
     if not read_back: return blob
     adjust = kwargs.get('adjust') or getattr(kwargs.get('rule'), 'adjust', None)
@@ -261,7 +261,7 @@ def compress_file(
     source, # File to be compressed
     out=None, # Compressed file, - for standard output; the name of the file with .bij if None
     force:bool=False, # True to replace an existing file
-    read_back:bool=True, # Decompress before anything is written, and compare
+    read_back:bool=True, # Decompress the result before it is written, and compare
     **kwargs # Keywords of compress
 )->tuple[int,int]: # Bytes before and after
     "Compress a file"

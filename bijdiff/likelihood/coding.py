@@ -31,7 +31,7 @@ class EndOfBits(ValueError):
     "The coded words end before the tokens that they are said to hold"
 
 class BitWriter:
-    "For `unmask`: tokens of given sequences, which go into a coder"
+    "Writer for `unmask`: it chooses the tokens of given sequences, and encodes them"
     def __init__(self):
         self.coder = stream.queue.RangeEncoder()
 
@@ -53,7 +53,7 @@ class BitWriter:
 
 # %% ../../nbs/likelihood/58_coding.ipynb #450794a7
 class BitReader:
-    "For `unmask`: tokens that come out of a coder"
+    "Reader for `unmask`: it chooses the tokens that it decodes"
     def __init__(self,
         words:np.ndarray, # Coded words, uint32
         weights=whole_weights, # Function from distributions to weights of tokens
@@ -74,14 +74,14 @@ class BitReader:
             raise EndOfBits('the file has fewer bits than the number of its tokens needs')
         return torch.from_numpy(ids.astype(np.int64))
 
-    def is_at_end(self)->bool: # True if these words are the code of the tokens, and hold nothing else
+    def is_at_end(self)->bool: # True if the words are exactly the code of the tokens that were read
         return np.array_equal(self.again.get_compressed(), self.words)
 
 # %% ../../nbs/likelihood/58_coding.ipynb #86932910
 def coding_steps(
     n:int, # Number of tokens
     block:int, # Tokens of a block, at least 1
-    context:int, # Tokens before a block that it sees, within its stream
+    context:int, # Tokens before a block that are given, within its stream
     streams:int, # Number of streams, at most
 ): # Yields starts of blocks (k,), their length, and the tokens before each of them that are given
     "Yield the blocks of a document that are coded side by side, one set after another"
@@ -98,11 +98,11 @@ def encode(
     model:Denoiser, # The denoiser, with canonical ids
     ids:Tensor, # Ids of the document, (N,)
     rule:UnmaskingRule, # Unmasking rule
-    context:int, # Tokens before a block that it sees
+    context:int, # Tokens before a block that are given
     streams:int, # Number of streams, at most
     progress=lambda o: o, # Wraps the steps of each set of blocks
 )->np.ndarray: # Words, uint32
-    "Code a document"
+    "Encode a document"
     writer = BitWriter()
     for starts,length,given in coding_steps(len(ids), model.seq_len-context, context, streams):
         x = torch.stack([ids[i-given:i+length] for i in starts])
@@ -115,7 +115,7 @@ def encode(
 _nothing = torch.zeros(0, dtype=torch.long)
 
 def _last_tokens(chunks, n):
-    "The last n tokens of a stream from its chunks, none of which is empty"
+    "Return the last n tokens of a stream from its chunks, none of which is empty"
     return torch.cat(chunks[-n:])[-n:] if n else _nothing
 
 def decode(
@@ -123,11 +123,11 @@ def decode(
     words:np.ndarray, # Result of encode
     n:int, # Number of tokens
     rule:UnmaskingRule, # Unmasking rule
-    context:int, # Tokens before a block that it sees
+    context:int, # Tokens before a block that are given
     streams:int, # Number of streams, at most
     progress=lambda o: o, # Wraps the steps of each set of blocks
 )->Tensor|None: # (n,); None if these words cannot have come from these probabilities
-    "Bring a document back; raise `EndOfBits` for words that hold fewer tokens"
+    "Decode a document; raise `EndOfBits` for words that hold fewer tokens"
     reader,read = BitReader(words),{} # By start of a stream: the chunks that were read
     block = model.seq_len-context
     n_steps = -(-n//(block*streams))
@@ -151,7 +151,7 @@ def decode_format_2(
     bs:int, # Blocks coded side by side
     progress=lambda o: o, # Wraps the steps of each batch of blocks
 )->Tensor|None: # (n,); None if these words cannot have come from these probabilities
-    "Bring a document of format 2 back; raise `EndOfBits` for words that hold fewer tokens"
+    "Decode a document of format 2; raise `EndOfBits` for words that hold fewer tokens"
     reader,read,L = BitReader(words, lambda p: p),[_nothing],model.seq_len
     try:
         for start in range(0, n, L*bs):

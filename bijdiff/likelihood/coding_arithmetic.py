@@ -19,7 +19,7 @@ from ..model.predictions import is_time_conditioned
 
 # %% ../../nbs/likelihood/59_coding_arithmetic.ipynb #50787fef
 def _get_switches():
-    "PyTorch's switches that change the digits of results"
+    "Return PyTorch's switches that change the digits of results"
     matmul = torch.get_float32_matmul_precision()
     return torch.get_num_threads(), torch.get_default_dtype(), matmul, torch.backends.mkldnn.enabled
 
@@ -31,7 +31,7 @@ def _set_switches(threads, dtype=torch.float32, matmul='highest', mkldnn=True):
 
 @contextmanager
 def _start_switches(threads):
-    "A region with PyTorch's switches as they are at its start, and a number of threads"
+    "Context in which PyTorch's switches have their first values, with a number of threads"
     before = _get_switches()
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
@@ -41,7 +41,7 @@ def _start_switches(threads):
 
 # %% ../../nbs/likelihood/59_coding_arithmetic.ipynb #9045cb03
 def _first_outputs(model):
-    "Hash of the outputs of a network for a sequence of masks"
+    "Return a hash of the outputs of a network for a sequence of masks"
     masks = torch.full((1, min(model.seq_len, 64)), model.mask_id, device=model.device)
     t = torch.ones(1, dtype=torch.float64) if is_time_conditioned(model) else None
     return tensors_hash(dict(outputs=model.head(model.hidden(masks, t)).float().cpu()))[:16]
@@ -67,7 +67,7 @@ class DeviceArithmetic:
             yield
 
     def to_dict(self)->dict:
-        "Return what a header says of it; called in its own context"
+        "Return the entry of a header; to be called in its own context"
         cpu = torch.backends.cpu.get_cpu_capability()
         return dict(torch=torch.__version__, machine=platform.machine(), cpu=cpu,
                     device=self.view.device.type, threads=self.threads, outputs=_first_outputs(self.view))
@@ -106,7 +106,7 @@ def arithmetic_for(
 
 def arithmetic_of_file(
     model:Denoiser, # The denoiser
-    header:str|dict, # What the header says of the arithmetic, checked
+    header:str|dict, # Entry of the header for the arithmetic, checked
 )->PortableArithmetic|DeviceArithmetic:
     "Return the arithmetic that a file was compressed with"
     if isinstance(header, str): return PortableArithmetic(model)
@@ -117,7 +117,7 @@ def check_word(
     name:str, # Name of the value
     value, # Value from a header
 ):
-    "Check that a value is a short text that can be printed"
+    "Check that a value is a short string that can be printed"
     ok = isinstance(value, str) and len(value)<=100 and value.isprintable()
     check(ok, name, value, 'at most 100 printable characters')
 
@@ -125,7 +125,7 @@ def check_arithmetic(
     name:str, # Name of the value
     value, # Value from a header
 ):
-    "Check names and types in what a header says of the arithmetic"
+    "Check names and types in the entry of a header for the arithmetic"
     if isinstance(value, str): return check_word(name, value)
     check_type(name, value, str|dict)
     check_keys(name, value, DeviceArithmetic.fields)

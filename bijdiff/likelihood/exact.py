@@ -52,7 +52,7 @@ def _sequences(view, x, template, lengths):
 
 # %% ../../nbs/likelihood/61_exact.ipynb #653d5f85
 def _follow(model, x, free, lengths, rule, bs, progress):
-    "Nats of each token, (B, L), step by step"
+    "Return the nats of each token, (B, L), following the rule step by step"
     nats = torch.zeros(x.shape, dtype=torch.float64)
     for i in range(0, len(x), bs):
         batch,rows = x[i:i+bs],nats[i:i+bs]
@@ -64,12 +64,12 @@ def _follow(model, x, free, lengths, rule, bs, progress):
 
 # %% ../../nbs/likelihood/61_exact.ipynb #4e3e6175
 def _step_ends(n, rule):
-    "Number of masks revealed after each step, from 0"
+    "Return the number of masks revealed after each step, from 0"
     counts = reveal_counts(n, rule.steps, rule.schedule, rule.tokens)
     return torch.tensor([0]+counts).cumsum(0).tolist()
 
 def _all_steps(model, x, free, lengths, rule, bs, progress, order_keys=None, most=None):
-    "Nats of each token, (B, L), in an order that is known, of `most` (B,) tokens; steps in common batches"
+    "Return the nats of each token, (B, L), in a known order; of the first `most` (B,) tokens, if given"
     nats = torch.zeros(x.shape, dtype=torch.float64)
     keys = rule.order_keys(lengths, x.shape[1]) if order_keys is None else order_keys
     ranks = reveal_ranks(free, keys)
@@ -158,7 +158,7 @@ def document_nll(
     bs:int=64, # Chunks in a batch
     progress=lambda o: o, # Wraps the function evaluations for each batch of chunks, for progress bars
     **kwargs
-)->Tensor: # (N,), nats
+)->Tensor: # Nats of each token, (N,)
     "Return the negative log-likelihood of each token of a document"
     ids = check_document(model, ids)
     rule,batches = get_rule(rule, steps, seed, **kwargs),chunk_batches(ids, model.seq_len, bs)

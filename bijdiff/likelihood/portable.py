@@ -16,7 +16,7 @@ from ..model.denoiser import BijectiveDenoiser, DenoiserOutput, Features
 
 # %% ../../nbs/likelihood/57_portable.ipynb #d58b8852
 def _share(module):
-    "Copy of a module with the same tensors, in evaluation mode, not compiled"
+    "Return a copy of a module with the same tensors, in evaluation mode, not compiled"
     new = copy(module)
     new.training = False
     new._compiled_call_impl = None
@@ -24,7 +24,7 @@ def _share(module):
     return new
 
 def _join(outputs):
-    "Join the outputs for some sequences each: tensors, or named tuples of tensors and None"
+    "Join outputs of several batches: tensors, or named tuples of tensors and None"
     first = outputs[0]
     if isinstance(first, Tensor): return torch.cat(outputs)
     return type(first)(*(None if o[0] is None else torch.cat(o) for o in zip(*outputs)))

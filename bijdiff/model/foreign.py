@@ -28,12 +28,12 @@ def _clean_ids(n_ids, never_written):
 class ForeignDenoiser(nn.Module):
     "A function from ids to logits as a `Denoiser` of masking noise"
     def __init__(self,
-        f, # Function, or module, from ids with masks (B, L) to logits (B, L, n_ids), or to what head takes
+        f, # Function or module from ids with masks (B, L) to logits (B, L, n_ids), or to features for head
         n_ids:int, # Number of ids, the mask and special tokens included
         mask_id:int, # Id of the mask
         seq_len:int, # Longest sequence
         never_written=(), # Ids that have probability 0, such as those of special tokens
-        tokenizer=None, # With encode and decode; or None
+        tokenizer=None, # Object with methods encode and decode, or None
         head=None, # Function from features (..., D) to logits (..., n_ids); f returns logits if None
     ):
         super().__init__()
@@ -52,13 +52,13 @@ class ForeignDenoiser(nn.Module):
         return torch.device('cpu') if p is None else p.device
 
     def features(self, ids, t):
-        "Return what the network gives for ids, (B, L, D), or logits, (B, L, n_ids)"
+        "Return the features of ids, (B, L, D), or logits, (B, L, n_ids)"
         return self.f(ids)
 
     def hidden(self,
         ids:Tensor, # Ids with masks, (B, L)
-        t:Tensor|None=None, # Times, (B,), where the network is conditioned on them; ignored otherwise
-        mask:Tensor|None=None, # False at padding, which there must not be, (B, L)
+        t:Tensor|None=None, # Times, (B,), for a time-conditioned network; otherwise ignored
+        mask:Tensor|None=None, # None or all True, (B, L): padding is not supported
     )->Tensor: # Features, (B, L, D)
         "Return the features from which `head` computes logits"
         is_full = mask is None or bool(mask.all())
@@ -118,11 +118,11 @@ class MaskedLM(ForeignDenoiser):
     def __init__(self,
         model:nn.Module, # From AutoModelForMaskedLM, or AutoModel with logits
         mask_id:int, # Id of the mask
-        seq_len:int, # Longest sequence, without what stands around it
+        seq_len:int, # Longest sequence, without the ids before and after it
         never_written=(), # Ids that have probability 0, the mask aside
-        tokenizer=None, # With encode and decode; or None
-        before=(), # Ids before each sequence, as of [CLS]
-        after=(), # Ids after each sequence, as of [SEP]
+        tokenizer=None, # Object with methods encode and decode, or None
+        before=(), # Ids before each sequence, such as that of [CLS]
+        after=(), # Ids after each sequence, such as that of [SEP]
         shifted:bool=False, # True if the output at a position is for the token after it
     ):
         model = model.eval()
@@ -139,14 +139,14 @@ class MaskedLM(ForeignDenoiser):
         around = [o.to(ids.device).expand(B, -1) for o in (self.before, self.after)]
         out = self.f(torch.cat([around[0], ids, around[1]], 1))
         h = out.logits if self.to_logits is None else out[0]
-        if self.start<0: h = torch.cat([h[:,:1], h], 1)   # nothing stands before the first token
+        if self.start<0: h = torch.cat([h[:,:1], h], 1)   # the first token has no token before it
         return h[:,max(self.start, 0):][:,:L]
 
 # %% ../../nbs/model/47_foreign.ipynb #1aad714f
 _advice = 'a torchvision that was built for another torch is the usual reason: pip uninstall torchvision'
 
 def _import_transformers():
-    "Return the package transformers; raise an error that says what is in the way"
+    "Return the package transformers, or raise an ImportError with the reason and advice"
     missing = 'transformers is missing; expected: pip install transformers'
     try: transformers = importlib.import_module('transformers')
     except ModuleNotFoundError: raise ImportError(missing) from None
@@ -172,7 +172,7 @@ def _loading(name):
 
 # %% ../../nbs/model/47_foreign.ipynb #645267d9
 def _around(hf):
-    "Ids that a tokenizer of transformers puts before and after a text"
+    "Return the ids that a tokenizer of transformers puts before and after a text"
     plain,whole = hf('a', add_special_tokens=False)['input_ids'],hf('a')['input_ids']
     n = len(plain)
     starts = [i for i in range(len(whole)-n+1) if whole[i:i+n]==plain]
@@ -180,7 +180,7 @@ def _around(hf):
     return whole[:starts[0]],whole[starts[0]+n:]
 
 def _longest(hf, config, n_around):
-    "Longest sequence by tokenizer and configuration, without what stands around it"
+    "Return the longest sequence by tokenizer and configuration, without the ids around it"
     names = 'max_position_embeddings','max_sequence_length'
     positions = next((n for name in names if (n := getattr(config, name, None))), None)
     if 'roberta' in config.model_type and positions: positions -= config.pad_token_id+1
@@ -205,7 +205,7 @@ def _model_class(transformers, config):
     return transformers.AutoModel
 
 def _tokenizer(hf):
-    "The tokenizer of ours that gives the ids of one of transformers, without special tokens"
+    "Return a HubTokenizer with the ids of a tokenizer of transformers, without special tokens"
     return HubTokenizer(pack_tokenizer(json.loads(hf.backend_tokenizer.to_str())))
 
 def _load_model(transformers, name, config, trusted, dtype):
@@ -222,11 +222,11 @@ def _load_model(transformers, name, config, trusted, dtype):
 def load_masked_lm(
     name, # Name on the Hugging Face Hub, or a folder
     mask_id:int|None=None, # Id of the mask; that of the tokenizer if None
-    seq_len:int|None=None, # Longest sequence; the longest that the model takes if None
+    seq_len:int|None=None, # Longest sequence; the longest that the model accepts if None
     device='cpu', # Device of the model
     dtype:torch.dtype=torch.float32, # Type of the weights
     shifted:bool=False, # True if the output at a position is for the token after it, as in Dream
-    trust_remote_code:bool=False, # True to run code that comes with the model
+    trust_remote_code:bool=False, # True to run code of the model itself
 )->MaskedLM:
     "Load a masked language model of Hugging Face"
     check_type('name', name, str|Path)

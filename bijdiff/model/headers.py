@@ -53,8 +53,8 @@ def read_header(
         return Header(tensors, f.metadata() or {})
 
 def read_tensors(
-    path, # A safetensors file, whose header is checked
-)->dict: # Tensors by name, in memory of their own
+    path, # A safetensors file with a header that was checked
+)->dict: # Copies of the tensors, by name
     "Read all tensors of a safetensors file"
     with _opened(path) as f: return {k:f.get_tensor(k).clone() for k in f.keys()}
 

@@ -46,13 +46,13 @@ class _Block(nn.Module):
 
 # %% ../../nbs/model/48_published.ipynb #ac90ecc4
 class _Embedding(nn.Module):
-    "A vector of every id"
+    "Table with a vector for each id"
     def __init__(self, n_ids, d_model):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(n_ids, d_model))
 
 class _LevelMap(nn.Module):
-    "Vector of the noise level, before its SiLU"
+    "MLP from the noise level to the vector that blocks depend on, before its SiLU"
     n_freqs = 128
     def __init__(self, cond_dim):
         super().__init__()
@@ -75,7 +75,7 @@ class _Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 class _OutputLayer(nn.Module):
-    "The last norm, shifted and scaled by the noise level, and the output head"
+    "Last norm, shifted and scaled by the noise level, and output head"
     def __init__(self, d_model, n_ids, cond_dim):
         super().__init__()
         self.norm_final = nn.LayerNorm(d_model, bias=False)
@@ -130,8 +130,8 @@ class PublishedDenoiser(ForeignDenoiser):
         network:PublishedNetwork, # The network
         kind:str, # mdlm, mdlm_time for MDLM with time conditioning, or sedd
         seq_len:int, # Longest sequence
-        tokenizer=None, # With encode and decode; or None
-        mask_id:int|None=None, # Id of the mask; the last one if None
+        tokenizer=None, # Object with methods encode and decode, or None
+        mask_id:int|None=None, # Id of the mask; the last id if None
     ):
         check_one_of('kind', kind, _kinds)
         n_ids = len(network.vocab_embed.embedding)
@@ -156,13 +156,13 @@ _convert = ('the name of a .safetensors file; from a pickle of your own make one
 _float_types = 'F64','F32','F16','BF16'
 
 def _plain_names(tensors):
-    "Tensors, or what describes them, by names without backbone."
+    "Return tensors or their descriptions by names without backbone."
     plain = {k.removeprefix('backbone.'):v for k,v in tensors.items()}
     check(len(plain)==len(tensors), 'the names', [*tensors], 'names that differ by more than backbone.')
     return plain
 
 def _size(shapes, name, n_axes):
-    "Shape of a tensor from which sizes are read"
+    "Return the shape of a tensor from which sizes are read, after a check"
     shape = shapes.get(name)
     check(shape is not None, 'the list of missing tensors', [name], 'none')
     check(len(shape)==n_axes and min(shape)>0, f'the shape of {name}', shape, f'{n_axes} sizes above 0')
@@ -190,11 +190,11 @@ def _check_tensors(found, expected):
 
 # %% ../../nbs/model/48_published.ipynb #4d75b4d3
 def load_published(
-    path, # A safetensors file of MDLM or SEDD, in which names may begin with backbone.
+    path, # A safetensors file of MDLM or SEDD; names may begin with backbone.
     kind:str, # mdlm, mdlm_time for MDLM with time conditioning, or sedd
     seq_len:int, # Longest sequence, 1024 for networks trained on OpenWebText
-    tokenizer=None, # With encode and decode; or None
-    mask_id:int|None=None, # Id of the mask; the last one if None
+    tokenizer=None, # Object with methods encode and decode, or None
+    mask_id:int|None=None, # Id of the mask; the last id if None
     device='cpu', # Device of the model
 )->PublishedDenoiser: # Denoiser in float32 and in evaluation mode
     "Load the weights of a network that was trained with the public code of MDLM or SEDD"

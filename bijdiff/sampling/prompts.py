@@ -19,7 +19,7 @@ from .generate import prompt_template, split_blanks
 
 # %% ../../nbs/sampling/56_prompts.ipynb #483fc564
 def _following_texts(tokenizer):
-    "Pairs of a text and the id that stands for it after another token, sorted"
+    "Return sorted pairs: the text of a token after another token, and its id"
     first = tokenizer.encode('a')
     decoded = tokenizer.library.decode_batch([first, *([*first, i] for i in range(tokenizer.n_text_ids))],
                                              skip_special_tokens=False)
@@ -27,14 +27,14 @@ def _following_texts(tokenizer):
     return sorted((text[n:], i) for i,text in enumerate(decoded[1:]) if text.startswith(decoded[0]))
 
 def _that_begin(texts, start):
-    "The pairs whose text begins with a string"
+    "Yield the pairs whose text begins with a string"
     k = bisect_left(texts, (start,))
     while k<len(texts) and texts[k][0].startswith(start):
         yield texts[k]
         k += 1
 
 def _last_word(tokenizer, text):
-    "Position from which tokens depend on what follows a text"
+    "Return the position from which tokens depend on the continuation of a text"
     if not tokenizer.in_pieces: return 0
     return max((i for i in range(1, len(text)) if text[i] in ' \n' and not text[i-1].isspace()), default=0)
 
@@ -42,7 +42,7 @@ def _last_word(tokenizer, text):
 _RARE = '\ue000' # For private use
 
 def _with_last(tokenizer, texts_and_ids, after):
-    "Ids of texts before which and after which nothing stands, where the last one is that beside the text"
+    "Yield the ids of each text before `after`, if the last one is the id beside the text"
     end = tuple(tokenizer.encode(after))
     encoded = tokenizer.encode_batch([text+after for text,_ in texts_and_ids])
     for (_,i),ids in zip(texts_and_ids, encoded):
@@ -51,7 +51,7 @@ def _with_last(tokenizer, texts_and_ids, after):
         if n>0 and ids[n-1:]==(i, *end): yield ids[:n]
 
 def _ways(tokenizer, tail):
-    "All ids that cover the end of a prompt, as tuples, sorted"
+    "Return all ids that cover the end of a prompt, as sorted tuples"
     texts = _following_texts(tokenizer)
     longest = max(len(text) for text,_ in texts)
     found = [(tail[:k]+text, i) for k in range(max(len(tail)-longest, 0), len(tail))
@@ -62,8 +62,8 @@ def _ways(tokenizer, tail):
 
 def tokenisations(
     tokenizer, # Tokenizer of the model
-    prompt:str, # Beginning of a text, or a part of one before a blank
-)->tuple[list,list]: # Ids that never change, and the tuples of ids that may follow and cover the rest
+    prompt:str, # Beginning of a text, or the part before a blank
+)->tuple[list,list]: # Ids that never change, and tuples of ids that cover the rest
     "Return the ids of a prompt that never change, and all ways in which tokens can cover the rest"
     if not isinstance(tokenizer, SubwordTokenizer) or not prompt: return list(tokenizer.encode(prompt)), []
     start = _last_word(tokenizer, prompt)
@@ -74,7 +74,7 @@ def tokenisations(
 
 # %% ../../nbs/sampling/56_prompts.ipynb #c8fa5fcc
 def _log_probs(view, row, at, ways):
-    "Log-probability of each way to go on from a position of a sequence, from left to right, float64"
+    "Return the log-probability of each way after a position of a sequence, from left to right, float64"
     starts = {start: k for k,start in enumerate(sorted({way[:j] for way in ways for j in range(len(way))}))}
     rows = row.repeat(len(starts), 1)
     where = torch.zeros_like(rows, dtype=torch.bool)
@@ -86,7 +86,7 @@ def _log_probs(view, row, at, ways):
     return torch.tensor([sum(logs[starts[way[:j]],i] for j,i in enumerate(way)) for way in ways])
 
 def _draw(view, rows, at, ways, temperature, top_p, g):
-    "Put one of the ways into each row, (n, L), from a position on"
+    "Draw one of the ways for each row, (n, L), and write it from a position on"
     different,which = rows.unique(dim=0, return_inverse=True)
     for k,row in enumerate(different):
         p = token_probs(_log_probs(view, row, at, ways), temperature, top_p)
@@ -96,7 +96,7 @@ def _draw(view, rows, at, ways, temperature, top_p, g):
 
 @torch.no_grad()
 def _heal(model, template, gaps, n, temperature, top_p, seed):
-    "Templates, (n, L), whose gaps begin with one of their ways; a gap is a position and ways"
+    "Return templates (n, L) whose gaps, pairs of a position and ways, begin with one of their ways"
     check_whole('n', n)
     check_tempered(temperature, top_p)
     g = torch.Generator().manual_seed(random.Random(f'prompt {check_seed(seed)}').randrange(2**63))
@@ -110,7 +110,7 @@ def _heal(model, template, gaps, n, temperature, top_p, seed):
 
 # %% ../../nbs/sampling/56_prompts.ipynb #2faeb646
 def _tokenisations(model, part):
-    "Ids and ways of a part of the text, without ways for other noise than masking"
+    "Return ids and ways of a part of the text; no ways for other noise than masking"
     if model.noise.masks_only: return tokenisations(model.tokenizer, part)
     return list(model.tokenizer.encode(part)), []
 
@@ -123,7 +123,7 @@ def heal_prompt(
     top_p:float=1., # Probability of the likeliest last tokens that are kept, in (0, 1]
     seed:int=0, # Seed of the last tokens
 )->Tensor: # Ids with masks, (n, length)
-    "Return templates of a beginning, the last token of which is completed at random"
+    "Return templates of a prompt, whose last token is completed at random"
     template = prompt_template(model, prompt, length)
     ids,ways = _tokenisations(model, prompt)
     room = len(template)-len(ids)
@@ -133,7 +133,7 @@ def heal_prompt(
 
 # %% ../../nbs/sampling/56_prompts.ipynb #3892b61f
 def _healed_part(model, part, size):
-    "Ids of a part before a blank, the number of masks after them, and the ways to begin there"
+    "Return ids of a part before a blank, the number of masks after them, and the ways that may follow"
     ids,ways = _tokenisations(model, part)
     if not ways: return ids, size, []
     n_rest = len(model.tokenizer.encode(part.removesuffix(' ')))-len(ids)
@@ -143,7 +143,7 @@ def heal_blanks(
     model:Denoiser, # Denoiser with a tokenizer
     text:str, # Text with blanks of three or more underscores; a number may follow, as in ____{12}
     n:int=1, # Number of templates
-    blank:int|None=None, # Masks of a blank without a number, at most; as infill_template if None
+    blank:int|None=None, # Most masks of a blank without a number; as infill_template if None
     length:int|None=None, # Number of tokens, at most seq_len of the model; seq_len if None
     temperature:float=1., # Temperature of the tokens before blanks, above 0
     top_p:float=1., # Probability of the likeliest tokens before blanks that are kept, in (0, 1]

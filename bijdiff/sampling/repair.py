@@ -75,7 +75,7 @@ remask_kinds = {f'remask_{kind}':partial(remask, kind=kind) for kind in _kinds}
 
 # %% ../../nbs/sampling/54_repair.ipynb #b6f875d7
 def _noisier(run, index, s, t):
-    "Symbols at time t at some positions, drawn given those at an earlier time s, (k,)"
+    "Draw symbols at time t at some positions, given those at an earlier time s, (k,)"
     V,z,u = run.noise.vocab_size,run.x.flatten()[index],run.uniform(index)
     step = run.noise.step(*(torch.tensor([o], dtype=torch.float64) for o in (s, t)))
     kept,to_token,to_mask,mask_to_token,mask_to_mask = (o.item() for o in step)
@@ -87,7 +87,7 @@ def _noisier(run, index, s, t):
 
 def forward_backward(
     run:SamplerState, # Sequences, changed in place
-    steps:int, # Number of steps, at most half of which remove noise for good
+    steps:int, # Function evaluations, half of which belong to the corrector
     strength:float=.5, # Fraction of a step that is taken back, in (0, 1]
 ):
     "Write as `ancestral`, and after each step add some noise and remove it again"
@@ -108,7 +108,7 @@ def time_of_errors(
     noise:Corruption, # The noise
     error_rate:float, # Fraction of the visible tokens that are wrong, in (0, 1)
 )->float: # In [0, 1]
-    "Return the time at which a fraction of the visible tokens has been substituted; 0 where nothing ever is"
+    "Return the time at which a fraction of the visible tokens has been substituted; 0 for other noise"
     check_number('error_rate', error_rate, above=0, below=1)
     t = torch.linspace(0, 1, 10001, dtype=torch.float64)
     p = noise.state_probs(t)
@@ -127,9 +127,9 @@ def self_correct(
     model:Denoiser, # Denoiser that was trained with substitution
     x:Tensor, # Ids, (n, L)
     error_rate:float=.1, # Fraction of the tokens believed to be wrong, in (0, 1)
-    steps:int=64, # Function evaluations, at most
-    per_step:int=4, # Tokens replaced in each sequence at a step, at most
-    fixed:Tensor|None=None, # True where nothing may change, (n, L)
+    steps:int=64, # Most function evaluations
+    per_step:int=4, # Most tokens of a sequence that a step replaces
+    fixed:Tensor|None=None, # True at tokens that must not change, (n, L)
 )->Tensor: # (n, L), on the CPU
     "Replace tokens that have a low posterior, the clearest cases first"
     view = canonical(model)

@@ -244,12 +244,12 @@ def diffusion_learner(
     lambda_likelihood:float=0., # Weight of the latent density of the states
     lambda_invert:float=0., # Weight of the inverse error of components that invert only approximately
     seed:int=42, # Seed of weights, noise, data order and dropout
-    n_valid_draws:int=4, # Corruptions of each held-out text
-    optimizer:str|None=None, # muon, adam or sgd, which has momentum; muon if None
+    n_valid_draws:int=4, # Corruptions of each held-out sequence
+    optimizer:str|None=None, # muon, adam or sgd with momentum; muon if None
     betas:tuple|None=None, # Decay rates of both moments; 0.99, and a cycle from 0.95 to 0.85, if None
     wd:float|None=None, # Weight decay; 0.01 if None, and 0 for sgd
     grad_clip:float|None=None, # Largest norm of the gradients; 1 for scores and substitution if None
-    accumulate:int=1, # Batches of a step
+    accumulate:int=1, # Batches per optimiser step
     ema:float|None=None, # Decay of a moving average of the weights, which is validated and kept; none if None
     compile:bool=False, # Compile the blocks for training
     init=None, # Folder of a saved model to start from, or the model
