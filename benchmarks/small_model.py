@@ -1,15 +1,16 @@
 """Make the small model that comes with the package, `bijdiff:books`, from a trained one, and measure it.
 
     bijdiff_train --corpus classics --valid_split validation --tokenizer bpe --vocab_size 1024 --bs 16 \\
-        --d_model 128 --n_layers 6 --steps 5500 --dropout 0 --dtype bfloat16 --store_activations --out trained
+        --d_model 128 --n_layers 6 --steps 5500 --dropout 0 --dtype bfloat16 --store_activations \\
+        --save_every 5min --out trained
     python benchmarks/small_model.py trained --corpus classics
 
 `classics` is a folder with the splits train, validation and test: 143 English books published before 1925,
 from https://github.com/mlschmitt/classic-books-markdown (commit 944882722e9a), one row a book.
 
 The weights are saved in half precision, so that the folder `bijdiff/models/books` has at most 3 MB, and are
-computed with in float32. Measured on the split `test`: the bound before and after that, and by several samplers
-the words of three letters and more that occur in 8 million characters of the training text."""
+computed with in float32. Measured on the split `test`: the bound before and after that. Measured for several
+samplers: the words of three letters and more that occur in 8 million characters of the training text."""
 import time
 from pathlib import Path
 import torch

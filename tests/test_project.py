@@ -508,7 +508,7 @@ def test_readme_is_the_index():
 def test_readme_is_one_screen():
     "Words, those of commands and outputs included"
     n = len((root/'README.md').read_text(encoding='utf-8').split())
-    assert n<=700, f'README.md has {n} words, 700 are allowed; results belong to nbs/experiments/results.ipynb'
+    assert n<=700, f'README.md has {n} words, 700 are allowed; results belong to results.ipynb'
 
 def quoted_results(text):
     "Result files that a text names, from the root of the project"

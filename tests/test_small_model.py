@@ -12,8 +12,8 @@ from bijdiff.model.denoiser import BijectiveDenoiser
 root = Path(__file__).resolve().parent.parent
 folder = root/'bijdiff'/'models'/'books'
 most_bytes = 3_000_000
-sentence = ('The old man looked at the sea, and then he went back to the house, where his daughter had made a fire '
-            'and was waiting for him with the supper.')
+sentence = ('The old man looked at the sea, and then he went back to the house, where his daughter had made '
+            'a fire and was waiting for him with the supper.')
 
 def bits_per_character(model, text):
     "Exact bits of a text written from left to right"
@@ -52,4 +52,5 @@ def test_the_package_is_built_with_it(tmp_path):
     command = [sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', str(tmp_path)]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     built = tmp_path/'bijdiff'/'models'/'books'
-    assert {p.name: p.read_bytes() for p in built.iterdir()}=={p.name: p.read_bytes() for p in folder.iterdir()}
+    contents = lambda place: {path.name: path.read_bytes() for path in place.iterdir()}
+    assert contents(built)==contents(folder)

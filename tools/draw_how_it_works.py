@@ -13,7 +13,8 @@ STEPS = [(1., ()), (.6, (1, 3)), (.3, (0, 1, 3, 4)), (0., range(6))]
 
 def box(ax, x, y, width, height, text, face, ink=INK):
     "Draw a box with rounded corners around a text"
-    shape = FancyBboxPatch((x, y), width, height, boxstyle='round,pad=0,rounding_size=.12', fc=face, ec='none')
+    corners = 'round,pad=0,rounding_size=.12'
+    shape = FancyBboxPatch((x, y), width, height, boxstyle=corners, fc=face, ec='none')
     ax.add_patch(shape)
     ax.text(x+width/2, y+height/2, text, ha='center', va='center', color=ink, fontsize=11)
 
