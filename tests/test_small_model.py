@@ -38,7 +38,7 @@ def test_it_is_loaded_without_a_word(recwarn):
     assert not recwarn.list
 
 def test_it_knows_english(model):
-    "Fewer bits than a uniform choice among 27 characters has by half, and fewer than for its words in any order"
+    "Less than half of the bits of 27 equally likely characters, and fewer than for its words in another order"
     words = sentence.split()
     random.Random(0).shuffle(words)
     in_order,shuffled = (bits_per_character(model, text) for text in (sentence, ' '.join(words)))
