@@ -36,12 +36,12 @@ def _hold_out_first(source, n):
 def open_parts(
     corpus, # Path of a file, folder or glob, or name of a data set
     split:str, # Split for training
-    valid_split:str|None, # Split held out, if there is one
+    valid_split:str|None, # Split held out; None to hold out a fraction, or documents of a stream
     valid_pct:float, # Fraction held out at the end
     valid_docs:int, # Documents of a stream held out at its beginning
     **kwargs # Further arguments of open_source
 )->tuple: # Training and held-out source
-    "Open a corpus, and hold a part of it out"
+    "Open a corpus, and hold out a part of it"
     source = open_source(corpus, split=split, **kwargs)
     if valid_split is not None:
         expected = f'a split that shares nothing with {split}; valid_pct holds out a fraction of it'
@@ -63,7 +63,7 @@ def _train(kind, source, vocab_size, seed):
     return train_tokenizer(kind, source.sample(_sample_chars, seed), vocab_size)
 
 def _trained(kind, source, vocab_size, cache_dir, seed):
-    "Return a trained tokenizer, from the cache if it is there; that of a stream is not kept"
+    "Return a trained tokenizer, from the cache if possible; that of a stream is not kept"
     if source.is_stream: return _train(kind, source, vocab_size, seed)
     parts = f'{source.fingerprint} {kind} {vocab_size} {seed} {_sample_chars}'
     path = cache_folder(cache_dir)/f'tokenizer-{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json'
@@ -75,7 +75,7 @@ def _trained(kind, source, vocab_size, cache_dir, seed):
         return tokenizer_from_dict(parse_json(path.read_bytes(), 'the tokenizer'))
 
 def _warn_lossy(tokenizer, source):
-    "Warn of a tokenizer that does not give back the beginning of a corpus"
+    "Warn of a tokenizer whose ids of the beginning of a corpus stand for another text"
     text = next(source.parts()).text[:2**14]
     ids = [i for i in tokenizer.encode(text, replace=True) if i!=tokenizer.eod_id]
     if tokenizer.decode(ids)==text: return
@@ -89,7 +89,7 @@ def find_tokenizer(
     cache_dir, # Folder of the cache; that of datasets if None
     seed:int, # Seed of the sample on which a tokenizer is trained
 )->Tokenizer:
-    "Return the tokenizer that is given, trained or loaded, with an end-of-document token"
+    "Return a given, trained or loaded tokenizer, with an end-of-document token"
     if isinstance(tokenizer, str) and tokenizer in _trainable:
         return _trained(tokenizer, source, vocab_size, cache_dir, seed).with_eod()
     check(vocab_size is None, 'vocab_size', vocab_size, f'None, as {tokenizer} has a vocabulary already')
@@ -154,12 +154,12 @@ def corpus_dls(
     valid_docs:int=100, # Documents of a stream that are held out without a split for it
     streaming:bool=False, # Read a data set while training, in place of storing its tokens
     cache_dir=None, # Folder of the cache; that of datasets if None
-    pack:bool=True, # False for sequences that hold tokens of one document each
-    eval_tokens:int=2**17, # Tokens of the held-out part that are evaluated, at most
+    pack:bool=True, # False for sequences of one document each
+    eval_tokens:int=2**17, # Most tokens of the held-out part that are evaluated
     num_workers:int=0, # Processes that read training batches
     seed:int=42, # Seed of the sample for the tokenizer, and of the order of a stream
     device=None, # Device of the batches; fastai's default device if None
-    progress:bool|None=None, # True for bars, False for none, None for bars on a terminal alone
+    progress:bool|None=None, # True for bars, False for no bars, None for bars on a terminal alone
 )->DataLoaders:
     "Return DataLoaders of a corpus, with batches of `TokenIds` (B, seq_len)"
     check_whole('seq_len', seq_len)

@@ -35,7 +35,7 @@ class Source:
         name:str, # Name for messages
         shards:list, # Ranges of files or rows, in order
         splits:tuple=('train',), # Names of the splits of the corpus
-        is_stream:bool=False, # True if the number of documents shows at the end only
+        is_stream:bool=False, # True if the number of documents is known only at the end
     ):
         self.name,self.shards,self.splits,self.is_stream = name,list(shards),tuple(splits),is_stream
 
@@ -48,12 +48,12 @@ class Source:
 
     @property
     def fingerprint(self)->str:
-        "Hash of the content, and of the way in which it is read"
+        "Hash of the content and of the settings of reading"
         return hashlib.sha256('\n'.join(s.content() for s in self.shards).encode()).hexdigest()
 
     @property
     def n_bytes(self)->int|None:
-        "Number of bytes of the texts, about; None if unknown"
+        "Approximate number of bytes of the texts; None if unknown"
         sizes = [s.n_bytes for s in self.shards]
         return None if None in sizes else sum(sizes)
 
@@ -126,14 +126,14 @@ def _blocks(parts):
 
 @patch
 def sample(self:Source,
-    n_chars:int, # Number of characters, about
+    n_chars:int, # Approximate number of characters
     seed:int, # Seed of the choice
 ): # Iterator of str
     "Yield a random sample of the texts in their order; all texts of a smaller corpus"
     check_whole('n_chars', n_chars)
     rng = random.Random(check_seed(seed))
     source = self.shuffled(seed) if self.is_stream else self
-    kept,size = [],0                                         # the block that goes first is on top of the heap
+    kept,size = [],0                                         # the next block to be dropped is on top
     for i,text in enumerate(_blocks(source.parts())):
         if self.is_stream and size>=n_chars: break
         heapq.heappush(kept, (-rng.random(), i, text))
@@ -143,7 +143,7 @@ def sample(self:Source,
 
 # %% ../../nbs/data/34_sources.ipynb #ab1de1cb
 _kinds = {'.parquet': 'Parquet', '.jsonl': 'JSON lines', '.ndjson': 'JSON lines'}
-_library_suffixes = {'.csv', '.tsv', '.json', '.arrow'} # Kinds of files that are left to the library
+_library_suffixes = {'.csv', '.tsv', '.json', '.arrow'} # Kinds of files that the library reads
 
 def _kind(path):
     "Return the kind of a file"
@@ -159,7 +159,7 @@ def _visible_files(folder):
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 def _of_one_kind(paths):
-    "Return the files of a folder that are its corpus; none if they are left to the library"
+    "Return the files of a folder that are its corpus; none if the library reads them"
     for suffixes in (['.parquet'], ['.jsonl', '.ndjson'], ['.txt']):
         if found := [p for p in paths if p.suffix.lower() in suffixes]: return found
     return [] if all(p.suffix.lower() in _library_suffixes for p in paths) else paths
@@ -169,7 +169,7 @@ _keywords = dict(train=('train', 'training'), validation=('validation', 'valid',
                  test=('test', 'testing', 'eval', 'evaluation'))
 
 def _splits_in(names):
-    "Return the splits whose keywords stand in names, between other characters than letters"
+    "Return the splits whose keywords are words of the names"
     words = {w for name in names for w in re.split('[-._ 0-9]', name)}
     return [k for k,v in _keywords.items() if words&set(v)]
 

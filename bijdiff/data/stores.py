@@ -37,7 +37,7 @@ def _count_words(text):
 
 class TextCounts(NamedTuple):
     "Length of a text in four units"
-    tokens:int # Number of tokens, ends of documents included
+    tokens:int # Number of tokens, including ends of documents
     characters:int # Number of characters
     bytes:int # Number of bytes in UTF-8
     words:int # Number of runs of characters that are not white space
@@ -51,8 +51,8 @@ def count_text(
     return TextCounts(n_tokens, len(text), n_bytes, _count_words(text))
 
 # %% ../../nbs/data/35_stores.ipynb #9a04f13e
-_batch_chars = 2**21 # Characters that are encoded at a time, but for longer parts
-_batch_parts = 2**12 # Parts that are encoded at a time, at most
+_batch_chars = 2**21 # Most characters that are encoded at a time, unless a part is longer
+_batch_parts = 2**12 # Most parts that are encoded at a time
 
 def _batches(parts):
     "Yield lists of a few megabytes of text"
@@ -226,7 +226,7 @@ def _write_shards(folder, source, tokenizer, rows, bar):
         rows[shard.path.name] = shard.n_rows
 
 def _fill(folder, source, tokenizer, key, progress):
-    "Write the files of a store, those apart that an interrupted process has completed"
+    "Write the files of a store that an interrupted process has not completed"
     for old in folder.glob('*.tmp'): old.unlink()
     done = _complete_shards(folder)
     rows = {name:sum(map(len, batches)) for name,batches in done.items()}
@@ -243,7 +243,7 @@ def _fill(folder, source, tokenizer, key, progress):
 def progress_bar(
     name:str, # Text before the bar
     total:int|None=None, # Number of bytes at the end; None if unknown
-    progress:bool|None=None, # True for a bar, False for none, None for a bar on a terminal alone
+    progress:bool|None=None, # True for a bar, False for no bar, None for a bar on a terminal alone
     initial:int=0, # Number of bytes done before
     **kwargs # Further arguments of tqdm
 )->tqdm:
@@ -267,7 +267,7 @@ def cache_folder(
 def cache_lock(
     path:Path, # File or folder in the cache
 ):
-    "Keep other processes from making a file or folder of the cache, and make the folder of the cache"
+    "Lock a file or folder of the cache against other processes, and make the folder of the cache"
     check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(path.name+'.lock')
@@ -289,9 +289,9 @@ def tokenise(
     source, # Documents, from open_source
     tokenizer:Tokenizer, # Tokenizer with an end-of-document token
     cache_dir=None, # Folder of the cache; the folder bijdiff in that of datasets if None
-    progress:bool|None=None, # True for a bar, False for none, None for a bar on a terminal alone
+    progress:bool|None=None, # True for a bar, False for no bar, None for a bar on a terminal alone
 )->TokenStore:
-    "Encode a corpus once, and return its ids in files; an interrupted call is continued by the next"
+    "Encode a corpus once, and return its store of ids; the next call continues an interrupted one"
     expected = 'one with an end-of-document token, as from with_eod()'
     check(tokenizer.eod_id is not None, 'tokenizer', tokenizer, expected)
     parts = f'{source.fingerprint} {tokenizer.fingerprint} {_format}'
@@ -303,7 +303,7 @@ def tokenise(
             unfinished = folder.with_name(folder.name+'.unfinished')
             unfinished.mkdir(exist_ok=True)
             try: _fill(unfinished, source, tokenizer, key, progress)
-            except ValueError:                    # of a document, so that there is nothing to be continued
+            except ValueError:                    # of a document: there is no work to continue
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             os.replace(unfinished, folder)

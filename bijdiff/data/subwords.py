@@ -21,14 +21,14 @@ from .tokens import Tokenizer
 
 # %% ../../nbs/data/31_subwords.ipynb #16f02587
 def _byte_pairs(vocab=None, merges=None):
-    "The tokenizer of the library with these tokens and pairs; without them before its training"
+    "Return a tokenizer of the library with these tokens and pairs, or an untrained one"
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     return bpe
 
 def _check_fixed(name, value, expected):
-    "Check that all fields of a JSON are as in the one expected, tokens and pairs apart"
+    "Check that all fields of a JSON but tokens and pairs are as expected"
     check_keys(name, value, (), expected)
     for k,v in value.items():
         if k=='model': _check_fixed('the model of the tokenizer', v, expected[k])
@@ -45,7 +45,7 @@ def _check_tokens(vocab):
     check(wrong is None, 'a token', wrong, 'bytes in the spelling of the tokenizers library')
 
 def _check_pairs(merges, vocab):
-    "Return pairs of tokens that make a token; in older files a pair is a string with a space"
+    "Return pairs of tokens that form a token; in older files a pair is a string with a space"
     check_type('merges', merges, list)
     pairs = [m.split(' ') if isinstance(m, str) else m for m in merges]
     for pair in pairs:
@@ -55,7 +55,7 @@ def _check_pairs(merges, vocab):
     return [(a, b) for a,b in pairs]
 
 def _from_json(text):
-    "The tokenizer of the library that a JSON describes"
+    "Return the tokenizer of the library that a JSON describes"
     described = parse_json(text, 'the tokenizer')
     expected = parse_json(_byte_pairs().to_str(), 'the tokenizer')
     _check_fixed('the tokenizer', described, expected)
@@ -66,7 +66,7 @@ def _from_json(text):
     return _byte_pairs(model['vocab'], _check_pairs(model['merges'], model['vocab']))
 
 # %% ../../nbs/data/31_subwords.ipynb #78387bd6
-_word = re.compile(r' ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+') # About as the library cuts a text
+_word = re.compile(r' ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+') # Approximates the words of the library
 
 def _lines(text):
     "Yield the lines of a text, long ones in pieces"
@@ -90,7 +90,7 @@ def _bounded(lines, most=2**21):
 
 # %% ../../nbs/data/31_subwords.ipynb #26be9360
 def _interruptibly(train, lines):
-    "Call the training of the library with lines; an interrupt comes through at once"
+    "Call the training of the library with lines, so that an interrupt stops it at once"
     is_stopped,errors = Event(),[]
     def run():
         try: train(takewhile(lambda line: not is_stopped.is_set(), lines))
@@ -102,7 +102,7 @@ def _interruptibly(train, lines):
     if errors: raise errors[0]
 
 def _train_pairs(texts, vocab_size):
-    "JSON of a tokenizer with the byte pairs of an iterable of texts"
+    "Return the JSON of a tokenizer with the byte pairs of an iterable of texts"
     bpe = _byte_pairs()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -117,7 +117,7 @@ class BPETokenizer(SubwordTokenizer):
     kind = 'bpe'
     fields = 'json',
     def __init__(self,
-        json:str, # Tokenizer as JSON of the tokenizers library, with nothing that train does not write
+        json:str, # Tokenizer as JSON of the tokenizers library, with the fields that train writes
         eod:bool=False, # Add an id for the end of a document
     ):
         check_type('json', json, str)
@@ -144,12 +144,12 @@ _most_json = 2**26 # Largest size of the JSON of a tokenizer, in bytes
 def pack_tokenizer(
     described:dict, # Tokenizer of the tokenizers library, its JSON as plain values
 )->str:
-    "Return a tokenizer as HubTokenizer takes it: JSON, compressed, in base 64"
+    "Return a tokenizer for HubTokenizer: JSON, compressed, in base 64"
     text = json.dumps(described, ensure_ascii=False, separators=(',',':'))
     return base64.b64encode(bz2.compress(text.encode())).decode()
 
 def _unpack(packed):
-    "JSON of a tokenizer, in bytes"
+    "Return the JSON of a packed tokenizer, in bytes"
     unpacker = bz2.BZ2Decompressor()
     try: content = unpacker.decompress(base64.b64decode(packed, validate=True), _most_json)
     except (ValueError, OSError): content = b''
@@ -158,14 +158,14 @@ def _unpack(packed):
     return content
 
 def _short_pairs(model):
-    "The model of a tokenizer with pairs as strings, where no token has a space"
+    "Return the model of a tokenizer, with pairs as strings if no token has a space"
     merges = model.get('merges')
     is_list = isinstance(merges, list) and all(isinstance(m, list) and len(m)==2 for m in merges)
     if not is_list or any(' ' in str(t) for m in merges for t in m): return model
     return dict(model, merges=[' '.join(map(str, m)) for m in merges])
 
 def _switch_off(described):
-    "A tokenizer that does the same to every text"
+    "Return a tokenizer without truncation, padding, special tokens and dropout"
     check_type('the model of the tokenizer', described.get('model'), dict)
     model = _short_pairs(described['model'])
     if 'dropout' in model: model = dict(model, dropout=None)
@@ -181,7 +181,7 @@ def _may_be_cut(described):
     return same and not described.get('normalizer') and all(t.get('special') for t in added)
 
 def _unknown_token(model):
-    "The token for unknown characters of a model of the library, or None"
+    "Return the token for unknown characters of a model of the library, or None"
     token = model.get('unk_token')
     if token is None and is_whole(model.get('unk_id')): token = model['vocab'][model['unk_id']][0]
     return token
@@ -191,8 +191,8 @@ class HubTokenizer(SubwordTokenizer):
     kind = 'hub'
     fields = 'packed',
     def __init__(self,
-        packed:str, # Tokenizer as load_tokenizer packs it
-        eod:bool|str=False, # True adds an id for the end of a document; a string is the token that has it
+        packed:str, # Tokenizer, from pack_tokenizer
+        eod:bool|str=False, # True adds an id for the end of a document; a string names its token
     ):
         check_type('packed', packed, str)
         check_type('eod', eod, bool|str)
@@ -219,7 +219,7 @@ class HubTokenizer(SubwordTokenizer):
     def vocab_size(self)->int: return self.n_text_ids+(self.eod is True)
 
     def _plain_ids(self, text):
-        "Ids of a text in which none is special"
+        "Return ids of a text, none of them special"
         e = self.library.encode(text, add_special_tokens=False)
         special = np.isin(e.ids, self._special).nonzero()[0]
         cuts = [0, *(e.offsets[i][0]+1 for i in special), len(text)]
@@ -242,7 +242,7 @@ class HubTokenizer(SubwordTokenizer):
 _ends = '<|endoftext|>', '</s>', '<eos>', '<|end_of_text|>', '[SEP]'
 
 def _download(name):
-    "Path of the tokenizer of a repository on the Hugging Face Hub, and of its configuration or None"
+    "Download a tokenizer of the Hugging Face Hub; return its path, and that of its configuration or None"
     import huggingface_hub
     from huggingface_hub.utils import EntryNotFoundError
     get = lambda file: Path(huggingface_hub.hf_hub_download(name, file))
@@ -255,7 +255,7 @@ def _download(name):
     except EntryNotFoundError: return path, None
 
 def _find(name):
-    "Path of the JSON of a tokenizer, and of its configuration or None"
+    "Return the path of the JSON of a tokenizer, and that of its configuration or None"
     path = Path(name).expanduser()
     if path.is_dir(): path = path/'tokenizer.json'
     elif not path.exists() and path.suffix!='.json': return _download(str(name))
@@ -263,12 +263,12 @@ def _find(name):
     return check_source(path), config if config.is_file() else None
 
 def _read_json(path):
-    "The dictionary in a JSON file of limited size"
+    "Return the dictionary in a JSON file of limited size"
     check_whole(f'the size of {path}', path.stat().st_size, 0, _most_json)
     return parse_json(path.read_bytes(), path, 2**21)
 
 def _find_end(described, config):
-    "The token that ends a document; True, for one more id, if there is none"
+    "Return the token that ends a document; True, for one more id, if there is none"
     added = described.get('added_tokens') or []
     own = config.get('eos_token')
     own = own.get('content') if isinstance(own, dict) else own
