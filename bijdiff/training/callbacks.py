@@ -44,7 +44,7 @@ class StepCallback(FitCallback):
 class AccumulationCallback(GradientAccumulation):
     "Take a step after every few batches, with the mean of their gradients"
     def __init__(self,
-        n:int, # Batches of a step
+        n:int, # Batches per step
     ):
         check_whole('n', n)
         self.n = n
@@ -276,7 +276,7 @@ class TableCallback(FitCallback):
         cells = dict(zip(self.recorder.metric_names, row))
         self._print(_cell(cells.get(k, '')) for k in names)
     def _names(self):
-        "Return the headings by column; a loss on answers stands in place of the bound"
+        "Return the headings by column; a loss on answers replaces the bound"
         hidden = 'bound' if 'answers' in self.recorder.metric_names else 'answers'
         return {k:v for k,v in _columns.items() if k!=hidden}
     def _print(self, cells):

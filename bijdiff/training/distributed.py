@@ -79,7 +79,7 @@ def _naming_lost_processes():
 def process_group(
     device:torch.device, # Device of this process
 ):
-    "Connect all processes for a `with` block; a single process does without"
+    "Connect all processes for a `with` block; with a single process, do nothing"
     if n_processes()==1:
         yield
         return
@@ -167,7 +167,7 @@ def _part_of(dl):
     "Return the part of a loader that belongs to this process"
     if isinstance(dl, ProcessDL): return dl
     part = ProcessDL(dl, device=dl.device)
-    part.wif = dl.wif                                                 # what its workers do first
+    part.wif = dl.wif                                                 # what its workers call first
     return part
 
 # %% ../../nbs/training/85_distributed.ipynb #26dfdd2c

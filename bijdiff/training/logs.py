@@ -50,7 +50,7 @@ _kinds = dict(jsonl=(RunLogCallback, 'log.jsonl'), tensorboard=(TensorBoardCallb
 
 def run_log(
     kind:str, # jsonl, tensorboard or wandb
-    folder, # Folder of the training; the log gets a name in it
+    folder, # Folder of the training, in which the log is written
     every:int=10, # Steps between two rows
 )->LogCallback:
     "Return the callback that writes a log of this kind"

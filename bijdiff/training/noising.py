@@ -64,7 +64,7 @@ def _mean_over_processes(x):
     return x/num_distrib()
 
 def noise_seed(
-    *key:int, # Whole numbers of at least 0, such as seed, epoch and number of the text
+    *key:int, # Whole numbers of at least 0, such as seed, epoch and number of the sequence
 )->int: # Seed of a generator
     "Mix several numbers into one seed"
     return int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -79,7 +79,7 @@ class CorruptionCallback(Callback):
     def __init__(self,
         corruption:Corruption, # The noise
         seed:int=42, # Seed of noise, data order and dropout
-        n_valid_draws:int=4, # Corruptions of each held-out text
+        n_valid_draws:int=4, # Corruptions of each held-out sequence
     ):
         check_whole('n_valid_draws', n_valid_draws)
         store_attr()
@@ -91,7 +91,7 @@ class CorruptionCallback(Callback):
         check(scored is base_model(self.model), 'the model of the loss', type(scored), expected)
 
     def before_train(self):
-        if self.learn.step_plan and self.epoch>self.learn.first_epoch: return    # the states go on
+        if self.learn.step_plan and self.epoch>self.learn.first_epoch: return    # the states continue
         s = noise_seed(self.seed, 1, self.epoch, *[self.n_fits]*(self.n_fits>0))
         self.generator = torch.Generator().manual_seed(s)
         set_seed(s + rank_distrib())                                     # dropout differs between processes
@@ -116,7 +116,7 @@ def _train_noise(self:CorruptionCallback, x, given):
 
 @patch
 def _valid_noise(self:CorruptionCallback, x, given, draw):
-    "Return times and noisy ids that depend on the draw and the numbers of the texts alone"
+    "Return times and noisy ids that depend on the draw and the numbers of the sequences alone"
     dl,n = self.learn.dl,len(x)
     N = len(getattr(dl, 'dataset', x))
     generator = lambda *key: torch.Generator().manual_seed(noise_seed(self.seed, 2, draw, *key))
@@ -131,12 +131,12 @@ def _valid_noise(self:CorruptionCallback, x, given, draw):
 # %% ../../nbs/training/71_noising.ipynb #d94f2b0d
 @patch(as_prop=True)
 def n_draws(self:CorruptionCallback):
-    "Number of corruptions of each held-out text: 1 in `get_preds`"
+    "Number of corruptions of each held-out sequence: 1 in `get_preds`"
     return 1 if hasattr(self.learn, 'gather_preds') else self.n_valid_draws
 
 @patch
 def inputs(self:CorruptionCallback, noisy, t):
-    "Return the arguments of the model, which gives features, and in `get_preds` logits"
+    "Return the arguments of the model, which returns features, and in `get_preds` logits"
     timed = base_model(self.model).time_conditioning
     times = t.to(noisy.xt.device, torch.float32) if timed else None
     features = not hasattr(self.learn, 'gather_preds')

@@ -47,7 +47,7 @@ def _replace_handlers(handler):
     return old
 
 def ignore_stop_signals():
-    "Ignore SIGTERM and Ctrl-C, in a process that loads data: its parent decides"
+    "Ignore SIGTERM and Ctrl-C in a process that loads data, and leave them to its parent"
     for s in _statuses: signal.signal(s, signal.SIG_IGN)
 
 # %% ../../nbs/training/76_stopping.ipynb #58f3dfbf
@@ -58,7 +58,7 @@ def stop_on_signals(
     "Let SIGTERM and Ctrl-C stop a training after the present batch, with a checkpoint"
     stopped = []
     def stop(signum, frame):
-        if stopped and num_distrib()>1: return            # a launcher passes on what each process has got
+        if stopped and num_distrib()>1: return            # a launcher forwards signals to each process
         if stopped: raise TrainingStopped(signum)
         stopped.append(TrainingStopped(signum))
         checkpoint.stop(stopped[0])
