@@ -50,14 +50,14 @@ class Draws:
 
     def uniform(self,
         L:int, # Numbers for each sequence
-    )->Tensor: # (n, L), float64, multiples of 2**-53
+    )->Tensor: # Numbers, (n, L), float64, multiples of 2**-53
         "Return uniformly distributed numbers in [0, 1)"
         steps = torch.arange(1, check_whole('L', L, 0)+1, device=self.keys.device)*_GAMMA
         return _right(_mixed(self._call_keys()[:,None] + steps), 11).double()*2.**-53
 
     def poisson(self,
         means:Tensor, # Means, (n, L), float64, on the CPU
-    )->Tensor: # (n, L), int64
+    )->Tensor: # Counts, (n, L), int64
         "Return numbers with Poisson distributions"
         check_floats('means', means, len(self.keys), 'L')
         g,rows = torch.Generator(),[]
@@ -78,7 +78,7 @@ def _first_above(sums, target):
 def draw_categorical(
     weights:Tensor, # Weights, at least 0, not all 0; they need not sum to 1, (..., K), float64
     u:Tensor, # Uniformly distributed numbers in [0, 1), (...), float64
-)->Tensor: # (...), 0..K-1
+)->Tensor: # Numbers drawn, (...), 0..K-1
     "Draw one number from each distribution, in proportion to the weights"
     K = weights.shape[-1]
     w,u = weights.reshape(-1, K),u.reshape(-1)
@@ -96,7 +96,7 @@ def draw_categorical(
 def sample_categorical(
     probs:Tensor, # Distributions, (..., K), float64
     g:torch.Generator, # Source of randomness, on the CPU
-)->Tensor: # (...), 0..K-1
+)->Tensor: # Numbers drawn, (...), 0..K-1
     "Draw one number from each distribution, with random numbers of a generator"
     u = torch.rand(probs.shape[:-1], generator=g, dtype=torch.float64)
     return draw_categorical(probs, u.to(probs.device))

@@ -41,7 +41,7 @@ def check_experts(
 
 # %% ../../nbs/layers/12_coupled_experts.ipynb #a43c5e27
 class ExpertEntry(nn.Module):
-    "A copy of the state for every expert, moved by a learned offset"
+    "A copy of the state for every expert, shifted by a learned offset"
     def __init__(self,
         n_experts:int, # n
         d_model:int, # Width of one stream
@@ -86,8 +86,8 @@ class ExpertNet(nn.Module):
         self.experts = nn.ModuleList(nets)
 
     def forward(self,
-        u:Tensor, # (rows, n*d)
-    )->Tensor: # (rows, n*d)
+        u:Tensor, # Inputs of the MLPs, (rows, n*d)
+    )->Tensor: # Updates, (rows, n*d)
         return torch.cat([f(p) for f,p in zip(self.experts, u.chunk(len(self.experts), -1))], -1)
 
 # %% ../../nbs/layers/12_coupled_experts.ipynb #ee441c2a
@@ -112,9 +112,9 @@ class CouplerMixer(nn.Module):
 
     def forward(self,
         h:Tensor, # Passive streams, (B, L, n*d)
-        mask:Tensor|None=None, # Ignored: every position is treated by itself
+        mask:Tensor|None=None, # Not used: every position is treated by itself
         cond:Tensor|None=None, # Conditioning vectors, (B, cond_dim)
-        **other, # Context of the blocks of the same stack; ignored
+        **other, # Not used: context of the blocks of the same stack
     )->tuple[Tensor,Tensor]: # Zero (B, L, dim_out), and the input of the MLP (B, L, n*d)
         u = torch.cat([norm(p, cond) for norm,p in zip(self.norms, h.chunk(len(self.norms), -1))], -1)
         return u.new_zeros(()).expand(*u.shape[:-1], self.dim_out), u

@@ -113,7 +113,6 @@ def call_unchanged(
     check_unchanged(inputs, before)
     return update
 
-# %% ../../nbs/layers/03_coupling.ipynb #9ea05c74
 def alias(
     v, # Any value
 ):

@@ -42,7 +42,7 @@ def _nearest_whole(x): return x.add(1.5*2.**52).sub_(1.5*2.**52)
 
 def exp(
     x:Tensor, # Numbers, float64; those beyond -700 and 700 count as these
-)->Tensor: # float64
+)->Tensor: # Exponentials, float64
     "Compute the exponential"
     x = x.clamp(-700, 700)
     n = _nearest_whole(x*(512/_ln2))
@@ -58,7 +58,7 @@ _artanh_series = [1/(2*i+1) for i in range(12, -1, -1)]
 
 def log(
     x:Tensor, # Numbers, float64, at least 0
-)->Tensor: # float64; minus infinity at 0, NaN below
+)->Tensor: # Logarithms, float64; minus infinity at 0, NaN below
     "Compute the natural logarithm"
     m,e = torch.frexp(x)
     small = m<_root_half
@@ -90,13 +90,13 @@ def _cos_sin(x):
 
 def cos(
     x:Tensor, # Angles, float64, up to a million
-)->Tensor: # float64
+)->Tensor: # Cosines, float64
     "Compute the cosine"
     return _cos_sin(x)[0]
 
 def sin(
     x:Tensor, # Angles, float64, up to a million
-)->Tensor: # float64
+)->Tensor: # Sines, float64
     "Compute the sine"
     return _cos_sin(x)[1]
 
@@ -111,7 +111,7 @@ def _arcsine(s):
 
 def acos(
     x:Tensor, # Numbers from -1 to 1, float64
-)->Tensor: # From 0 to pi, float64
+)->Tensor: # Angles from 0 to pi, float64
     "Compute the inverse of the cosine"
     y = 2*_arcsine(sqrt((1-x.abs())*.5))
     return torch.where(x<0, 2*_half_pi-y, y)
@@ -120,20 +120,20 @@ def acos(
 def power(
     x:Tensor, # Base, float64, at least 0
     p:Tensor, # Exponent, float64
-)->Tensor: # float64
+)->Tensor: # Powers, float64
     "Compute x^p, as exp(p log x)"
     y = exp(p*log(x.clamp(min=1e-300)))
     return torch.where(x==0, torch.where(p==0, 1., 0.), y)
 
 def sigmoid(
     x:Tensor, # Numbers, float64
-)->Tensor: # From 0 to 1, float64
+)->Tensor: # Numbers from 0 to 1, float64
     "Compute the logistic function"
     return divide(1, 1+exp(-x))
 
 def tanh(
     x:Tensor, # Numbers, float64
-)->Tensor: # From -1 to 1, float64
+)->Tensor: # Numbers from -1 to 1, float64
     "Compute the hyperbolic tangent"
     return 1-divide(2, 1+exp(2*x))
 
@@ -157,7 +157,7 @@ def _gelu_table(device):
 # %% ../../nbs/layers/17_elementary.ipynb #a6305eb7
 def gelu(
     x:Tensor, # Numbers, float32
-)->Tensor: # float32
+)->Tensor: # Values of GELU, float32
     "Compute GELU from a table"
     values,slopes = _gelu_table(x.device)
     u = x.abs().clamp_(max=8).mul_(2**10)
@@ -169,7 +169,7 @@ def gelu(
 # %% ../../nbs/layers/17_elementary.ipynb #516497f4
 def softmax(
     x:Tensor, # Logits, float64, (..., n)
-)->Tensor: # (..., n), float64
+)->Tensor: # Probabilities, (..., n), float64
     "Compute the softmax over the last axis"
     z = x-x.amax(-1, keepdim=True)
     e = exp(z).masked_fill_(z<-700, 0)
@@ -211,7 +211,7 @@ def attention(
     k:Tensor, # Keys, (B, H, L, d)
     v:Tensor, # Values, (B, H, L, d)
     keys:Tensor|None=None, # True for visible keys, (B, 1, 1, L), at least one a sequence; all if None
-)->Tensor: # (B, H, n, d), type of q
+)->Tensor: # Attended values, (B, H, n, d), type of q
     "Compute softmax attention"
     if not q.numel(): return torch.zeros_like(q)
     if keys is not None: k,v = (o.masked_fill(~keys.mT, 0) for o in (k, v))

@@ -21,7 +21,7 @@ _exponents = {torch.float32:(torch.int32, 0x7f800000), torch.float64:(torch.int6
 def row_power(
     x:Tensor, # Numbers, float32 or float64, (..., n)
     dims=-1, # Axes over which a row extends
-)->Tensor: # (..., 1), at least 2^-40
+)->Tensor: # Powers of two, (..., 1), at least 2^-40
     "Return the largest power of two that is at most the largest absolute value of each row"
     size = x.abs().amax(dims, keepdim=True)
     finite = bool((size<_largest).all())
@@ -53,7 +53,7 @@ def grid_matmul(
     a:Tensor, # Numbers on grids of rows, float64, (..., n, k)
     b:Tensor, # Numbers on grids of columns, float64, (..., k, m)
     bits:int, # Bits of a number in a, and of one in b, added
-)->Tensor: # (..., n, m), float64
+)->Tensor: # Product, (..., n, m), float64
     "Multiply matrices on grids: without rounding up to `n_exact_terms`, longer sums in such parts, in order"
     n = n_exact_terms(bits)
     parts = [x@y for x,y in zip(a.split(n, -1), b.split(n, -2))]
@@ -65,7 +65,7 @@ def grid_matmul(
 def grid_sum(
     x:Tensor, # Numbers on the grid of their row, float64, (..., n)
     bits:int, # Bits of a number
-)->Tensor: # (..., 1)
+)->Tensor: # Sums, (..., 1)
     "Sum rows on grids: without rounding up to `n_exact_terms`, longer sums in such parts, in order"
     total,*others = [part.sum(-1, keepdim=True) for part in x.split(n_exact_terms(bits), -1)]
     for part in others: total = total+part
@@ -76,7 +76,7 @@ _bits,_weight_bits = 22,21 # Of a number in a product, and of a weight
 
 def weight_grid(
     weight:Tensor, # Weights, (m, n)
-)->Tensor: # On the grids of its rows, (n, m), float64
+)->Tensor: # Weights on the grids of their rows, transposed, (n, m), float64
     "Prepare the weights of `grid_linear`"
     weight = weight.double()
     return to_grid(weight, row_power(weight), _weight_bits).T
@@ -84,8 +84,8 @@ def weight_grid(
 def grid_linear(
     x:Tensor, # Numbers, float32 or float64, (..., n)
     weight:Tensor, # Result of weight_grid, (n, m)
-    bias:Tensor|None=None, # (m,)
-)->Tensor: # (..., m), type of x
+    bias:Tensor|None=None, # Bias, (m,)
+)->Tensor: # Outputs, (..., m), type of x
     "Apply a linear layer, rounded once for its input and once for its output"
     finite = bias is None or bool(bias.isfinite().all())
     check(finite, 'a bias of the network', 'not finite', 'finite numbers')
@@ -98,13 +98,13 @@ def grid_linear(
 # %% ../../nbs/layers/16_exact_sums.ipynb #c992a108
 def power_of_two(
     k:Tensor, # Whole numbers from -1022 to 1023, int64
-)->Tensor: # float64
+)->Tensor: # Powers of two, float64
     "Compute 2^k, put together from bits"
     return (k+1023).bitwise_left_shift(52).view(torch.float64)
 
 def sqrt(
     x:Tensor, # Numbers, float64, at least 0
-)->Tensor: # float64, off by one bit at most; NaN for negative numbers
+)->Tensor: # Square roots, float64, off by one bit at most; NaN for negative numbers
     "Compute the square root"
     m,e = torch.frexp(x)
     half = e.long().bitwise_right_shift(1)
@@ -137,9 +137,9 @@ def _sums(x):
 def grid_layer_norm(
     x:Tensor, # Numbers, float32 or float64, (..., n)
     weight:Tensor|None=None, # Gains, (n,); 1 if None
-    bias:Tensor|None=None, # (n,); 0 if None
+    bias:Tensor|None=None, # Bias, (n,); 0 if None
     eps:float=1e-5, # Added to the variance
-)->Tensor: # (..., n), type of x
+)->Tensor: # Normalised rows, (..., n), type of x
     "Normalise rows to mean 0 and variance 1"
     if not x.numel(): return x
     n = x.shape[-1]
@@ -155,7 +155,7 @@ def grid_rms_norm(
     x:Tensor, # Numbers, float32 or float64, (..., n)
     weight:Tensor|None=None, # Gains, (n,); 1 if None
     eps:float|None=None, # Added to the mean square; the precision of x if None
-)->Tensor: # (..., n), type of x
+)->Tensor: # Normalised rows, (..., n), type of x
     "Divide rows by their root mean square"
     if not x.numel(): return x
     rows,_,squares = _sums(x)
@@ -165,9 +165,9 @@ def grid_rms_norm(
 
 # %% ../../nbs/layers/16_exact_sums.ipynb #f29490ae
 def ordered_local_mixing(
-    x:Tensor, # (B, L, d)
-    weight:Tensor, # (d, 1, window), window odd
-)->Tensor: # (B, L, d)
+    x:Tensor, # State, (B, L, d)
+    weight:Tensor, # Weights, (d, 1, window), window odd
+)->Tensor: # Weighted sums, (B, L, d)
     "Sum neighbouring positions with weights, one after another"
     L,window = x.shape[1],weight.shape[-1]
     padded = torch.nn.functional.pad(x, (0, 0, window//2, window//2))

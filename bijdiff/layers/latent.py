@@ -15,7 +15,7 @@ class LatentDensity(nn.Module):
     "A Gaussian with learned mean and scale per feature, after the backbone"
     noise = 0.1 # Standard deviation of the noise on the states, against an embedding of unit RMS
     def __init__(self,
-        n:int # Features of the state
+        n:int, # Features of the state
     ):
         super().__init__()
         self.mu = nn.Parameter(torch.zeros(n))
@@ -25,7 +25,7 @@ class LatentDensity(nn.Module):
 
     def forward(self,
         y:Tensor, # State after the backbone, (B, L, n)
-    )->Tensor: # Nats per token, (B, L)
+    )->Tensor: # Negative log-densities, (B, L), in nats per token
         "Return the negative log-density of states before the backbone, whose log-determinant is 0"
         z = (y-self.mu)*(-self.log_s).exp()
         return (0.5*z**2 + self.log_s + 0.5*math.log(2*math.pi)).sum(-1)
