@@ -160,7 +160,7 @@ def sample_batches(
     revise:float|None=None, # Strength of a sampler that takes tokens back, in (0, 1]; its own default if None
     seed:int=0, # Seed of all random numbers, also of the random order of a rule
     frames:list|None=None, # Collects the ids of the first batch after every step that changed something
-    bs:int|None=None, # Sequences of a batch, which do not change what is written; 16,384 tokens if None
+    bs:int|None=None, # Sequences of a batch, without effect on the samples; 16,384 tokens if None
     progress=lambda o: o, # Wraps the batches, for a progress bar
     **kwargs
 ): # Ids without masks, (at most bs, L), on the CPU, batch by batch; by insertion lists of tensors
@@ -238,7 +238,7 @@ def prompt_template(
     return ids + [model.mask_id]*room
 
 def _check_known(tokenizer, text):
-    "Check that a tokenizer knows all characters outside of the blanks of a text"
+    "Check that all characters outside of the blanks of a text are in the vocabulary"
     if not hasattr(tokenizer, 'unknown'): return
     unknown = tokenizer.unknown(''.join(_parts(text)))
     blanks = {i for blank in _BLANK.finditer(text) for i in range(*blank.span())}
