@@ -25,19 +25,30 @@ max_output_width = 90    # wider lines of an output are cut off on the page
 max_source_width = 110   # the rule of this project for code
 page_suffixes = ('.ipynb', '.qmd', '.md')
 
-# Imports what most notebooks need, then forks a process for each: the imports take longer than the rest
+# Imports what notebooks need, and the indices that nbdev's links come from, then forks a process for each
+# notebook: the imports take six times as long as the rest
 processor = '''
 import json
 import os
 import signal
 import sys
 import traceback
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import datasets
+import fastai.basics
 import matplotlib.pyplot
 import nbdev.serve_drv
-import torch
+import scipy.stats
+import torch._dynamo
 from nbdev.processors import FilterDefaults, exec_show_docs
+
+for index in entry_points(group='nbdev'):
+    try:
+        index.load()
+    except Exception:  # as nbdev does
+        pass
 
 failures = []
 
@@ -605,6 +616,31 @@ picture_advice = '''
 Say in one sentence what is to be seen. The option stands on one line, in quotation marks: nbdev drops the
 lines that continue it.'''
 
+# 6. Headings
+
+def headings(page):
+    "Cell, level and text of each heading below the title, in their order"
+    for cell in page.cells:
+        for text in map(without_fences, markdown_texts(cell)):
+            for signs, heading in re.findall(r'^ {0,3}(#{1,6})\s+(.*?)[\s#]*$', text, re.M):
+                yield cell, len(signs), heading
+
+def heading_faults(page):
+    "Second titles, and headings that leave out a level, but for names that are documented before a section"
+    faults = []
+    above = 1
+    for cell, level, heading in headings(page):
+        if level == 1:
+            faults.append(f'{page.where(cell)}: a second title: {shortened(heading)}')
+        elif level > above + 1 and not (above == 1 and is_show_doc(cell)):
+            faults.append(f'{page.where(cell)}: {"#"*level} after {"#"*above}: {shortened(heading)}')
+        above = level
+    return faults
+
+heading_advice = '''
+The title stands in the first cell alone. Sections begin with ##, their parts with ###. nbdev gives ### to
+the names that it documents; #### stands below one of these, or below a part.'''
+
 # The site as a whole
 
 def read_yaml(path):
@@ -640,6 +676,142 @@ def filter_faults(site):
     "Configurations that name a filter: Quarto would look for it and stop"
     paths = [site.root/'_quarto.yml', site.nbs/'_quarto.yml']
     return [f'{path.name} has `filters`: nbdev needs none' for path in paths if 'filters' in read_yaml(path)]
+
+# Options of Quarto that this site uses; Quarto stops at one that it does not know
+documented = {
+    '': {'project', 'format', 'website'},
+    'project': {'type', 'output-dir'},
+    'format': {'html'},
+    'format.html': {
+        'theme', 'respect-user-color-scheme', 'css', 'toc', 'html-math-method', 'code-overflow',
+        'canonical-url',
+    },
+    'format.html.theme': {'light', 'dark'},
+    'website': {
+        'title', 'site-url', 'description', 'favicon', 'repo-url', 'repo-branch', 'repo-subdir',
+        'repo-actions', 'page-navigation', 'bread-crumbs', 'open-graph', 'twitter-card', 'navbar',
+        'page-footer', 'sidebar',
+    },
+    'website.open-graph': {'image', 'image-alt'},
+    'website.twitter-card': {'image', 'image-alt', 'card-style'},
+    'website.navbar': {'background', 'search', 'left', 'right'},
+    'website.page-footer': {'left', 'center', 'right'},
+    'website.sidebar': {'style', 'collapse-level', 'contents'},
+}
+navigation_item = {'text', 'href', 'icon', 'aria-label', 'section', 'contents'}
+largest_image = 60_000    # bytes
+
+def mappings(value, path=''):
+    "Every mapping of a configuration, with its place in it"
+    if isinstance(value, dict):
+        yield path, value
+    for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(child, (dict, list)):
+            yield from mappings(child, f'{path}.{name}'.lstrip('.'))
+
+def option_faults(site):
+    "Options that are not in the lists above"
+    for path, mapping in mappings(read_yaml(site.root/'_quarto.yml')):
+        is_item = re.search(r'\.\d+$', path)
+        known = navigation_item if is_item else documented.get(path, set())
+        for name in mapping:
+            if name not in known:
+                yield f'{path or "_quarto.yml"} has the option {name}, which `documented` does not'
+
+def as_list(value):
+    "A value that may be one or several"
+    return value if isinstance(value, list) else [value] if value else []
+
+def part(configuration, *names):
+    "Value at a place of a configuration, or None"
+    for name in names:
+        configuration = configuration.get(name) if isinstance(configuration, dict) else None
+    return configuration
+
+def theme_faults(site):
+    "Themes that are missing, name an absent file, or load letters from another host"
+    themes = part(read_yaml(site.root/'_quarto.yml'), 'format', 'html', 'theme')
+    for shade in ('light', 'dark'):
+        named = as_list(part(themes, shade))
+        files = [site.nbs/name for name in named if name.endswith('.scss')]
+        if not named:
+            yield f'there is no {shade} theme'
+        if not any(path.exists() and '$web-font-path: false' in path.read_text() for path in files):
+            yield f'the {shade} theme loads fonts from another host: set $web-font-path to false'
+    if part(read_yaml(site.root/'_quarto.yml'), 'format', 'html', 'html-math-method') != 'mathml':
+        yield 'formulas need a program from another host: html-math-method is mathml'
+
+def png_size(path):
+    "Width and height of a PNG"
+    return tuple(int.from_bytes(path.read_bytes()[at:at + 4], 'big') for at in (16, 20))
+
+def card_faults(site):
+    "Faults of the pictures that are shown beside a link to the site"
+    for card in ('open-graph', 'twitter-card'):
+        chosen = part(read_yaml(site.root/'_quarto.yml'), 'website', card) or {}
+        path = site.nbs/str(chosen.get('image', '')).lstrip('/')
+        if not path.is_file():
+            yield f'{card} has no image, or an absent one'
+        elif png_size(path) != (1200, 630):
+            yield f'the image of {card} is not of 1200 x 630 points, but of {png_size(path)}'
+        elif not chosen.get('image-alt'):
+            yield f'the image of {card} has no image-alt'
+
+def file_faults(site):
+    "Files that only Quarto uses and that are absent, or images that are too large"
+    html = part(read_yaml(site.root/'_quarto.yml'), 'format', 'html') or {}
+    website = part(read_yaml(site.root/'_quarto.yml'), 'website') or {}
+    themes = [name for names in (html.get('theme') or {}).values() for name in as_list(names)]
+    named = as_list(html.get('css')) + [name for name in themes if name.endswith('.scss')]
+    images = [website.get('favicon') or 'no favicon', part(website, 'open-graph', 'image') or 'no card']
+    for name in [*named, *images, '404.qmd']:
+        path = site.nbs/name.lstrip('/')
+        if not path.is_file():
+            yield f'{name}: nbs/ has no such file'
+        elif name in images and path.stat().st_size > largest_image:
+            yield f'{name} has more than {largest_image} bytes'
+
+def settings_faults(site):
+    "Values of _quarto.yml that differ from settings.ini"
+    website = part(read_yaml(site.root/'_quarto.yml'), 'website') or {}
+    settings = site.settings
+    expected = {'site-url': site.host, 'repo-branch': settings['branch'], 'repo-url': settings['git_url']}
+    for name, value in expected.items():
+        if website.get(name) != value:
+            yield f'{name} is {website.get(name)}; settings.ini has {value}'
+    footer = ' '.join(map(str, (website.get('page-footer') or {}).values()))
+    if settings['version'] not in re.findall(r'\d+(?:\.\w+)+', re.sub(r'\(.*?\)', '', footer)):
+        yield f'the footer does not name the version {settings["version"]} of settings.ini'
+    for target in re.findall(r'\]\((.*?)\)', footer):
+        if broken_address(site, target):
+            yield f'{target} in the footer: {broken_address(site, target)}'
+
+class QuartoPage(Page):
+    "A page that is no notebook: nbdev copies it"
+
+    def __init__(self, site, path):
+        _, head, body = path.read_text(encoding='utf-8').split('---\n', 2)
+        self.site, self.path, self.id = site, path, page_id(path)
+        self.source = []
+        self.cells = [
+            dict(cell_type='raw', id=None, source=head),
+            dict(cell_type='markdown', id=None, source=body),
+        ]
+
+    def where(self, cell):
+        "Name the page"
+        return self.id
+
+def quarto_page_faults(site):
+    "Faults of the pages that are no notebooks"
+    checks = (introduction_faults, link_faults, picture_faults, heading_faults)
+    pages = [QuartoPage(site, path) for path in sorted(site.nbs.rglob('*.qmd'))]
+    return [fault for page in pages for check in checks for fault in check(page)]
+
+site_checks = [
+    navigation_faults, address_faults, filter_faults, option_faults, theme_faults, card_faults, file_faults,
+    settings_faults, quarto_page_faults,
+]
 
 # Tests
 
@@ -677,11 +849,12 @@ def test_lines_fit_on_the_page(page):
 def test_pictures_have_alternative_text(page):
     require_none(picture_faults(page), 'pictures without alternative text', page.id, picture_advice)
 
-def test_the_sidebar_names_every_notebook_once(site):
-    require_none(navigation_faults(site) + address_faults(site), 'faults of the sidebar', '_quarto.yml')
+def test_headings_leave_out_no_level(page):
+    require_none(heading_faults(page), 'faults of the headings', page.id, heading_advice)
 
-def test_the_configuration_names_no_filter(site):
-    require_none(filter_faults(site), 'faults', '_quarto.yml')
+@pytest.mark.parametrize('check', site_checks)
+def test_the_site_as_a_whole(site, check):
+    require_none(list(check(site)), 'faults', '_quarto.yml and the files that it names')
 
 
 def make_the_readme(folder, settings):
@@ -741,13 +914,43 @@ doc_host = https://planted.org
 doc_baseurl = /docs
 git_url = https://github.com/planted/planted
 '''
-planted_configuration = '''website:
+planted_configuration = '''format:
+  html:
+    theme:
+      light: [cosmo, theme.scss]
+      dark: [darkly, theme.scss]
+    css: styles.css
+    html-math-method: mathml
+website:
+  site-url: https://planted.org/docs
+  favicon: images/icon.svg
+  repo-url: https://github.com/planted/planted
+  repo-branch: main
+  open-graph:
+    image: /images/card.png
+    image-alt: A card
+  twitter-card:
+    image: /images/card.png
+    image-alt: The card
+  page-footer:
+    left: "planted 0.1.0, [settings](https://github.com/planted/planted/blob/main/settings.ini)"
   sidebar:
     contents:
       - 01_page.ipynb
       - section: Layers
         contents: [layers/02a_target.ipynb]
 '''
+planted_files = {
+    'styles.css': '',
+    'theme.scss': '/*-- scss:defaults --*/\n$web-font-path: false !default;',
+    'plain.scss': '/*-- scss:defaults --*/',
+    '404.qmd': '---\ntitle: Lost\ndescription: No page\n---\n\nBack to [the page](01_page.ipynb).\n',
+    'images/icon.svg': '<svg/>',
+    'images/large.svg': '<svg/>' + ' '*largest_image,
+    'images/loss.png': '',
+    'images/card.png': '\0'*18 + '\4\xb0\0\0\2\x76',
+    'images/square.png': '\0'*18 + '\4\xb0\0\0\4\xb0',
+}
 
 title = markdown('# A page\n> what it is for')
 prose = markdown('This page introduces itself.')
@@ -847,8 +1050,15 @@ planted = {
     'dead links': (link_faults, [*head, *map(markdown, dead_links)], list(dead_links.values())),
     'wide lines': (width_faults, wide_cells, widths),
     'pictures': (picture_faults, plain_pictures, alternatives),
+    'headings': (
+        heading_faults,
+        [*head, markdown('## Part\n\n#### Deep'), markdown('# Title\n\n### Deep')],
+        ['cell 3 .*: #### after ##: Deep', 'cell 4 .*: a second title', 'cell 4 .*: ### after #: Deep'],
+    ),
 }
-every_check = [processing_faults, introduction_faults, link_faults, width_faults, picture_faults]
+every_check = [
+    processing_faults, introduction_faults, link_faults, width_faults, picture_faults, heading_faults,
+]
 
 def write_notebook(path, cells):
     "Write a notebook"
@@ -863,14 +1073,15 @@ def plant(folder, cells, configuration=planted_configuration):
     write_notebook(folder/'nbs'/'01_page.ipynb', cells)
     write_notebook(folder/'nbs'/'layers'/'02a_target.ipynb', target_page)
     (folder/'nbs'/'images').mkdir()
-    (folder/'nbs'/'images'/'loss.png').write_bytes(b'')
+    for name, text in planted_files.items():
+        (folder/'nbs'/name).write_bytes(text.encode('latin-1'))
     site = Site(folder, folder/'cache')
     return site, site.nbs/'01_page.ipynb'
 
 def test_a_healthy_page_passes(tmp_path):
     site, path = plant(tmp_path, healthy_page)
     assert [fault for check in every_check for fault in check(site.page(path))] == []
-    assert navigation_faults(site) + address_faults(site) + filter_faults(site) == []
+    assert [fault for check in site_checks for fault in check(site)] == []
     target = site.page(site.nbs/'layers'/'02a_target.ipynb')
     assert published_name(Path('layers/02a_target.ipynb')) == 'layers/' + target.front_matter['output-file']
 
@@ -886,12 +1097,49 @@ def test_planted_faults_are_seen(tmp_path, name):
 @pytest.mark.parametrize('old, new, expected', [
     ('01_page', '03_page', ['03_page.ipynb is named, but nbs/', '01_page.ipynb is not in the sidebar']),
     ('[layers', '[01_page.ipynb, layers', ['01_page.ipynb is named twice']),
-    ('website:', 'filters: [nbdev]\nwebsite:', ['_quarto.yml has `filters`']),
+    ('website:', 'filters: [a]\nwebsite:', ['_quarto.yml has `filters`', '_quarto.yml has the option']),
+    ('  sidebar:', '  sidebar:\n    fold: 1', ['website.sidebar has the option fold']),
+    ('section:', 'part:', ['website.sidebar.contents.1 has the option part']),
+    ('dark:', 'night:', ['format.html.theme has the option', 'there is no dark', 'the dark theme loads']),
+    ('darkly, theme.scss', 'darkly', ['the dark theme loads fonts']),
+    ('darkly, theme.scss', 'darkly, plain.scss', ['the dark theme loads fonts']),
+    ('darkly, theme.scss', 'darkly, night.scss', ['the dark theme loads', 'night.scss: nbs/ has no such']),
+    ('mathml', 'mathjax', ['formulas need a program']),
+    ('css: styles.css', 'css: other.css', ['other.css: nbs/ has no such file']),
+    ('images/icon', 'images/lost', ['images/lost.svg: nbs/ has no such file']),
+    ('images/icon', 'images/large', ['images/large.svg has more than 60000 bytes']),
+    ('  favicon: images/icon.svg\n', '', ['no favicon: nbs/ has no such file']),
+    ('    image-alt: A card\n', '', ['the image of open-graph has no image-alt']),
+    ('card.png\n    image-alt: The', 'lost.png\n    image-alt: The', ['twitter-card has no image, or an']),
+    ('card.png\n    image-alt: The', 'square.png\n    image-alt: The', ['the image of twitter-card is not']),
+    ('planted 0.1.0', 'planted 0.1.1', ['the footer does not name the version 0.1.0']),
+    ('settings.ini', 'lost.ini', ['https://github.com/planted/planted/blob/main/lost.ini in the footer']),
+    ('repo-branch: main', 'repo-branch: trunk', ['repo-branch is trunk; settings.ini has main']),
+    ('planted.org', 'planted.com', ['site-url is https://planted.com/docs; settings.ini has']),
 ])
 def test_planted_faults_of_the_configuration_are_seen(tmp_path, old, new, expected):
+    assert old in planted_configuration
     site, _ = plant(tmp_path, head, planted_configuration.replace(old, new))
-    found = navigation_faults(site) + filter_faults(site)
+    found = [fault for check in site_checks for fault in check(site)]
     assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
+
+@pytest.mark.parametrize('old, new, expected', [
+    ('description: No page\n', '', 'no description'),
+    ('01_page.ipynb', '02_page.ipynb', '404: 02_page.ipynb: no such file'),
+    ('Back', '## Back', 'the page begins with 404'),
+])
+def test_planted_faults_of_a_page_that_is_no_notebook_are_seen(tmp_path, old, new, expected):
+    site, _ = plant(tmp_path, head)
+    text = planted_files['404.qmd']
+    assert old in text
+    (site.nbs/'404.qmd').write_text(text.replace(old, new))
+    found = quarto_page_faults(site)
+    assert len(found) == 1 and found[0].startswith(expected), found
+
+def test_a_site_without_a_page_for_lost_addresses_is_seen(tmp_path):
+    site, _ = plant(tmp_path, head)
+    (site.nbs/'404.qmd').unlink()
+    assert list(file_faults(site)) == ['404.qmd: nbs/ has no such file']
 
 def test_two_notebooks_with_one_address_are_seen(tmp_path):
     site, path = plant(tmp_path, head)
