@@ -1,12 +1,14 @@
 """The shape of the project: notebooks run, imports go down the staircase, generated files are up to date."""
-import ast, io, json, multiprocessing, os, re, shutil, subprocess, sys, tokenize
+import ast, io, json, os, re, shutil, subprocess, sys, tokenize
 from collections import defaultdict
 from configparser import ConfigParser
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 import pytest, yaml
 from filelock import FileLock
 from IPython.core.inputtransformer2 import TransformerManager
+import forks
 
 # Folders in reading order, and what their exported cells may import. What may be imported there may be
 # imported here as well. The other modules of the root may import whatever has a lower number.
@@ -78,48 +80,44 @@ numbers = module_numbers(nbs)
 settings = ConfigParser(delimiters=['='], interpolation=None)
 settings.read(root/'settings.ini', encoding='utf-8')
 settings = settings['DEFAULT']
+notebook_job = Path(__file__).with_name('notebook_job.py')
 
-# Notebooks run. A server imports once what all of them import, and each runs in a fork of it. It imports no
-# fastai, which changes tensors: the lower notebooks must run without it.
+# Notebooks run, each in a fork of a server that has imported what most of them need. fastai changes tensors:
+# notebooks that do not begin with it run without it.
 
-preloaded = [f'bijdiff.{m}' for m in numbers if m.startswith(('sampling.', 'likelihood.'))]
-context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['nbdev.test', 'torch', 'fastcore.test', 'matplotlib.pyplot', *preloaded])
+@cache
+def modules_with_fastai():
+    "Modules of the package that import fastai, themselves or through others"
+    found = set()
+    for path in numbered_notebooks(nbs):
+        if any(imports_fastai(src, found) for src in sources(path) if is_exported(src)):
+            found.add(module_name(path, nbs))
+    return found
 
-def run_notebook(path, log):
-    "Run a notebook in its folder as nbdev_test does, for exit status 0 or 1; its output goes to a file"
-    with open(log, 'w') as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    from nbdev.test import test_nb
-    ok,_ = test_nb(path, skip_flags=settings['tst_flags'].split(), basepath=root)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if ok else 1)
+def imports_fastai(src, with_fastai):
+    "Return True if a cell imports fastai, or a module that does"
+    is_direct = re.search(r'^(?:from|import)\b.*\bfastai\b', src, re.M)
+    return bool(is_direct) or not with_fastai.isdisjoint(imported_modules(src, numbers))
+
+def begins_with_fastai(path):
+    "Return True if the first imports of a notebook import fastai"
+    importing = [src for src in sources(path) if re.search(r'^(?:from|import)\b', src, re.M)]
+    return any(imports_fastai(src, modules_with_fastai()) for src in importing[:1])
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(nbs).with_suffix('').as_posix())
-def test_notebook(path, tmp_path):
+def test_notebook(path):
     "Every cell runs, but for those marked slow, cuda or network"
-    log = tmp_path/'log'
-    process = context.Process(target=run_notebook, args=(path, log))
-    try:
-        process.start()
-    except EOFError:
-        pytest.fail(f'the server of the notebooks stopped: one of {preloaded} cannot be imported')
-    process.join(600)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    out = log.read_text() if log.exists() else ''
-    advice = f'{path.name} does not run; run it in jupyter and mend the cell that fails:\n{out[-6000:]}'
-    assert process.exitcode==0, advice
+    name = 'all' if begins_with_fastai(path) else 'lower'
+    status,out,err = forks.run([notebook_job, path, *settings['tst_flags'].split()], timeout=600, name=name)
+    advice = f'{path.name} does not run; run it in jupyter and mend the cell that fails:\n{(out+err)[-6000:]}'
+    assert status==0, advice
 
 def test_a_notebook_that_fails_is_seen(tmp_path):
     folder = tmp_path/'nbs'/'layers'
     for src in ('1+1', '#| slow\nassert False', 'import os\nassert os.path.exists("good.ipynb")'):
-        test_notebook(write_notebook(folder/'good.ipynb', src), tmp_path)
+        test_notebook(write_notebook(folder/'good.ipynb', src))
     with pytest.raises(AssertionError, match='bad.ipynb does not run'):
-        test_notebook(write_notebook(folder/'bad.ipynb', '1+1', 'assert 1+1==3'), tmp_path)
+        test_notebook(write_notebook(folder/'bad.ipynb', '1+1', 'assert 1+1==3'))
 
 # Folders, numbers and modules agree
 
