@@ -25,8 +25,11 @@ max_output_width = 90    # wider lines of an output are cut off on the page
 max_source_width = 110   # the rule of this project for code
 page_suffixes = ('.ipynb', '.qmd', '.md')
 
-# Imports what most notebooks need, then forks a process for each: the imports take longer than the rest
+# Imports what most notebooks need, then forks a process for each: the imports take longer than the rest.
+# A module that cannot be imported is left to the pages that need it.
 processor = '''
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -38,6 +41,10 @@ import matplotlib.pyplot
 import nbdev.serve_drv
 import torch
 from nbdev.processors import FilterDefaults, exec_show_docs
+
+for module in ('bijdiff.all', 'bijdiff.documents', 'bijdiff.runs', 'bijdiff.testing'):
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)
 
 failures = []
 
