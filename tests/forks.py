@@ -38,7 +38,7 @@ def server(name):
     return ours
 
 def end(ours, process):
-    "Let the server end, and wait for it"
+    "Let the server end, and wait for it, but not for programs that still run"
     ours.close()
     process.wait()
 
@@ -131,7 +131,6 @@ def serve(tasks):
             keep(json.loads(message), *fds)
         children.append(pid)
         for fd in fds: os.close(fd)
-    for pid in children: os.waitpid(pid, 0)
 
 def keep(task, stdin, stdout, stderr, status):
     "Start a program, tell its number, wait for its end, and tell its exit status"

@@ -382,9 +382,11 @@ def test_flags_that_change_bits_are_in_the_environment():
 
 # Long trainings
 
-def test_a_million_steps_fit_into_a_checkpoint(tmp_path):
-    "Lists of numbers are tensors; as text they would exceed what the header of a file can hold"
-    n = 1_000_000
+def test_long_trainings_fit_into_a_checkpoint(tmp_path):
+    """Lists of numbers are tensors; as text, those of a million steps would exceed what a header can hold
+
+    A list of 100,000 numbers that is text makes the header longer than is allowed below."""
+    n = 100_000
     def lengthen(learn):
         learn.oscillation.losses = [i/7 for i in range(n)]
         learn.recorder.lrs = [1/(i+1) for i in range(n)]

@@ -1,4 +1,6 @@
-"""The commands as a user runs them: other processes, real files."""
+"""The commands as a user runs them: other processes, real files.
+
+Most of these processes are forks, which need not import PyTorch again; each command is also started anew."""
 import fcntl, inspect, json, os, pty, resource, shutil, signal, struct, subprocess, sys, termios, time
 from dataclasses import fields
 from functools import partial
@@ -9,6 +11,7 @@ from bijdiff.data.tokens import ByteTokenizer
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.testing import run_command, tiny_denoiser
 from bijdiff.training.checkpoint_file import CHECKPOINT
+from forks import Program
 
 quick = '--seq_len 64 --bs 16 --d_model 16 --n_heads 2 --n_layers 2 --epochs 3'.split()
 quick += '--device cpu --dtype float32 --tokenizer char'.split()
@@ -22,7 +25,12 @@ finally: print(*sys.modules)
 slow_imports = {'torch', 'numpy', 'fastai', 'datasets', 'matplotlib', 'tokenizers', 'tqdm'}
 
 def start(name, *args, **kw):
-    "Start a command of the package"
+    "Start a command of the package in a fork; with other options of subprocess.Popen it is started anew"
+    if kw.keys()-{'env'}: return start_anew(name, *args, **kw)
+    return Program([Path(sys.executable).parent/name, *args], **kw)
+
+def start_anew(name, *args, **kw):
+    "Start a command of the package as a new program"
     path = Path(sys.executable).parent/name
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, path, *map(str, args)], **pipes, **kw)
@@ -35,6 +43,12 @@ def finish(process):
 def run(name, *args, **kw):
     "Exit status, stdout and stderr of a command that runs to its end"
     return finish(start(name, *args, **kw))
+
+def succeed_anew(name, *args):
+    "Stdout of a command that must not fail, started as a new program"
+    status,out,err = finish(start_anew(name, *args))
+    assert status==0, err
+    return out
 
 def succeed(name, *args, **kw):
     "Stdout of a command that must not fail"
@@ -69,10 +83,10 @@ def ctrl_c():
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-    "A file of 80,000 characters"
+    "A file of 40,000 characters"
     from bijdiff.data.corpora import pydoc_corpus
     path = tmp_path_factory.mktemp('corpus')/'text.txt'
-    path.write_text(pydoc_corpus()[:80_000], encoding='utf-8')
+    path.write_text(pydoc_corpus()[:40_000], encoding='utf-8')
     return path
 
 @pytest.fixture(scope='module')
@@ -85,7 +99,7 @@ def train(corpus):
 def trained(train, tmp_path_factory):
     "Folder of a model trained without interruption, and what the training has printed"
     out = tmp_path_factory.mktemp('trained')/'model'
-    return out, train(out)
+    return out, train(out, run=succeed_anew)
 
 @pytest.fixture
 def part(corpus, tmp_path):
@@ -166,13 +180,13 @@ def test_mistakes_that_are_reported_before_the_imports(name, args, message):
 def answer_time():
     "Seconds that --help takes on this machine"
     begin = time.perf_counter()
-    succeed('bijdiff_train', '--help')
+    succeed_anew('bijdiff_train', '--help')
     return time.perf_counter()-begin
 
 @pytest.mark.parametrize('delay', [.3, .8, 1.5])
 def test_an_early_interrupt_is_answered_in_one_line(tmp_path, answer_time, delay):
     "Ctrl-C while PyTorch is imported; a machine on which Python starts slowly gets more time for that"
-    process = start('bijdiff_train', '--out', tmp_path/'never')
+    process = start_anew('bijdiff_train', '--out', tmp_path/'never')
     time.sleep(max(delay, 3*answer_time))
     process.send_signal(signal.SIGINT)
     assert finish(process)==(130, '', 'bijdiff_train: interrupted\n')
@@ -277,13 +291,15 @@ def test_sample_and_score(trained, part):
 def sample_from(given, *args, **kw):
     "Exit status, stdout and stderr of bijdiff_sample with some bytes on standard input"
     path = Path(sys.executable).parent/'bijdiff_sample'
+    if not kw: return finish(Program([path, *args], stdin=given))
     options = dict(input=given, capture_output=True, timeout=500) | kw
     done = subprocess.run([sys.executable, path, *map(str, args)], **options)
     return done.returncode, done.stdout.decode(), (done.stderr or b'').decode()
 
 def test_sample_reads_standard_input_and_writes_lines_of_json(trained):
     options = '--n', 2, '--steps', 4, '--seed', 3, '--json_lines'
-    status,out,err = sample_from(b'The \n', trained[0], '--prompt', '-', *options)
+    anew = dict(timeout=500)
+    status,out,err = sample_from(b'The \n', trained[0], '--prompt', '-', *options, **anew)
     assert (status, err)==(0, '') and out.count('\n')==2
     assert out==succeed('bijdiff_sample', trained[0], '--prompt', 'The ', *options)
     rows = [json.loads(line) for line in out.splitlines()]
@@ -336,7 +352,7 @@ def test_the_error_bar_of_a_total(trained):
 
 @pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
 def test_terminals_with_few_characters(train, tmp_path, encoding):
-    kw = dict(env={**os.environ, 'PYTHONIOENCODING':encoding}, encoding=encoding)
+    kw = dict(env={**os.environ, 'PYTHONIOENCODING':encoding})
     assert 'written from nothing' in train(tmp_path/'m', '--epochs', 1, **kw)
     assert succeed('bijdiff_sample', tmp_path/'m', '--steps', 8, '--prompt', 'The ', **kw).startswith('The ')
 
@@ -420,9 +436,9 @@ def test_damaged_files_are_rejected(trained, part, tmp_path):
     ('bijdiff_sample', '--n 300 --steps 1'), ('bijdiff_score', '--n 2'), ('bijdiff_decompress', '--out -')])
 def test_a_reader_that_has_seen_enough_is_no_error(trained, part, name, args, tmp_path):
     "A command whose output goes to `head -1` ends without a word, with the status of SIGPIPE"
-    succeed('bijdiff_compress', trained[0], part, '--steps', 1)
+    succeed_here('bijdiff_compress', trained[0], part, '--steps', 1)
     files = dict(bijdiff_sample=[], bijdiff_score=[part]*40, bijdiff_decompress=[f'{part}.bij'])[name]
-    process = start(name, trained[0], *files, *args.split())
+    process = start_anew(name, trained[0], *files, *args.split())
     process.stdout.close()
     err = process.stderr.read()
     assert (process.wait(), err)==(128+signal.SIGPIPE, '')
@@ -468,10 +484,12 @@ def wait_for(path, process):
 @pytest.mark.parametrize('extra', ['', '--lambda_likelihood .1', '--substitute .2 --delete .3'],
                          ids=['plain', 'latent', 'all three kinds of noise'])
 def test_killed_and_resumed_is_bitwise_equal(train, tmp_path, extra):
-    "kill -9 in the middle, --resume, and the weights are those of an uninterrupted run"
+    """kill -9 in the middle, --resume, and the weights are those of an uninterrupted run
+
+    This one is a new program, with another hash seed than the forks."""
     whole,broken = tmp_path/'whole',tmp_path/'broken'
     args = extra.split()
-    train(whole, *args)
+    train(whole, *args, run=succeed_anew)
     process = train(broken, *args, run=start)
     wait_for(broken/'checkpoint.safetensors', process)
     time.sleep(.2)

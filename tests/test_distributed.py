@@ -10,6 +10,7 @@ from bijdiff.data.loaders import text_dls
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff import console
 from bijdiff.training import distributed, stopping
+import forks
 from helpers import wait_for
 from training_helpers import rejects, tiny_learner
 
@@ -19,15 +20,17 @@ SIZES = ('--seq_len 16 --bs 16 --d_model 8 --n_heads 2 --n_layers 2 --device cpu
          '--log jsonl').split()
 TORCHRUN = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--'
 ACCELERATE = '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2'
+ALONE,IN_TWO = forks.run,forks.run_in_two # Without a launcher, and without its imports
 
 def start(*args, launcher=TORCHRUN):
-    "Start a program in several processes, or alone without a launcher"
+    "Start a program in several processes"
     words = [sys.executable, *launcher, *map(str, args)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1'}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 def run(*args, launcher=TORCHRUN):
     "Run a program to its end; return status, stdout and stderr"
+    if callable(launcher): return launcher(args)
     process = start(*args, launcher=launcher)
     out,err = process.communicate(timeout=400)
     return process.returncode,out,err
@@ -49,14 +52,14 @@ CASES = {
 }
 
 @cache
-def alone(name): return run_job((), **CASES[name])
+def alone(name): return run_job(ALONE, **CASES[name])
 
 @pytest.mark.parametrize('name, fsdp', [('all options', False), *((name, True) for name in CASES)])
 def test_two_processes_train_like_one(name, fsdp):
     """Up to the order of summation, which Muon's bfloat16 makes larger
 
     The number of held-out sequences is odd."""
-    one,two = alone(name),run_job(**CASES[name], fsdp=fsdp)
+    one,two = alone(name),run_job(IN_TWO if fsdp else TORCHRUN, **CASES[name], fsdp=fsdp)
     rel = 1e-5 if 'optimizer' in CASES[name] else 2e-4
     assert len(one['losses'])==len(two['losses'])>=15
     assert two['losses']==pytest.approx(one['losses'], rel=rel)
@@ -68,9 +71,9 @@ def test_two_processes_train_like_one(name, fsdp):
 def test_two_processes_go_on_within_a_step(fsdp, tmp_path):
     "Each with its own dropout"
     options = dict(folder=str(tmp_path/'broken'), fsdp=fsdp)
-    status,_,err = run(JOB, json.dumps(options|dict(stop_at=4)))
+    status,_,err = run(JOB, json.dumps(options|dict(stop_at=4)), launcher=IN_TWO)
     assert status and 'KeyboardInterrupt' in err
-    assert run_job(**options)==run_job(folder=str(tmp_path/'whole'), fsdp=fsdp)
+    assert run_job(IN_TWO, **options)==run_job(folder=str(tmp_path/'whole'), fsdp=fsdp)
 
 # The command
 
@@ -97,7 +100,7 @@ def one_process(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp('one')
     found = {unit: folder/unit for unit in ('--steps', '--epochs')}
     for unit,n in (('--steps', 20), ('--epochs', 1)):
-        assert train(corpus, found[unit], unit, n, '--warmup', 4, launcher=())[0]==0
+        assert train(corpus, found[unit], unit, n, '--warmup', 4, launcher=ALONE)[0]==0
     return found
 
 COMMANDS = {
@@ -131,8 +134,8 @@ def test_streams_and_pairs_are_divided_too(options, tmp_path):
     rows = [dict(text=f'{i}+{i}=', answer=str(2*i)) for i in range(200)]
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(row)+'\n' for row in rows))
     found = {}
-    for name,launcher in (('one', ()), ('two', TORCHRUN)):
-        args = [o for o in options if launcher or o!='--fsdp'] + ['--tokenizer', 'char', '--steps', 6]
+    for name,launcher in (('one', ALONE), ('two', IN_TWO)):
+        args = [o for o in options if name=='two' or o!='--fsdp'] + ['--tokenizer', 'char', '--steps', 6]
         args += ['--cache_dir', tmp_path/'cache']
         status,_,err = train(tmp_path/'rows.jsonl', tmp_path/name, *args, launcher=launcher)
         assert status==0, err
@@ -146,7 +149,8 @@ def command_errors(err): return re.findall(r'^bijdiff_train: .*$', err, re.M)
     ('bs', ['--bs', 15]), ('nothing.txt', ['--corpus', 'nothing.txt']), ('lr', ['--lr', -1]),
     ('training sequences', ['--bs', 512])])
 def test_an_error_is_reported_by_one_process_and_ends_all(name, args, corpus, tmp_path):
-    status,printed,err = train(corpus, tmp_path/'m', *args)
+    launcher = TORCHRUN if name=='training sequences' else IN_TWO
+    status,printed,err = train(corpus, tmp_path/'m', *args, launcher=launcher)
     assert status and len(command_errors(err))==1 and name in command_errors(err)[0]
     assert err.count('bijdiff_train: error')==1 and 'written from nothing' not in printed
     assert not (tmp_path/'m').exists()
@@ -161,7 +165,7 @@ def test_sigterm_ends_all_processes_and_one_process_refuses_their_checkpoint(cor
     assert process.returncode and command_errors(err)==['bijdiff_train: interrupted']
     assert printed.count('continue it with --resume')==1
     for extra in ([], ['--fsdp']):
-        status,_,err = run(*args, '--resume', *extra, launcher=())
+        status,_,err = run(*args, '--resume', *extra, launcher=ALONE)
         assert status==2 and 'fsdp' in err and err.count('\n')==1
     status,_,err = run(*args, '--resume')
     assert status and len(command_errors(err))==1 and 'fsdp was True' in command_errors(err)[0]

@@ -17,6 +17,7 @@ from bijdiff.likelihood.codec import compress, decompress, fingerprint
 from bijdiff.model.config import DenoiserConfig
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.model.headers import read_header
+import forks
 from helpers import seeded_weights
 sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
 import hostile_files
@@ -40,10 +41,8 @@ def parts(tmp_path):
 
 def run(name, *args):
     "Exit status and lines on stderr of a command"
-    path = Path(sys.executable).parent/name
-    line = [sys.executable, path, *map(str, args)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stderr.splitlines()
+    status,_,err = forks.run([Path(sys.executable).parent/name, *args], timeout=120)
+    return status, err.splitlines()
 
 def test_a_command_ends_with_one_line_and_status_2_for_a_hostile_model(tmp_path, parts):
     parts.config['noise'] = dict(schedule=dict(name='polynomial', powre=2))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 import pytest
+import forks
 from helpers import wait_for
 from bijdiff.model.denoiser import BijectiveDenoiser
 from bijdiff.testing import tiny_denoiser
@@ -57,9 +58,7 @@ def corpus(tmp_path_factory):
 
 def run(script, corpus, out, *args):
     "Run a training; return status, stdout and stderr"
-    words = [sys.executable, script, '--corpus', corpus, '--out', out, *QUICK, *args]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=500)
-    return done.returncode, done.stdout, done.stderr
+    return forks.run([script, '--corpus', corpus, '--out', out, *QUICK, *args])
 
 COMMAND = Path(sys.executable).parent/'bijdiff_train'
 
@@ -92,8 +91,7 @@ def test_a_run_that_stops_in_its_report_has_a_whole_model_and_goes_on(name, corp
 def test_a_folder_belongs_to_one_training_until_it_ends(corpus, tmp_path):
     "The second one is refused; SIGTERM ends the first with a status of its own; a third goes on with it"
     out = tmp_path/'m'
-    words = [sys.executable, COMMAND, '--corpus', corpus, '--out', out, *QUICK, '--epochs', 300]
-    first = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = forks.Program([COMMAND, '--corpus', corpus, '--out', out, *QUICK, '--epochs', 300])
     wait_for(out/CHECKPOINT, first)
     for args in ([], ['--resume']):
         status,_,err = run(COMMAND, corpus, out, '--epochs', 300, *args)

@@ -1,7 +1,7 @@
 """The reversible backward against stored activations, inside everything that PyTorch puts around a model.
 
 Gradients are equal to the bit, unless a test says otherwise."""
-import gc, io, os, shutil, subprocess, sys
+import gc, io, os, shutil
 from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from bijdiff.layers.lattice import to_lattice
 from bijdiff.layers.reversible import ChunkedUpdate
 from bijdiff.layers.block import BijectiveTransformer
+import forks
 import reversible_job as job
 from helpers import random_context, seeded_weights, storage_bytes
 
@@ -138,11 +139,8 @@ def test_memory_does_not_grow_with_depth(dropout):
 def processes(tmp_path_factory):
     "Results of the job on two processes: [rank][reversible] = one batch, two batches, the first of the two"
     folder = tmp_path_factory.mktemp('gradients')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    env = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    command = [*torchrun, job.__file__, folder]
-    res = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert res.returncode==0, res.stderr[-3000:]
+    status,_,err = forks.run_in_two([job.__file__, folder])
+    assert status==0, err[-3000:]
     return [torch.load(folder/f'{rank}.pt') for rank in range(2)]
 
 def used(grads): return {k:g for k,g in grads.items() if not k.startswith('unused.')}
