@@ -137,10 +137,10 @@ def print_scores(
 ):
     "Print a table of scores"
     titles = 'file', 'tokens', 'bytes', 'bits per character', 'bits per byte'
-    print('{:30} {:>10} {:>10} {:>19} {:>19}'.format(*titles))
+    print('{:20} {:>9} {:>9} {:>19} {:>19}'.format(*titles))          # 80 columns
     for row in rows:
         per_character,per_byte = (_per(row, unit, is_exact) for unit in ('characters','bytes'))
-        sizes = f"{visible(row['file'])[-30:]:30} {row['tokens']:10,} {row['bytes']:10,}"
+        sizes = f"{visible(row['file'])[-20:]:20} {row['tokens']:9,} {row['bytes']:9,}"
         print(f'{sizes} {per_character:>19} {per_byte:>19}')
     changed = [visible(row['file']) for row in rows if row['is_changed'] and row['file']!='total']
     for name in changed: print(f'{name}: the tokenizer changes this text; these are bits of the changed text')
