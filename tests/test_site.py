@@ -26,8 +26,8 @@ max_source_width = 110   # the rule of this project for code
 page_suffixes = ('.ipynb', '.qmd', '.md')
 
 # Imports what notebooks need, and the indices that nbdev's links come from, then forks a process for each
-# notebook: the imports take six times as long as the rest. A module of ours that cannot be imported is left to
-# the pages that need it.
+# notebook: the imports take six times as long as the rest. A module of ours that cannot be imported is left
+# to the pages that need it.
 processor = '''
 import contextlib
 import importlib
