@@ -165,11 +165,11 @@ def _read_given(prompt, infill):
 @command
 @delegates(size_options)
 def bijdiff_sample(
-    model:str='bijdiff:books', # Folder of a saved model, or hf: and a masked model of Hugging Face: hf:NAME
+    model:str='bijdiff:books', # Folder of a saved model, or hf: and the name of one of Hugging Face
     n:int=1, # Number of texts
     steps:int=None, # Steps from noise to text; 128 if not given, and one token a step by a rule
-    sampler:str=None, # ancestral, tweedie, euler, first_hitting, insertion or one that revises; see the page
-    rule:str=None, # No sampler, but left_to_right, random, spread, block, confidence, margin or entropy
+    sampler:str=None, # ancestral, tweedie, euler, first_hitting, insertion; remask_loop and others revise
+    rule:str=None, # Replaces the sampler: left_to_right, random, spread, block, confidence, margin, entropy
     prompt:str=None, # Beginning, - for stdin; without an end token it may end in a space or within a word
     infill:str=None, # Text with blanks, - for stdin; ____: 4 subwords, or part of the rest; ____{9}: 9 tokens
     temperature:float=1., # Temperature: below 1 favours likely tokens, above 1 gives more variety
@@ -209,7 +209,7 @@ _needs_in_scoring = {
 @command
 @delegates(size_options)
 def bijdiff_score(
-    model:str, # Folder of a saved model, or hf: and a masked model of Hugging Face: hf:NAME_OR_FOLDER
+    model:str, # Folder of a saved model, bijdiff:books, or a masked model of Hugging Face: hf:NAME_OR_FOLDER
     file:list, # Texts to be scored, each a document; or JSON lines (.jsonl), each with a text
     rule:str=None, # left_to_right, random, spread, block, confidence, margin or entropy; a bound if not given
     steps:int=None, # Function evaluations of the rule, at most; one a token if not given
@@ -239,7 +239,7 @@ def _limit(most_tokens): return {} if most_tokens is None else dict(most_tokens=
 @command
 @delegates(size_options)
 def bijdiff_compress(
-    model:str, # Folder of a model for masking alone, with --tokenizer byte for any file; or hf:NAME_OR_FOLDER
+    model:str, # Folder of a masked model (byte or bpe tokens for any file), bijdiff:books, or hf:NAME
     file:str, # File to be compressed
     out:str=None, # Compressed file, - for standard output; FILE.bij if not given
     rule:str='spread', # left_to_right, random, spread, block, confidence, margin or entropy

@@ -86,8 +86,8 @@ def model_options(
 # %% ../nbs/93_options.ipynb #792f1865
 @delegates(model_options)
 def size_options(
-    threshold:float=None, # Reveal at once all that the rule is as sure of: confidence, margin or block
-    budget:float=None, # Reveal at once all that share at most so many nats, by the rule entropy
+    threshold:float=None, # Reveal at once all tokens of this confidence, by the rule confidence, margin or block
+    budget:float=None, # Reveal at once tokens of at most this entropy in all, in nats, by the rule entropy
     **kwargs,
 ):
     "Return the options of rules that choose how many tokens, and those of the model"
