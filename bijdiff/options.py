@@ -86,7 +86,7 @@ def model_options(
 # %% ../nbs/93_options.ipynb #792f1865
 @delegates(model_options)
 def size_options(
-    threshold:float=None, # Reveal at once all tokens of this confidence, by the rule confidence, margin or block
+    threshold:float=None, # Reveal at once all tokens of this confidence, by confidence, margin or block
     budget:float=None, # Reveal at once tokens of at most this entropy in all, in nats, by the rule entropy
     **kwargs,
 ):
