@@ -42,7 +42,7 @@ def test_forks_share_neither_changes_nor_random_numbers(write):
     assert {*first[1].split()}.isdisjoint(again[1].split())
 
 def test_signals_reach_a_fork(write, tmp_path):
-    path = write('import sys, time\nopen(sys.argv[1], "w").close()\ntry: time.sleep(60)\n'
+    path = write('import sys, time\ntry:\n    open(sys.argv[1], "w").close()\n    time.sleep(60)\n'
                  'except KeyboardInterrupt: exit(130)')
     program = forks.Program([path, tmp_path/'begun'])
     while not (tmp_path/'begun').exists(): assert program.poll() is None
