@@ -11,17 +11,16 @@ from https://github.com/mlschmitt/classic-books-markdown (commit 944882722e9a), 
 The weights are saved in half precision, so that the folder `bijdiff/models/books` has at most 3 MB, and are
 computed with in float32. Measured on the split `test`: the bound before and after that. Measured for several
 samplers: the words of three letters and more that occur in 8 million characters of the training text."""
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import torch
 from datasets import load_dataset
 from bijdiff.console import command
-from bijdiff.data.tokens import END_CHAR
 from bijdiff.likelihood.bounds import score_ids
 from bijdiff.likelihood.quality import even_chunks, TextQuality
 from bijdiff.model.denoiser import BijectiveDenoiser
-from bijdiff.sampling.generate import sample
 from common import n_params, result_path, rounded, run_record, save
+from text_quality import write
 
 PLACE = Path(__file__).resolve().parent.parent/'bijdiff'/'models'/'books'
 MOST_BYTES = 3_000_000
@@ -33,15 +32,17 @@ WRITERS = {
     'spread, 64 passes, temperature 0.7': dict(rule='spread', steps=64, temperature=.7),
     'remask_loop, temperature 0.7': dict(sampler='remask_loop', steps=128, revise=.1, temperature=.7)}
 
-def split_text(corpus, split):
+def books_of(corpus, split):
     "Return the books of a split, one after the other"
     return '\n\n'.join(load_dataset(corpus, split=split)['text'])
 
 def save_half(trained):
     "Save a trained model in half precision; return the number of bytes of its files"
-    BijectiveDenoiser.from_pretrained(trained).half().save_pretrained(PLACE)
-    size = sum(path.stat().st_size for path in PLACE.iterdir())
+    model = BijectiveDenoiser.from_pretrained(trained).half()
+    with TemporaryDirectory() as folder:
+        size = sum(path.stat().st_size for path in model.save_pretrained(folder).iterdir())
     if size>MOST_BYTES: raise ValueError(f'the files have {size:,} bytes; expected at most {MOST_BYTES:,}')
+    model.save_pretrained(PLACE)
     return size
 
 def bound(model, text, n, seed):
@@ -52,10 +53,7 @@ def quality_of(model, quality, n, seed):
     "Return a row of measures for each sampler"
     rows = []
     for name,options in WRITERS.items():
-        start = time.perf_counter()
-        ids = sample(model, n, seed=seed, **options)
-        seconds = round(time.perf_counter()-start, 1)
-        texts = [model.tokenizer.decode(o).rstrip(END_CHAR) for o in ids]
+        texts,seconds = write(model, n, seed, options)
         measured = quality(texts)
         words = dict(known_words=rounded(measured.known_words), entropy=rounded(measured.entropy))
         rows.append(dict(name=name, **options, seconds=seconds, **words, text=texts[0]))
@@ -66,19 +64,19 @@ def quality_of(model, quality, n, seed):
 def small_model(
     trained:str, # Folder of the trained model
     corpus:str='classics', # Folder with the splits train and test
-    chars:int=200_000, # Characters of the test split for the bounds
-    draws:int=16, # Draws of the noise
-    n:int=16, # Texts of each sampler
+    chars:int=100_000, # Characters of the test split for the bounds
+    draws:int=8, # Draws of the noise
+    n:int=8, # Texts of each sampler
     seed:int=0, # Seed of noise and samples
 ):
     "Save the model that comes with the package, and measure it"
     torch.set_num_threads(1)
-    size,test = save_half(trained),split_text(corpus, 'test')
+    size,test = save_half(trained),books_of(corpus, 'test')
     models = {'float32': BijectiveDenoiser.from_pretrained(trained),
               'float16': BijectiveDenoiser.from_pretrained(PLACE)}
     bounds = {name: bound(o, test[:chars], draws, seed) for name,o in models.items()}
     print(size, 'bytes, bounds', bounds)
-    quality = TextQuality(split_text(corpus, 'train')[:REFERENCE_CHARS])
+    quality = TextQuality(books_of(corpus, 'train')[:REFERENCE_CHARS])
     held_out = quality(even_chunks(test, 64, 1000))
     rows = quality_of(models['float16'], quality, n, seed)
     measured = dict(bytes=size, n_params=n_params(models['float16']), bounds=bounds, rows=rows,

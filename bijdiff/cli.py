@@ -165,7 +165,7 @@ def _read_given(prompt, infill):
 @command
 @delegates(size_options)
 def bijdiff_sample(
-    model:str='bijdiff:books', # Folder of a saved model, or hf: and the name of one of Hugging Face
+    model:str='bijdiff:books', # Folder of a saved model, or hf:NAME, a masked model of Hugging Face
     n:int=1, # Number of texts
     steps:int=None, # Steps from noise to text; 128 if not given, and one token a step by a rule
     sampler:str=None, # ancestral, tweedie, euler, first_hitting, insertion; remask_loop and others revise

@@ -91,7 +91,7 @@ def _arguments(f, argv):
     parser = anno_parser(f, f.__name__)
     for action in [*parser._actions]:
         if action.type is list: action.type,action.nargs = str,'+'
-        if '--model' in action.option_strings: _make_positional(parser, action)
+        if '--model' in action.option_strings: _make_positional(parser, action) # as in the other commands
     parser.usage = _usage(parser)
     given = vars(parser.parse_args([*map(_spell_as(parser), argv)]))
     for name in given.keys()-inspect.signature(f).parameters.keys():      # options of fastcore's debugger
